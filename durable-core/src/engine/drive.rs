@@ -1,0 +1,294 @@
+//! Drives one run: polls its future, notices when only the database can wake it, and ends it in each of the ways in
+//! which a run can end.
+
+use std::any::Any;
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+use std::time::Duration;
+use tokio::time::{Instant, Sleep};
+
+use super::registry::Ended;
+use super::run::{Cancel, End, Run, WaitFor};
+use super::wake::Context;
+use crate::storage::{Finish, Op, Outcome, Park, Status};
+
+/// After this time a run that cannot park is looked at again: the database's clock may have jumped, and a waker that
+/// somebody else held may be gone.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
+type UserFuture = Pin<Box<dyn Future<Output = Ended> + Send>>;
+
+/// What the driver has to do next.
+enum Turn {
+    Returned(Ended),
+    End(End),
+    /// Nothing but the engine can wake the process, and it has been quiet for long enough.
+    Quiet(Park),
+}
+
+/// Runs a process until it ends, parks, or is not ours any more.
+pub(super) async fn drive(run: Arc<Run>, input: Box<str>) {
+    let span = tracing::info_span!("process", id = %run.id, kind = %run.kind, run = %run.run, claim = run.claim);
+    let mut future = start(&run, &span, input);
+    // Behind the future, on the heap only while something is waited for.
+    let mut sleep: Option<Pin<Box<Sleep>>> = None;
+    run.wake.nudge();
+    let turn = loop {
+        match poll_fn(|cx| turn(&run, &span, &mut future, &mut sleep, cx)).await {
+            Turn::Quiet(park) => match park_quiet(&run, park).await {
+                Parked::Yes => break None,
+                Parked::No => {}
+            },
+            turn => break Some(turn),
+        }
+    };
+    // Whatever happens next, no code of the process runs any more.
+    let fault = drop_quietly(&run, future);
+    drop(sleep);
+    let end = match (turn, fault) {
+        (None, _) => None,
+        (Some(Turn::Returned(ended)), None) => {
+            finish(&run, ended).await;
+            None
+        }
+        (Some(Turn::End(end @ End::Gone)), _) => Some(end),
+        (_, Some(fault)) => Some(End::Stuck(fault)),
+        (Some(Turn::End(end)), None) => Some(end),
+        (Some(Turn::Quiet(_)), None) => None,
+    };
+    match end {
+        None => {}
+        Some(End::Gone) => tracing::info!(parent: &span, "the run is not ours any more; dropped"),
+        Some(End::Stuck(reason)) => stuck(&run, reason).await,
+        Some(End::Release) => give_back(&run).await,
+    }
+    run.core.left_memory(&run);
+}
+
+fn start(run: &Arc<Run>, span: &tracing::Span, input: Box<str>) -> Option<UserFuture> {
+    let Some(entry) = run.core.kinds.get(&run.kind).cloned() else {
+        run.fault(format_args!("the kind {:?} is not registered here", run.kind));
+        return None;
+    };
+    let _context = Context { run: run.serial, step: false }.enter();
+    let _span = span.enter();
+    match catch_unwind(AssertUnwindSafe(|| entry.start(run.clone(), &input))) {
+        Ok(Ok(future)) => {
+            run.root.wake_by_ref();
+            return Some(future);
+        }
+        Ok(Err(why)) => run.fault(format_args!("the input of process {:?} does not decode: {why}", run.id)),
+        Err(panic) => run.fault(panic_message(&*panic)),
+    }
+    None
+}
+
+/// One look at the run.
+fn turn(
+    run: &Arc<Run>,
+    span: &tracing::Span,
+    future: &mut Option<UserFuture>,
+    sleep: &mut Option<Pin<Box<Sleep>>>,
+    cx: &mut TaskContext<'_>,
+) -> Poll<Turn> {
+    run.wake.driven_by(cx.waker());
+    loop {
+        let accept_cancel = {
+            let mut state = run.state();
+            if let Some(end) = state.end.take() {
+                // The mark stays, so that no operation goes on while the future is dropped.
+                state.end = Some(End::Gone);
+                return Poll::Ready(Turn::End(end));
+            }
+            if state.stopping && state.steps == 0 && state.commits == 0 {
+                state.end = Some(End::Gone);
+                return Poll::Ready(Turn::End(End::Release));
+            }
+            let accept = state.cancel == Cancel::Requested;
+            if accept {
+                state.cancel = Cancel::Recording;
+            }
+            accept
+        };
+        if accept_cancel {
+            record_cancel(run);
+        }
+        if run.wake.take_woken() {
+            *sleep = None;
+            let Some(user) = future.as_mut() else { continue };
+            let _context = Context { run: run.serial, step: false }.enter();
+            let _span = span.enter();
+            let mut user_cx = TaskContext::from_waker(&run.root);
+            match catch_unwind(AssertUnwindSafe(|| user.as_mut().poll(&mut user_cx))) {
+                Ok(Poll::Ready(ended)) => {
+                    let state = run.state();
+                    // A fault that came up in the same poll goes before what the function made of it.
+                    if state.end.is_none() {
+                        return Poll::Ready(Turn::Returned(ended));
+                    }
+                }
+                Ok(Poll::Pending) => {}
+                Err(panic) => run.fault(panic_message(&*panic)),
+            }
+            continue;
+        }
+        match rest(run, sleep, cx) {
+            Poll::Ready(Some(park)) => return Poll::Ready(Turn::Quiet(park)),
+            Poll::Ready(None) => {}
+            Poll::Pending => return Poll::Pending,
+        }
+    }
+}
+
+/// Nothing to poll: sleeps until the next due time or until it has been quiet for long enough. Ready without a park
+/// means: look again.
+fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContext<'_>) -> Poll<Option<Park>> {
+    let core = &run.core;
+    let quiet = run.only_we_can_wake();
+    let (due, parks, park_now) = {
+        let state = run.state();
+        let due = state.waits.iter().filter_map(|wait| wait.due).min();
+        let waits = !state.waits.is_empty() && !state.waits.iter().any(|w| matches!(w.what, WaitFor::Engine));
+        (due, quiet && waits && state.steps == 0 && state.commits == 0, state.pressed)
+    };
+    let armed = sleep.get_or_insert_with(|| {
+        let quiet = Instant::now() + if parks { core.settings.quiet_time } else { LOOK_AGAIN };
+        let due = due.map(|due| core.clock.instant(due));
+        Box::pin(tokio::time::sleep_until(due.map_or(quiet, |due| due.min(quiet))))
+    });
+    if !park_now || !parks {
+        std::task::ready!(armed.as_mut().poll(cx));
+    }
+    *sleep = None;
+    if due.is_some_and(|due| due <= core.clock.now()) {
+        run.notify();
+        return Poll::Ready(None);
+    }
+    if !parks {
+        let state = run.state();
+        if state.steps == 0 && state.commits == 0 && !state.waits.is_empty() && core.said_kept_in_memory.insert(&run.kind) {
+            tracing::info!(id = %run.id, kind = %run.kind, "kept in memory while it waits: something besides durable operations holds its waker (said once for each kind)");
+        }
+        return Poll::Ready(None);
+    }
+    if let Some(due) = due
+        && !park_now
+        && core.clock.instant(due) <= Instant::now() + Duration::from_millis(1)
+    {
+        return Poll::Ready(None);
+    }
+    let state = run.state();
+    let waits: Vec<String> = state.waits.iter().take(8).map(|wait| wait.what.to_string()).collect();
+    Poll::Ready(Some(Park {
+        run: run.run,
+        claim: run.claim,
+        wake_at: due,
+        seen: Some(state.mail.seen),
+        waiting_for: Some(waits.join(", ").into()),
+    }))
+}
+
+fn record_cancel(run: &Arc<Run>) {
+    let answer = run.submit(Op::AcceptCancel { run: run.run, claim: run.claim });
+    let run = run.clone();
+    tokio::spawn(async move {
+        match answer.await {
+            Ok(Ok(Outcome::Recorded)) => {
+                run.state().cancel = Cancel::Recorded;
+                run.notify();
+            }
+            Ok(Ok(_)) => run.end(End::Gone),
+            Ok(Err(refused)) => run.fault(format_args!("the cancellation cannot be recorded: {refused}")),
+            Err(_) => {}
+        }
+    });
+}
+
+enum Parked {
+    Yes,
+    No,
+}
+
+async fn park_quiet(run: &Arc<Run>, park: Park) -> Parked {
+    let seen = park.seen;
+    match run.submit(Op::Park(park)).await {
+        Ok(Ok(Outcome::Signalled(signals))) => {
+            if seen.is_some_and(|seen| seen < signals) && run.state().mail.seen < signals {
+                run.core.post.fetch([run.run]);
+            }
+            run.state().pressed = false;
+            Parked::No
+        }
+        Ok(Ok(_)) => {
+            tracing::debug!(id = %run.id, run = %run.run, "parked");
+            Parked::Yes
+        }
+        Ok(Err(refused)) => {
+            run.fault(format_args!("the database refuses to park it: {refused}"));
+            Parked::No
+        }
+        // The epoch is over: the driver sees it at its next look.
+        Err(_) => {
+            run.end(End::Gone);
+            Parked::No
+        }
+    }
+}
+
+async fn finish(run: &Arc<Run>, ended: Ended) {
+    let unasked = run.unasked();
+    if let Some(unasked) = &unasked {
+        tracing::warn!(id = %run.id, kind = %run.kind, run = %run.run, "the function ended without having asked for {unasked}: was it renamed without `.was(…)`?");
+    }
+    match ended {
+        Ended::Output { status, output, reason } => {
+            if let Some(given) = output.as_ref().map(|o| o.len()).filter(|len| *len > run.core.settings.max_payload) {
+                let allowed = run.core.settings.max_payload;
+                let error = crate::limits::LimitError::Payload { what: "output", given, allowed };
+                return stuck(run, error.to_string()).await;
+            }
+            tracing::info!(id = %run.id, kind = %run.kind, run = %run.run, "{status}");
+            let op = Finish { run: run.run, claim: run.claim, status, output, reason, unasked };
+            if let Ok(Err(refused)) = run.submit(Op::Finish(op)).await {
+                stuck(run, format!("the database refuses its output: {refused}")).await;
+            }
+        }
+        Ended::Unencodable(why) => stuck(run, format!("its output cannot be recorded: {why}")).await,
+    }
+}
+
+async fn stuck(run: &Arc<Run>, reason: String) {
+    tracing::error!(id = %run.id, kind = %run.kind, run = %run.run, "stuck: {reason}");
+    let reason = Some(reason.chars().take(4000).filter(|c| *c != '\0').collect::<String>().into());
+    let op = Finish { run: run.run, claim: run.claim, status: Status::Stuck, output: None, reason, unasked: None };
+    let _ = run.submit(Op::Finish(op)).await;
+}
+
+async fn give_back(run: &Arc<Run>) {
+    let op = Park { run: run.run, claim: run.claim, wake_at: Some(run.core.clock.now()), seen: None, waiting_for: None };
+    let _ = run.submit(Op::Park(op)).await;
+}
+
+/// Drops the process's future within its context; it may run code, which may panic.
+fn drop_quietly(run: &Arc<Run>, future: Option<UserFuture>) -> Option<String> {
+    {
+        let mut state = run.state();
+        if state.end.is_none() {
+            state.end = Some(End::Gone);
+        }
+    }
+    let _context = Context { run: run.serial, step: false }.enter();
+    catch_unwind(AssertUnwindSafe(|| drop(future))).err().map(|panic| panic_message(&*panic))
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let message = panic
+        .downcast_ref::<&'static str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "(no message)".into());
+    format!("its code panicked: {message}")
+}

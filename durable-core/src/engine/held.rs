@@ -1,0 +1,140 @@
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use tokio::sync::Notify;
+
+use super::lock;
+use super::run::{End, Run};
+use crate::storage::RunId;
+
+/// The processes that this instance has in memory, and those whose place is reserved.
+#[derive(Default)]
+pub(crate) struct Held {
+    inner: Mutex<Inner>,
+    /// Somebody left.
+    pub(crate) left: Notify,
+}
+
+#[derive(Default)]
+struct Inner {
+    slots: HashMap<RunId, Slot>,
+    reserved: usize,
+}
+
+#[derive(Clone)]
+pub(crate) enum Slot {
+    /// Claimed; its records are being read.
+    Loading { claim: i64, signalled: bool },
+    Live(Arc<Run>),
+}
+
+impl Slot {
+    fn claim(&self) -> i64 {
+        match self {
+            Self::Loading { claim, .. } => *claim,
+            Self::Live(run) => run.claim,
+        }
+    }
+}
+
+impl Held {
+    /// Reserves up to `wanted` places below `max` and says how many.
+    pub(crate) fn reserve(&self, wanted: usize, max: usize) -> usize {
+        let mut inner = lock(&self.inner);
+        let free = max.saturating_sub(inner.slots.len() + inner.reserved).min(wanted);
+        inner.reserved += free;
+        free
+    }
+
+    pub(crate) fn unreserve(&self, places: usize) {
+        let mut inner = lock(&self.inner);
+        inner.reserved = inner.reserved.saturating_sub(places);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.inner).slots.len()
+    }
+
+    pub(crate) fn get(&self, run: RunId) -> Option<Slot> {
+        lock(&self.inner).slots.get(&run).cloned()
+    }
+
+    /// False if the run is held already.
+    pub(crate) fn begin_loading(&self, run: RunId, claim: i64) -> bool {
+        let mut inner = lock(&self.inner);
+        if inner.slots.contains_key(&run) {
+            return false;
+        }
+        inner.slots.insert(run, Slot::Loading { claim, signalled: false });
+        true
+    }
+
+    /// Says whether it was signalled while it was loading.
+    pub(crate) fn live(&self, run: Arc<Run>) -> bool {
+        let before = lock(&self.inner).slots.insert(run.run, Slot::Live(run));
+        matches!(before, Some(Slot::Loading { signalled: true, .. }))
+    }
+
+    pub(crate) fn signalled_while_loading(&self, run: RunId) {
+        if let Some(Slot::Loading { signalled, .. }) = lock(&self.inner).slots.get_mut(&run) {
+            *signalled = true;
+        }
+    }
+
+    /// Removes it, if it is still this claim's.
+    pub(crate) fn remove(&self, run: RunId, claim: i64) {
+        let removed = {
+            let mut inner = lock(&self.inner);
+            match inner.slots.get(&run) {
+                Some(slot) if slot.claim() == claim => inner.slots.remove(&run),
+                _ => None,
+            }
+        };
+        drop(removed);
+        self.left.notify_waiters();
+    }
+
+    pub(crate) fn runs(&self) -> Vec<Arc<Run>> {
+        let live = |slot: &Slot| match slot {
+            Slot::Live(run) => Some(run.clone()),
+            Slot::Loading { .. } => None,
+        };
+        lock(&self.inner).slots.values().filter_map(live).collect()
+    }
+
+    /// Ends everything without writing anything.
+    pub(crate) fn drop_all(&self) {
+        for run in self.runs() {
+            run.end(End::Gone);
+        }
+        lock(&self.inner).slots.retain(|_, slot| matches!(slot, Slot::Live(_)));
+    }
+
+    /// Against what the database says this instance owns: what nobody holds, and what is held without being owned.
+    pub(crate) fn compare(&self, owned: &[(RunId, i64)]) -> (Vec<(RunId, i64)>, Vec<Arc<Run>>) {
+        let owned: HashMap<RunId, i64> = owned.iter().copied().collect();
+        let inner = lock(&self.inner);
+        let strays =
+            owned.iter().filter(|(run, _)| !inner.slots.contains_key(run)).map(|(run, claim)| (*run, *claim)).collect();
+        let lost = inner
+            .slots
+            .iter()
+            .filter_map(|(run, slot)| match slot {
+                Slot::Live(live) if owned.get(run) != Some(&live.claim) => Some(live.clone()),
+                _ => None,
+            })
+            .collect();
+        (strays, lost)
+    }
+
+    /// Waits until nothing is held.
+    pub(crate) async fn empty(&self) {
+        loop {
+            let mut left = std::pin::pin!(self.left.notified());
+            left.as_mut().enable();
+            if self.len() == 0 {
+                return;
+            }
+            left.await;
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Brings claimed processes into memory.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::epoch::Epoch;
+use super::queue::{From, Job};
+use super::run::Run;
+use super::{Backoff, Core, drive};
+use crate::storage::{Finish, Op, ProcessRow, RunId, RunState, Spawn, Status};
+
+impl Core {
+    /// Starts a process that this instance has just put into the database, under claim 1: there is nothing to read.
+    pub(super) fn start_new(self: &Arc<Self>, epoch: &Arc<Epoch>, spawn: Spawn) {
+        let now = self.clock.now();
+        let process = ProcessRow {
+            run: spawn.run,
+            id: spawn.id,
+            kind: spawn.kind,
+            status: Status::Running,
+            input: "".into(),
+            output: None,
+            reason: None,
+            owner: Some(epoch.instance),
+            claim: 1,
+            calm_claim: 0,
+            wake_at: None,
+            waiting_for: None,
+            signals: 0,
+            cancel_requested_at: None,
+            cancelled_at: None,
+            unasked: None,
+            created_at: now,
+            status_at: now,
+            finished_at: None,
+        };
+        let state = RunState { process, records: Vec::new(), events: Vec::new(), targets: Vec::new() };
+        self.start(epoch, 1, state, spawn.input);
+    }
+
+    fn start(self: &Arc<Self>, epoch: &Arc<Epoch>, claim: i64, state: RunState, input: Box<str>) {
+        let run = Arc::new(Run::new(self.clone(), epoch.instance, claim, state));
+        if self.is_stopping() {
+            run.state().stopping = true;
+        }
+        if self.held.live(run.clone()) {
+            self.post.fetch([run.run]);
+        }
+        if epoch.is_over() {
+            run.end(super::run::End::Gone);
+        }
+        tokio::spawn(drive::drive(run, input));
+    }
+
+    /// Reads claimed processes and runs them.
+    pub(super) fn load_and_start(self: &Arc<Self>, epoch: &Arc<Epoch>, claimed: &[(RunId, i64)]) {
+        let claims: HashMap<RunId, i64> =
+            claimed.iter().copied().filter(|(run, claim)| self.held.begin_loading(*run, *claim)).collect();
+        if !claims.is_empty() {
+            tokio::spawn(load(self.clone(), epoch.clone(), claims));
+        }
+    }
+}
+
+async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: HashMap<RunId, i64>) {
+    let mut backoff = Backoff::new();
+    while !claims.is_empty() {
+        let runs: Vec<RunId> = claims.keys().copied().collect();
+        let loaded = match core.storage.load(&runs, true).await {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                core.note_trouble(&error.to_string());
+                if backoff.pause(&epoch, "reading claimed processes", &error).await.is_err() {
+                    return;
+                }
+                continue;
+            }
+        };
+        for loaded in loaded {
+            let Some(claim) = claims.remove(&loaded.run) else { continue };
+            match loaded.state {
+                Ok(Some(state)) => match crashes(&state, claim) {
+                    n if n >= core.settings.max_crashes => {
+                        let reason = format!(
+                            "the program died {n} times in a row while it ran this process, without a new record; \
+                             it may be this process's fault or a neighbour's"
+                        );
+                        stuck(&core, &epoch, loaded.run, claim, reason).await;
+                    }
+                    _ => {
+                        let input = state.process.input.clone();
+                        core.start(&epoch, claim, state, input);
+                    }
+                },
+                Ok(None) => core.held.remove(loaded.run, claim),
+                Err(why) => stuck(&core, &epoch, loaded.run, claim, format!("what is stored cannot be read: {why}")).await,
+            }
+        }
+    }
+}
+
+/// How many executions in a row, up to this claim, ended in a death without a new record. Every record carries the
+/// claim that wrote it, and an execution that ended in order leaves `calm_claim`, so nothing is counted while it runs.
+fn crashes(state: &RunState, claim: i64) -> i64 {
+    let newest = state.records.iter().map(|(_, record)| record.claim).max().unwrap_or(0);
+    claim - 1 - newest.max(state.process.calm_claim)
+}
+
+async fn stuck(core: &Arc<Core>, epoch: &Arc<Epoch>, run: RunId, claim: i64, reason: String) {
+    tracing::error!(run = %run, "stuck: {reason}");
+    let finish = Finish { run, claim, status: Status::Stuck, output: None, reason: Some(reason.into()), unasked: None };
+    let (reply, answer) = tokio::sync::oneshot::channel();
+    core.queue.push(Job { op: Op::Finish(finish), from: From::Epoch(epoch.instance), reply: Some(reply) });
+    let _ = answer.await;
+    core.held.remove(run, claim);
+}

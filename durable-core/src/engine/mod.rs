@@ -1,0 +1,173 @@
+//! The engine of one host: batches, schedules and recovers, over any storage. See `ARCHITECTURE.md`.
+
+pub(crate) mod clock;
+mod drive;
+pub(crate) mod epoch;
+mod heart;
+pub(crate) mod held;
+mod load;
+pub(crate) mod operation;
+mod poller;
+mod post;
+pub(crate) mod queue;
+pub(crate) mod registry;
+pub(crate) mod run;
+mod supervisor;
+mod takeover;
+pub(crate) mod wake;
+mod watch;
+mod writer;
+
+pub(crate) use supervisor::{reaches, supervise};
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, watch as channel};
+use tokio::time::Instant;
+
+use crate::storage::Storage;
+
+/// What a host is set to.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) label: Box<str>,
+    pub(crate) heartbeat: Duration,
+    pub(crate) expiry: Duration,
+    pub(crate) quiet_time: Duration,
+    pub(crate) poll: Duration,
+    pub(crate) max_processes: usize,
+    pub(crate) max_payload: usize,
+    pub(crate) max_crashes: i64,
+    pub(crate) call_timeout: Duration,
+    pub(crate) batch_ops: usize,
+    pub(crate) batch_bytes: usize,
+    pub(crate) claim: usize,
+    pub(crate) reconcile_every: Duration,
+}
+
+/// How far a host is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    Live,
+    /// No new work; what runs is brought to its next record.
+    Stopping,
+    /// Everything is dropped.
+    Dead,
+}
+
+/// What all parts of a host share.
+pub(crate) struct Core {
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) namespace: Box<str>,
+    pub(crate) settings: Settings,
+    pub(crate) kinds: HashMap<Box<str>, Arc<dyn registry::Entry>>,
+    pub(crate) clock: clock::DbClock,
+    pub(crate) live: clock::Liveness,
+    pub(crate) queue: queue::Queue,
+    pub(crate) held: held::Held,
+    pub(crate) post: post::Post,
+    pub(crate) watch: watch::Watch,
+    pub(crate) phase: channel::Sender<Phase>,
+    pub(crate) said_kept_in_memory: Once,
+    poked: Notify,
+    next_look: Mutex<Instant>,
+    /// What the storage complained of last, for the errors of calls that time out.
+    trouble: Mutex<Option<Box<str>>>,
+}
+
+impl Core {
+    pub(crate) fn new(
+        storage: Arc<dyn Storage>,
+        namespace: Box<str>,
+        settings: Settings,
+        kinds: HashMap<Box<str>, Arc<dyn registry::Entry>>,
+    ) -> Self {
+        Self {
+            storage,
+            namespace,
+            live: clock::Liveness::new(settings.expiry),
+            settings,
+            kinds,
+            clock: clock::DbClock::new(),
+            queue: queue::Queue::new(),
+            held: held::Held::default(),
+            post: post::Post::default(),
+            watch: watch::Watch::default(),
+            phase: channel::Sender::new(Phase::Live),
+            said_kept_in_memory: Once::default(),
+            poked: Notify::new(),
+            next_look: Mutex::new(Instant::now()),
+            trouble: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.phase() >= Phase::Stopping
+    }
+
+    pub(crate) fn kind_names(&self) -> Vec<Box<str>> {
+        let mut kinds: Vec<_> = self.kinds.keys().cloned().collect();
+        kinds.sort();
+        kinds
+    }
+
+    pub(crate) fn note_trouble(&self, what: &str) {
+        *lock(&self.trouble) = Some(what.into());
+    }
+
+    pub(crate) fn trouble(&self) -> Option<Box<str>> {
+        lock(&self.trouble).clone()
+    }
+
+    /// A run has left memory; there is room.
+    pub(crate) fn left_memory(&self, run: &run::Run) {
+        let was_full = self.held.len() >= self.settings.max_processes;
+        self.held.remove(run.run, run.claim);
+        if was_full {
+            self.poke();
+        }
+    }
+}
+
+/// Remembers what was said, so that it is said once.
+#[derive(Default)]
+pub(crate) struct Once(Mutex<HashSet<Box<str>>>);
+
+impl Once {
+    /// Whether this is the first time.
+    pub(crate) fn insert(&self, what: &str) -> bool {
+        let mut said = lock(&self.0);
+        !said.contains(what) && said.insert(what.into())
+    }
+}
+
+/// Locks a mutex that no code holds while it could panic halfway through a change, so a poisoned one is whole.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits that double, from 10 ms to 2 s.
+pub(crate) struct Backoff {
+    tries: u32,
+}
+
+impl Backoff {
+    pub(crate) fn new() -> Self {
+        Self { tries: 0 }
+    }
+
+    pub(crate) fn next(&mut self) -> Duration {
+        let pause = Duration::from_millis(10 << self.tries.min(8)).min(Duration::from_secs(2));
+        self.tries += 1;
+        pause
+    }
+
+    pub(crate) fn tries(&self) -> u32 {
+        self.tries
+    }
+}

@@ -1,0 +1,287 @@
+//! What every durable operation is made of: taking its name, waiting without holding a waker, writing its record.
+
+use chrono::{DateTime, Utc};
+use std::future::{Pending, pending, poll_fn};
+use std::sync::Arc;
+use std::task::Poll;
+
+use super::run::{At, Run, State, Usage, WaitFor};
+use crate::error::Cancelled;
+use crate::limits;
+use crate::name::Name;
+use crate::payload::EncodeError;
+use crate::storage::{Effect, Op, OpKind, Outcome, Record, RecordKey, RecordOp, RecordState, RunId, Scope};
+
+/// A durable operation of one name: from its first poll until it returns or is dropped.
+///
+/// Dropped unfinished it gives its name back: the next use is a further attempt of the same operation.
+pub(crate) struct Operation {
+    pub(crate) run: Arc<Run>,
+    pub(crate) key: RecordKey,
+    op: OpKind,
+    at: At,
+    busy: bool,
+}
+
+/// Where an operation stands at its start.
+pub(crate) enum Begun {
+    /// It is recorded: this is what it returns.
+    Recorded(Record),
+    /// It has to happen. There may be a pending record.
+    Open(Option<Record>),
+}
+
+impl Operation {
+    /// An operation of this name. A name outside the limits makes the process stuck at the first poll.
+    pub(crate) fn new(run: &Arc<Run>, scope: Scope, name: &Name, op: OpKind, at: At) -> Self {
+        Self::with_key(run, RecordKey { scope, name: name.name().into(), key: name.key().into() }, op, at)
+    }
+
+    /// An operation whose key the engine has made.
+    pub(crate) fn with_key(run: &Arc<Run>, key: RecordKey, op: OpKind, at: At) -> Self {
+        Self { run: run.clone(), key, op, at, busy: false }
+    }
+
+    /// A stand-in for a member of a race: it waits and complains in the race's name, and takes no name itself.
+    pub(crate) fn on_behalf(&self) -> Self {
+        Self::with_key(&self.run, self.key.clone(), self.op, self.at)
+    }
+
+    /// Goes on under an old name, if only that has a record.
+    pub(crate) fn rename_from(&mut self, was: RecordKey) {
+        let state = self.run.state();
+        let recorded = |key: &RecordKey| state.names.get(key).is_some_and(|name| name.record.is_some());
+        let renamed = recorded(&was) && !recorded(&self.key);
+        drop(state);
+        if renamed {
+            self.key = was;
+        }
+    }
+
+    /// Whether it may go on at all: polled by its own run, its name within the limits.
+    fn admitted(&self) -> bool {
+        if !self.run.admits(format_args!("the {} {}", self.op, self.key), self.at) {
+            return false;
+        }
+        let limit = limits::check("name", &self.key.name, limits::MAX_NAME).and_then(|()| match &*self.key.key {
+            "" => Ok(()),
+            // The engine's own keys have a sign in front.
+            key => limits::check("key", key, limits::MAX_ID + 1),
+        });
+        if let Err(error) = limit {
+            self.run.fault(format_args!("the {} at {}: {error}", self.op, self.at));
+            return false;
+        }
+        true
+    }
+
+    /// Takes the name. Never returns where the use of it is a mistake in the code: the process is stuck then.
+    pub(crate) async fn begin(&mut self) -> Result<Begun, Cancelled> {
+        if !self.admitted() {
+            return pending().await;
+        }
+        let (scope, op, at) = (self.key.scope, self.op, self.at);
+        let (run, key) = (self.run.clone(), self.key.clone());
+        let begun = wait_until(&run, WaitFor::Engine, None, |state, _| {
+            if state.stopping {
+                return None;
+            }
+            let cancelled = state.cancelled(scope);
+            let name = state.names.entry(key.clone()).or_default();
+            match name.usage {
+                // Two at once: a value's second user waits for the first, anything else is a mistake.
+                Usage::Busy(_) if op == OpKind::Value => return None,
+                Usage::Busy(first) => return Some(Err(fault_twice(&key, op, first, at))),
+                Usage::Done(first) if op != OpKind::Value => return Some(Err(fault_twice(&key, op, first, at))),
+                _ => {}
+            }
+            // An operation that was dropped while its record was on its way.
+            if name.recording {
+                return None;
+            }
+            match &name.record {
+                Some(record) if record.op != op => Some(Err(format!(
+                    "{key} is used at {at} by a {op}, but its record was written by a {}; rename one of them",
+                    record.op
+                ))),
+                Some(record) if record.state != RecordState::Pending => {
+                    let record = record.clone();
+                    name.usage = if op == OpKind::Value { Usage::Done(at) } else { Usage::Busy(at) };
+                    Some(Ok(Ok(Begun::Recorded(record))))
+                }
+                pending => match cancelled {
+                    Some(true) => Some(Ok(Err(Cancelled))),
+                    None => None,
+                    Some(false) => {
+                        let pending = pending.clone();
+                        name.usage = Usage::Busy(at);
+                        Some(Ok(Ok(Begun::Open(pending))))
+                    }
+                },
+            }
+        });
+        match begun.await {
+            Ok(begun) => {
+                let begun = begun?;
+                self.busy = self.op != OpKind::Value || matches!(begun, Begun::Open(_));
+                Ok(begun)
+            }
+            Err(fault) => self.stuck(fault).await,
+        }
+    }
+
+    /// Makes the process stuck; what it returns never does.
+    pub(crate) fn stuck<T>(&self, reason: String) -> Pending<T> {
+        self.run.fault(reason);
+        pending()
+    }
+
+    /// A record that does not decode makes the process stuck.
+    pub(crate) fn undecodable<T>(&self, why: &str) -> Pending<T> {
+        self.stuck(format!("the record of {} {} does not decode: {why}", self.op, self.key))
+    }
+
+    /// A value that JSON cannot bring back makes the process stuck.
+    pub(crate) fn unencodable<T>(&self, why: &EncodeError) -> Pending<T> {
+        self.stuck(format!("the {} {} at {} cannot be recorded: {why}", self.op, self.key, self.at))
+    }
+
+    /// Waits until `check` has an answer, without holding a waker. Fails once the process is cancelled.
+    pub(crate) async fn wait<T>(
+        &self,
+        what: WaitFor,
+        due: Option<DateTime<Utc>>,
+        mut check: impl FnMut(&mut State, DateTime<Utc>) -> Option<T>,
+    ) -> Result<T, Cancelled> {
+        let scope = self.key.scope;
+        wait_until(&self.run, what, due, |state, now| match state.cancelled(scope) {
+            Some(true) => Some(Err(Cancelled)),
+            None => None,
+            // An answer that came before the cancellation was recorded still counts.
+            Some(false) => check(state, now).map(Ok),
+        })
+        .await
+    }
+
+    /// Writes the operation's record and returns once it is committed. Fails if the cancellation was recorded first.
+    pub(crate) async fn record(&self, write: Write) -> Result<Outcome, Cancelled> {
+        let scope = self.key.scope;
+        if write.state != RecordState::Pending && self.run.state().cancelled(scope) != Some(false) {
+            return self.wait(WaitFor::Engine, None, |_, _| None).await;
+        }
+        let Write { state, payload, attempts, takes, effect, awaited } = write;
+        if payload.len() > self.run.core.settings.max_payload && effect.is_none() {
+            let (given, allowed) = (payload.len(), self.run.core.settings.max_payload);
+            let error = limits::LimitError::Payload { what: "result", given, allowed };
+            return self.stuck(format!("the {} {}: {error}", self.op, self.key)).await;
+        }
+        let op = RecordOp {
+            run: self.run.run,
+            claim: self.run.claim,
+            key: self.key.clone(),
+            op: self.op,
+            state,
+            payload,
+            attempts,
+            takes,
+            effect,
+            awaited,
+        };
+        self.run.state().names.entry(self.key.clone()).or_default().recording = true;
+        Ok(self.run.commit(Op::Record(op)).await)
+    }
+
+    /// The operation returns what is recorded.
+    pub(crate) fn done(mut self) {
+        self.busy = false;
+        self.run.state().finish_record(&self.key, self.at);
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        if !self.busy {
+            return;
+        }
+        let mut state = self.run.state();
+        let ending = state.is_ending() || state.stopping;
+        if let Some(name) = state.names.get_mut(&self.key)
+            && matches!(name.usage, Usage::Busy(_))
+        {
+            name.usage = Usage::Free;
+        }
+        drop(state);
+        if !ending && self.op != OpKind::Value && super::wake::Context::current().run == self.run.serial {
+            tracing::debug!(id = %self.run.id, run = %self.run.run, "the {} {} at {} was dropped unfinished", self.op, self.key, self.at);
+        }
+    }
+}
+
+/// What an operation writes.
+pub(crate) struct Write {
+    pub(crate) state: RecordState,
+    pub(crate) payload: Box<str>,
+    pub(crate) attempts: i32,
+    pub(crate) takes: Option<i64>,
+    pub(crate) effect: Option<Effect>,
+    pub(crate) awaited: Option<RunId>,
+}
+
+impl Write {
+    pub(crate) fn done(payload: impl Into<Box<str>>) -> Self {
+        Self { state: RecordState::Done, payload: payload.into(), attempts: 0, takes: None, effect: None, awaited: None }
+    }
+    pub(crate) fn failed(payload: impl Into<Box<str>>) -> Self {
+        Self { state: RecordState::Failed, ..Self::done(payload) }
+    }
+}
+
+fn fault_twice(key: &RecordKey, op: OpKind, first: At, second: At) -> String {
+    if first == second {
+        return format!(
+            "{key} is used twice by the {op} at {first} in one run; in a loop give it a key: `({:?}, key)`",
+            key.name
+        );
+    }
+    format!("{key} is used twice in one run: at {first} and by the {op} at {second}; rename one of them")
+}
+
+/// A wait that has left a note in the run, taken back when dropped.
+struct Noted<'r> {
+    run: &'r Run,
+    id: Option<u32>,
+}
+
+impl Drop for Noted<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.run.state().remove_wait(id);
+        }
+    }
+}
+
+/// Waits until `check`, which sees the run's state and the database's time, has an answer. It clones no waker of the
+/// run's own: whoever changes the state notifies the run.
+pub(crate) async fn wait_until<T>(
+    run: &Arc<Run>,
+    what: WaitFor,
+    due: Option<DateTime<Utc>>,
+    mut check: impl FnMut(&mut State, DateTime<Utc>) -> Option<T>,
+) -> T {
+    let mut noted = Noted { run, id: None };
+    poll_fn(|cx| {
+        let now = run.core.clock.now();
+        let mut state = run.state();
+        if !state.is_ending()
+            && let Some(answer) = check(&mut state, now)
+        {
+            return Poll::Ready(answer);
+        }
+        state.note_foreign(cx, &run.root);
+        if noted.id.is_none() {
+            noted.id = Some(state.add_wait(what.clone(), due));
+        }
+        Poll::Pending
+    })
+    .await
+}

@@ -1,0 +1,67 @@
+//! Reads the signals that came for runs in memory, many at a time.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use tokio::sync::Notify;
+
+use super::epoch::Epoch;
+use super::held::Slot;
+use super::run::End;
+use super::{Backoff, Core, lock};
+use crate::storage::RunId;
+
+const AT_ONCE: usize = 500;
+
+#[derive(Default)]
+pub(crate) struct Post {
+    runs: Mutex<BTreeSet<RunId>>,
+    filled: Notify,
+}
+
+impl Post {
+    /// Has the signals of these runs read.
+    pub(crate) fn fetch(&self, runs: impl IntoIterator<Item = RunId>) {
+        lock(&self.runs).extend(runs);
+        self.filled.notify_one();
+    }
+
+    fn take(&self) -> Vec<RunId> {
+        let mut runs = lock(&self.runs);
+        let rest = runs.iter().nth(AT_ONCE).copied().map(|first| runs.split_off(&first)).unwrap_or_default();
+        std::mem::replace(&mut *runs, rest).into_iter().collect()
+    }
+}
+
+pub(super) async fn deliver(core: Arc<Core>, epoch: Arc<Epoch>) {
+    let mut backoff = Backoff::new();
+    while !epoch.is_over() {
+        let runs: Vec<RunId> =
+            core.post.take().into_iter().filter(|run| matches!(core.held.get(*run), Some(Slot::Live(_)))).collect();
+        if runs.is_empty() {
+            tokio::select! { () = epoch.over() => return, () = core.post.filled.notified() => continue }
+        }
+        match core.storage.load(&runs, false).await {
+            Ok(loaded) => {
+                backoff = Backoff::new();
+                let mut missing: BTreeSet<RunId> = runs.into_iter().collect();
+                for loaded in loaded {
+                    missing.remove(&loaded.run);
+                    let Some(Slot::Live(run)) = core.held.get(loaded.run) else { continue };
+                    match loaded.state {
+                        Ok(Some(state)) => run.merge(state),
+                        Ok(None) => run.end(End::Gone),
+                        Err(why) => run.fault(format_args!("its messages cannot be read: {why}")),
+                    }
+                }
+                core.post.fetch(missing);
+            }
+            Err(error) => {
+                core.post.fetch(runs);
+                core.note_trouble(&error.to_string());
+                if backoff.pause(&epoch, "reading messages", &error).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,407 @@
+use chrono::{DateTime, Utc};
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::panic::Location;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context as TaskContext, Waker};
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use super::queue::{Answer, From, Job};
+use super::wake::{Context, RootWake};
+use super::{Core, lock};
+use crate::storage::{
+    EventRow, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope,
+    Status, Target,
+};
+
+/// One execution of a process in this program: what the driver, the process's operations and the engine share.
+///
+/// It is behind a lock because the process's code, the writer and the reader of signals all touch it; the lock is
+/// never held across user code or an await.
+pub(crate) struct Run {
+    /// Tells this execution from every other in this program.
+    pub(crate) serial: u64,
+    pub(crate) core: Arc<Core>,
+    pub(crate) instance: InstanceId,
+    pub(crate) id: Box<str>,
+    pub(crate) run: RunId,
+    pub(crate) kind: Box<str>,
+    pub(crate) claim: i64,
+    pub(crate) wake: Arc<RootWake>,
+    /// The waker that the process's future is polled with.
+    pub(crate) root: Waker,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) names: HashMap<RecordKey, NameState>,
+    pub(crate) mail: Mail,
+    pub(crate) cancel: Cancel,
+    /// Why the future must be dropped.
+    pub(crate) end: Option<End>,
+    /// The host is stopping: no new operation starts.
+    pub(crate) stopping: bool,
+    /// The instance has no room: park without waiting for the quiet time.
+    pub(crate) pressed: bool,
+    /// Closures of steps that are under way.
+    pub(crate) steps: u32,
+    /// Operations whose outcome is awaited.
+    pub(crate) commits: u32,
+    pub(crate) waits: Vec<Wait>,
+    next_wait: u32,
+    /// Wakers of operations that are not polled by the process's future itself.
+    foreign: Vec<Waker>,
+}
+
+/// What this execution knows of a name.
+#[derive(Default)]
+pub(crate) struct NameState {
+    /// What stands in the database; its payload is let go once it was returned.
+    pub(crate) record: Option<Record>,
+    pub(crate) usage: Usage,
+    /// A record of it waits to be committed.
+    pub(crate) recording: bool,
+}
+
+impl NameState {
+    /// Whether its outcome is recorded.
+    pub(crate) fn is_final(&self) -> bool {
+        self.record.as_ref().is_some_and(|record| record.state != RecordState::Pending)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) enum Usage {
+    /// Nobody has asked for it.
+    #[default]
+    Free,
+    /// An operation is under way.
+    Busy(At),
+    /// It was returned.
+    Done(At),
+}
+
+/// A place in the user's code.
+pub(crate) type At = &'static Location<'static>;
+
+#[derive(Default)]
+pub(crate) struct Mail {
+    /// All signals up to this number have been read.
+    pub(crate) seen: i64,
+    /// Messages not taken.
+    pub(crate) events: BTreeMap<i64, EventRow>,
+    /// Awaited processes that have ended or are gone.
+    pub(crate) targets: HashMap<RunId, Option<(Status, Option<Box<str>>)>>,
+    /// For each event: how many receives have completed, and whether one is under way.
+    pub(crate) receives: HashMap<Box<str>, Receives>,
+}
+
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Receives {
+    pub(crate) completed: u32,
+    pub(crate) busy: Option<At>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Cancel {
+    #[default]
+    No,
+    /// Asked for; not recorded by the owner yet.
+    Requested,
+    /// The record is on its way: no success of an ordinary operation may follow it.
+    Recording,
+    /// Operations fail with `Cancelled`.
+    Recorded,
+}
+
+/// Why a run leaves memory before its function has returned.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// A fault in the code: the process becomes stuck.
+    Stuck(String),
+    /// Give it back to whoever has room.
+    Release,
+    /// It is not ours any more: drop it and write nothing.
+    Gone,
+}
+
+/// Something that a process waits for without holding a waker.
+pub(crate) struct Wait {
+    id: u32,
+    pub(crate) due: Option<DateTime<Utc>>,
+    pub(crate) what: WaitFor,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum WaitFor {
+    Event(Box<str>),
+    Timer(RecordKey),
+    Retry(RecordKey),
+    Output(Box<str>),
+    /// An operation of this execution that will end by itself.
+    Engine,
+}
+
+impl fmt::Display for WaitFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Event(name) => write!(f, "event {name:?}"),
+            Self::Timer(key) => write!(f, "timer {key}"),
+            Self::Retry(key) => write!(f, "retry of step {key}"),
+            Self::Output(id) => write!(f, "output of process {id:?}"),
+            Self::Engine => f.write_str("the engine"),
+        }
+    }
+}
+
+static SERIAL: AtomicU64 = AtomicU64::new(1);
+
+impl Run {
+    pub(crate) fn new(core: Arc<Core>, instance: InstanceId, claim: i64, loaded: RunState) -> Self {
+        let RunState { process, records, events, targets } = loaded;
+        let ProcessRow { run, id, kind, signals, cancel_requested_at, cancelled_at, .. } = process;
+        let state = State {
+            names: records
+                .into_iter()
+                .map(|(key, record)| (key, NameState { record: Some(record), ..NameState::default() }))
+                .collect(),
+            mail: Mail {
+                seen: signals,
+                events: events.into_iter().map(|event| (event.number, event)).collect(),
+                targets: targets.into_iter().map(|target| (target.run, target.ended)).collect(),
+                receives: HashMap::new(),
+            },
+            cancel: match (cancel_requested_at, cancelled_at) {
+                (_, Some(_)) => Cancel::Recorded,
+                (Some(_), None) => Cancel::Requested,
+                (None, None) => Cancel::No,
+            },
+            ..State::default()
+        };
+        let wake = Arc::new(RootWake::default());
+        let root = Waker::from(wake.clone());
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        Self { serial, core, instance, id, run, kind, claim, wake, root, state: Mutex::new(state) }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Makes the process's future look again, and everything in it that is polled by another waker.
+    pub(crate) fn notify(&self) {
+        let foreign = std::mem::take(&mut self.state().foreign);
+        for waker in foreign {
+            waker.wake();
+        }
+        self.root.wake_by_ref();
+    }
+
+    /// Whether only the engine can wake the process's future: `wake` and `root` hold the only references.
+    pub(crate) fn only_we_can_wake(&self) -> bool {
+        Arc::strong_count(&self.wake) == 2 && self.state().foreign.is_empty()
+    }
+
+    /// Ends this execution, unless it is ending already.
+    pub(crate) fn end(&self, end: End) {
+        {
+            let mut state = self.state();
+            // That it is not ours any more goes before anything that would be written.
+            if state.end.is_none() || matches!(end, End::Gone) {
+                state.end = Some(end);
+            }
+        }
+        self.wake.nudge();
+    }
+
+    /// Makes the process stuck.
+    pub(crate) fn fault(&self, reason: impl fmt::Display) {
+        self.end(End::Stuck(reason.to_string()));
+    }
+
+    /// Whether code of this run's own future is what polls; what is not is refused.
+    pub(crate) fn admits(&self, what: fmt::Arguments<'_>, at: At) -> bool {
+        let here = Context::current();
+        if here.run != self.serial {
+            tracing::error!(id = %self.id, run = %self.run, "{what} at {at} is polled outside its process's run; it never returns");
+            self.fault(format_args!(
+                "{what} at {at} was polled outside its process's run (in another task, or after the run had ended); \
+                 await durable operations in the process's own function"
+            ));
+            return false;
+        }
+        if here.step {
+            self.fault(format_args!(
+                "{what} at {at} is inside a step's own closure; use durable operations beside steps, not within them"
+            ));
+            return false;
+        }
+        true
+    }
+
+    /// Queues an operation and waits for its outcome. Never returns if this execution ends first, nor if the database
+    /// refuses the operation for good: the process is stuck then.
+    pub(crate) async fn commit(self: &Arc<Self>, op: Op) -> Outcome {
+        let answer = self.submit(op);
+        let counted = Counted::new(self);
+        let answer = answer.await;
+        drop(counted);
+        match answer {
+            Ok(Ok(Outcome::Lost)) => self.end(End::Gone),
+            Ok(Ok(outcome)) => return outcome,
+            Ok(Err(refused)) => self.fault(format_args!("the database refuses a record: {refused}")),
+            // The epoch is over: the driver knows.
+            Err(_) => {}
+        }
+        std::future::pending().await
+    }
+
+    /// Queues an operation.
+    pub(crate) fn submit(self: &Arc<Self>, op: Op) -> oneshot::Receiver<Answer> {
+        let (reply, answer) = oneshot::channel();
+        self.core.queue.push(Job { op, from: From::Run(self.clone()), reply: Some(reply) });
+        answer
+    }
+
+    /// A record was committed.
+    pub(crate) fn recorded(&self, key: &RecordKey, record: Record) {
+        let mut state = self.state();
+        let name = state.names.entry(key.clone()).or_default();
+        name.recording = false;
+        name.record = Some(record);
+    }
+
+    /// A message was committed by this instance. False if others before it are missing: they must be read.
+    pub(crate) fn deliver(&self, event: EventRow) -> bool {
+        {
+            let mut state = self.state();
+            let mail = &mut state.mail;
+            if event.number <= mail.seen {
+                return true;
+            }
+            if event.number != mail.seen + 1 {
+                return false;
+            }
+            mail.seen = event.number;
+            mail.events.insert(event.number, event);
+        }
+        self.notify();
+        true
+    }
+
+    /// The signals were read.
+    pub(crate) fn merge(&self, read: RunState) {
+        {
+            let mut state = self.state();
+            let seen = state.mail.seen;
+            for event in read.events {
+                // Older ones are here or taken, though the record that takes them may still be on its way.
+                if event.number > seen {
+                    state.mail.events.insert(event.number, event);
+                }
+            }
+            state.mail.seen = seen.max(read.process.signals);
+            for Target { run, ended } in read.targets {
+                state.mail.targets.insert(run, ended);
+            }
+            if read.process.cancel_requested_at.is_some() && state.cancel == Cancel::No {
+                state.cancel = Cancel::Requested;
+            }
+        }
+        self.notify();
+    }
+
+    /// The stable idempotency key of an operation.
+    pub(crate) fn idempotency_key(&self, key: &RecordKey) -> Uuid {
+        let mut bytes = Vec::with_capacity(key.name.len() + key.key.len() + 8);
+        bytes.push(key.scope as u8);
+        // The length in front: ("ab", "c") and ("a", "bc") differ.
+        bytes.extend((key.name.len() as u32).to_le_bytes());
+        bytes.extend(key.name.as_bytes());
+        bytes.extend(key.key.as_bytes());
+        Uuid::new_v5(&self.run.0, &bytes)
+    }
+
+    /// The records that this execution never asked for, in words.
+    pub(crate) fn unasked(&self) -> Option<Box<str>> {
+        let state = self.state();
+        let unasked = |(key, name): (&RecordKey, &NameState)| {
+            (name.usage == Usage::Free && name.record.is_some()).then(|| key.to_string())
+        };
+        let mut names: Vec<String> = state.names.iter().filter_map(unasked).collect();
+        names.sort();
+        let more = names.len().saturating_sub(20);
+        names.truncate(20);
+        if more > 0 {
+            names.push(format!("and {more} more"));
+        }
+        (!names.is_empty()).then(|| names.join(", ").into())
+    }
+}
+
+impl State {
+    /// Whether operations of this scope fail with `Cancelled`; none while that is being recorded.
+    pub(crate) fn cancelled(&self, scope: Scope) -> Option<bool> {
+        match (scope, self.cancel) {
+            (Scope::Compensation, _) | (_, Cancel::No) => Some(false),
+            (_, Cancel::Recorded) => Some(true),
+            _ => None,
+        }
+    }
+
+    /// No operation goes on: the future is about to be dropped.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.end.is_some()
+    }
+
+    pub(crate) fn add_wait(&mut self, what: WaitFor, due: Option<DateTime<Utc>>) -> u32 {
+        let id = self.next_wait;
+        self.next_wait = self.next_wait.wrapping_add(1);
+        self.waits.push(Wait { id, due, what });
+        id
+    }
+
+    pub(crate) fn remove_wait(&mut self, id: u32) {
+        if let Some(at) = self.waits.iter().position(|wait| wait.id == id) {
+            self.waits.swap_remove(at);
+        }
+    }
+
+    /// Whoever polls is not the process's future itself: it must be woken as well.
+    pub(crate) fn note_foreign(&mut self, cx: &TaskContext<'_>, root: &Waker) {
+        if !cx.waker().will_wake(root) && !self.foreign.iter().any(|w| w.will_wake(cx.waker())) {
+            self.foreign.push(cx.waker().clone());
+        }
+    }
+
+    pub(crate) fn finish_record(&mut self, key: &RecordKey, at: At) {
+        if let Some(name) = self.names.get_mut(key) {
+            name.usage = Usage::Done(at);
+            if let Some(record) = &mut name.record
+                && record.op != OpKind::Value
+                && record.state != RecordState::Pending
+            {
+                record.payload = "".into();
+            }
+        }
+    }
+}
+
+/// Counts an operation whose outcome is awaited.
+struct Counted<'r>(&'r Run);
+
+impl<'r> Counted<'r> {
+    fn new(run: &'r Run) -> Self {
+        run.state().commits += 1;
+        Self(run)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.state().commits -= 1;
+    }
+}

@@ -1,0 +1,126 @@
+//! The life of a host: one epoch after the other, each with a heart, a writer, a poller; and its end.
+
+use std::sync::Arc;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use super::epoch::Epoch;
+use super::heart::HeartHandle;
+use super::writer::Writer;
+use super::{Backoff, Core, Phase, heart, poller, post, takeover};
+use crate::storage::{InstanceId, StorageError};
+
+/// Runs a host until it is shut down or dropped. `ready` hears how the first enlistment went.
+pub(crate) async fn supervise(core: Arc<Core>, ready: oneshot::Sender<Result<(), StorageError>>) {
+    let _dead = OnDrop(core.clone());
+    let mut ready = Some(ready);
+    let mut backoff = Backoff::new();
+    loop {
+        let epoch = Arc::new(Epoch::new(InstanceId::new()));
+        let heart = tokio::select! {
+            heart = heart::start(&core, &epoch) => heart,
+            () = reaches(&core, Phase::Stopping) => return,
+        };
+        let heart = match (heart, ready.take()) {
+            (Ok(heart), ready) => {
+                let _ = ready.map(|ready| ready.send(Ok(())));
+                heart
+            }
+            (Err(error), Some(ready)) => {
+                let _ = ready.send(Err(error));
+                return;
+            }
+            (Err(error), None) => {
+                core.note_trouble(&error.to_string());
+                let pause = backoff.next();
+                tracing::warn!("the instance could not be enlisted ({error}); trying again");
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => continue,
+                    () = reaches(&core, Phase::Stopping) => return,
+                }
+            }
+        };
+        backoff = Backoff::new();
+        tracing::debug!(instance = %epoch.instance, "enlisted");
+        if let Ended::Stop = live(&core, &epoch, heart).await {
+            return;
+        }
+    }
+}
+
+enum Ended {
+    Fenced,
+    Stop,
+}
+
+async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended {
+    let mut tasks = JoinSet::new();
+    let writer = tokio::spawn(Writer::new(core.clone(), epoch.clone()).write());
+    tasks.spawn(poller::poll(core.clone(), epoch.clone()));
+    tasks.spawn(takeover::watch_peers(core.clone(), epoch.clone()));
+    tasks.spawn(post::deliver(core.clone(), epoch.clone()));
+    // A task that ends with a panic must not leave an instance that only looks alive.
+    let fenced = tokio::select! {
+        () = epoch.over() => true,
+        ended = tasks.join_next() => {
+            tracing::error!("a part of the engine ended unexpectedly: {ended:?}");
+            true
+        }
+        () = stopped(core) => false,
+    };
+    if fenced {
+        epoch.end();
+        core.held.drop_all();
+        core.queue.forget_epoch();
+        // The writer may be waiting for the database; what it gets back into the queue must be there first.
+        let _ = writer.await;
+        while tasks.join_next().await.is_some() {}
+        core.held.empty().await;
+        core.queue.forget_epoch();
+        heart.stop().await;
+        return if core.phase() == Phase::Live { Ended::Fenced } else { Ended::Stop };
+    }
+    if core.phase() == Phase::Dead {
+        epoch.end();
+        writer.abort();
+        core.held.drop_all();
+        return Ended::Stop;
+    }
+    // All has been given back; what is queued still goes out.
+    epoch.drain();
+    let _ = writer.await;
+    epoch.end();
+    while tasks.join_next().await.is_some() {}
+    heart.stop().await;
+    if let Err(error) = core.storage.retire(epoch.instance).await {
+        tracing::warn!("the instance's row could not be removed ({error}); another instance will");
+    }
+    Ended::Stop
+}
+
+/// Returns when the host is dead, or is stopping and holds nothing any more.
+async fn stopped(core: &Arc<Core>) {
+    tokio::select! {
+        () = reaches(core, Phase::Dead) => {}
+        () = async {
+            reaches(core, Phase::Stopping).await;
+            core.held.empty().await;
+        } => {}
+    }
+}
+
+pub(crate) async fn reaches(core: &Core, phase: Phase) {
+    let _ = core.phase.subscribe().wait_for(|now| *now >= phase).await;
+}
+
+/// Whatever ends the supervisor, a dropped runtime too, ends the host.
+struct OnDrop(Arc<Core>);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        self.0.phase.send_replace(Phase::Dead);
+        self.0.held.drop_all();
+        self.0.queue.close();
+        self.0.watch.wake_all();
+    }
+}

@@ -1,0 +1,210 @@
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::HashMap;
+use std::future::Future;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+use super::Host;
+use crate::definition::Definition;
+use crate::engine::registry::{Entry, Typed};
+use crate::engine::{Core, Settings, supervise};
+use crate::error::{ProcessError, StartError};
+use crate::limits;
+use crate::process::Process;
+use crate::storage::{Storage, StorageError};
+
+/// Configures a [`Host`].
+#[must_use = "nothing runs before `start`"]
+pub struct HostBuilder {
+    storage: Arc<dyn Storage>,
+    namespace: Box<str>,
+    settings: Settings,
+    kinds: HashMap<Box<str>, Arc<dyn Entry>>,
+    twice: Option<&'static str>,
+}
+
+/// Hands shared state to a process's function: `with(&app, transfer)` is a function of the process and its input.
+///
+/// ```
+/// # use durable_core::*;
+/// # use durable_core::memory::Memory;
+/// # use std::sync::Arc;
+/// # struct App;
+/// const TRANSFER: Definition<u64, ()> = Definition::new("transfer");
+/// async fn transfer(app: Arc<App>, proc: Process, cents: u64) -> Result<(), Failure> { Ok(()) }
+/// # let app = Arc::new(App);
+/// let builder = Host::builder(Memory::new()).register(TRANSFER, with(&app, transfer));
+/// ```
+pub fn with<S, I, F, Fut>(state: &Arc<S>, function: F) -> impl Fn(Process, I) -> Fut + Send + Sync + 'static
+where
+    S: Send + Sync + 'static,
+    F: Fn(Arc<S>, Process, I) -> Fut + Send + Sync + 'static,
+{
+    let state = state.clone();
+    move |process, input| function(state.clone(), process, input)
+}
+
+impl HostBuilder {
+    pub(super) fn new(storage: Arc<dyn Storage>) -> Self {
+        let settings = Settings {
+            label: label().into(),
+            heartbeat: Duration::from_secs(2),
+            expiry: Duration::from_secs(10),
+            quiet_time: Duration::from_secs(2),
+            poll: Duration::from_secs(1),
+            max_processes: 10_000,
+            max_payload: limits::DEFAULT_PAYLOAD,
+            max_crashes: 10,
+            call_timeout: Duration::from_secs(30),
+            batch_ops: 1000,
+            batch_bytes: 4 * 1024 * 1024,
+            claim: 500,
+            reconcile_every: Duration::from_secs(60),
+        };
+        Self { storage, namespace: "default".into(), settings, kinds: HashMap::new(), twice: None }
+    }
+
+    /// Registers the function that runs processes of a kind: an `async fn` of the process and its input. Services that
+    /// it uses are captured, or handed over by [`with`].
+    ///
+    /// It is called anew at each execution of a process; what it does between durable operations happens each time.
+    pub fn register<I, O, E, F, Fut>(mut self, definition: Definition<I, O, E>, function: F) -> Self
+    where
+        I: DeserializeOwned + Send + 'static,
+        O: Serialize + DeserializeOwned + Send + 'static,
+        E: ProcessError,
+        F: Fn(Process, I) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<O, E>> + Send + 'static,
+    {
+        let entry = Arc::new(Typed { function, types: PhantomData::<fn(I) -> Result<O, E>> });
+        if self.kinds.insert(definition.kind().into(), entry).is_some() {
+            self.twice = Some(definition.kind());
+        }
+        self
+    }
+
+    /// The namespace: services with different ones share a database without seeing each other's processes. `default`
+    /// by default.
+    pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
+        self.namespace = namespace.into().into();
+        self
+    }
+
+    /// For people who look at the instances table: the program's name and process id by default.
+    pub fn label(mut self, label: impl Into<String>) -> Self {
+        self.settings.label = label.into().into();
+        self
+    }
+
+    /// At most so many processes in memory; 10,000 by default. Further ones wait in the database until there is room.
+    pub fn max_processes(mut self, max: usize) -> Self {
+        self.settings.max_processes = max;
+        self
+    }
+
+    /// At most so many bytes of JSON for an input, a result, a message; 1 MiB by default.
+    pub fn max_payload(mut self, bytes: usize) -> Self {
+        self.settings.max_payload = bytes;
+        self
+    }
+
+    /// How often the heartbeat is renewed, and after which silence an instance counts as dead; 2 s and 10 s by
+    /// default. Instances that share a database should agree. An instance whose own heartbeat is older than half the
+    /// expiry starts no attempt of a step.
+    pub fn heartbeat(mut self, interval: Duration, expiry: Duration) -> Self {
+        self.settings.heartbeat = interval;
+        self.settings.expiry = expiry;
+        self
+    }
+
+    /// How long a process waits in memory before it becomes a row; 2 s by default.
+    pub fn quiet_time(mut self, quiet: Duration) -> Self {
+        self.settings.quiet_time = quiet;
+        self
+    }
+
+    /// The longest time between two looks for work in the database; 1 s by default. What happens in this program is
+    /// noticed at once, other programs' work by hints, where the storage has them.
+    pub fn poll(mut self, interval: Duration) -> Self {
+        self.settings.poll = interval;
+        self
+    }
+
+    /// A process becomes stuck when the program died so many times in a row while it ran it, without a new record in
+    /// between; 10 by default. Orderly ends do not count.
+    pub fn max_crashes(mut self, crashes: u32) -> Self {
+        self.settings.max_crashes = i64::from(crashes.max(1));
+        self
+    }
+
+    /// How long calls from outside processes wait for the storage before they give up; 30 s by default.
+    pub fn call_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.call_timeout = timeout;
+        self
+    }
+
+    /// The bounds of one batch: 1,000 operations and 4 MiB by default.
+    pub fn batch(mut self, operations: usize, bytes: usize) -> Self {
+        self.settings.batch_ops = operations.max(1);
+        self.settings.batch_bytes = bytes;
+        self
+    }
+
+    /// How often the instance compares what it owns in the database with what it holds in memory; 60 s by default.
+    /// After a lost answer it does so at once.
+    pub fn reconcile_every(mut self, interval: Duration) -> Self {
+        self.settings.reconcile_every = interval;
+        self
+    }
+
+    /// Makes the instance known and starts to run processes. Returns once the storage has answered.
+    ///
+    /// # Errors
+    /// A kind or the namespace is outside the limits or registered twice; settings that contradict each other; or the
+    /// storage cannot be used.
+    pub async fn start(self) -> Result<Host, StartError> {
+        let Self { storage, namespace, mut settings, kinds, twice } = self;
+        if let Some(kind) = twice {
+            return Err(StartError::Twice(kind));
+        }
+        limits::check("namespace", &namespace, limits::MAX_NAMESPACE)?;
+        for kind in kinds.keys() {
+            limits::check("kind", kind, limits::MAX_NAME)?;
+        }
+        if settings.expiry < settings.heartbeat * 3 {
+            let (given, least) = (settings.expiry, settings.heartbeat * 3);
+            let message = format!("an expiry of {given:?} is too short; it must be at least three heartbeats, {least:?}");
+            return Err(StartError::Setting(message.into()));
+        }
+        if storage.announces_everything() {
+            const HOUR: Duration = Duration::from_secs(3600);
+            settings.heartbeat = HOUR;
+            settings.expiry = HOUR * 5;
+            settings.poll = HOUR;
+            settings.reconcile_every = HOUR;
+        }
+        let core = Arc::new(Core::new(storage, namespace, settings, kinds));
+        let host = Host::owning(core.clone());
+        let (ready, started) = oneshot::channel();
+        tokio::spawn(supervise(core, ready));
+        started.await.unwrap_or_else(|_| Err(StorageError::unavailable("the engine's task ended")))?;
+        Ok(host)
+    }
+}
+
+/// The program's name and process id.
+fn label() -> String {
+    let program = std::env::current_exe().ok().and_then(|path| Some(path.file_stem()?.to_string_lossy().into_owned()));
+    format!("{} {}", program.unwrap_or_else(|| "program".into()), std::process::id())
+}
+
+impl std::fmt::Debug for HostBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut kinds: Vec<_> = self.kinds.keys().collect();
+        kinds.sort();
+        f.debug_struct("HostBuilder").field("namespace", &self.namespace).field("kinds", &kinds).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,355 @@
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fmt;
+use std::future::{Future, IntoFuture};
+use std::marker::PhantomData;
+use std::pin::Pin;
+use std::sync::Arc;
+use uuid::Uuid;
+
+use super::check_message;
+use crate::definition::{Definition, Event};
+use crate::engine::Core;
+use crate::error::{Failure, HandleError, OutputError, RaiseError, Unavailable};
+use crate::limits;
+use crate::name::Name;
+use crate::payload::{self, EncodeError};
+use crate::storage::{
+    Forget, InstanceId, Op, OpKind, Outcome, ProcessRow, Raise, Raised, RecordKey, RunId, Scope, Status,
+};
+
+/// Any JSON: the output of a process whose definition is not at hand.
+pub type Json = serde_json::Value;
+
+/// One process in the database, wherever it runs, seen from outside.
+///
+/// A handle from [`Host::spawn`](super::Host::spawn) is bound to its run; one from [`Host::get`](super::Host::get)
+/// follows the id to its current run at each call. It costs nothing to keep.
+pub struct Handle<O = Json, E = Json> {
+    core: Arc<Core>,
+    id: Box<str>,
+    run: Option<RunId>,
+    kind: Option<&'static str>,
+    types: PhantomData<fn() -> Result<O, E>>,
+}
+
+impl<O, E> Clone for Handle<O, E> {
+    fn clone(&self) -> Self {
+        Self { core: self.core.clone(), id: self.id.clone(), run: self.run, kind: self.kind, types: PhantomData }
+    }
+}
+impl<O, E> fmt::Debug for Handle<O, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").field("id", &self.id).field("run", &self.run).finish_non_exhaustive()
+    }
+}
+
+/// What a process is doing.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Info {
+    /// Its id.
+    pub id: Box<str>,
+    /// Its run.
+    pub run: RunId,
+    /// Its kind.
+    pub kind: Box<str>,
+    /// Where it stands.
+    pub status: Status,
+    /// Why it failed or is stuck, in words.
+    pub reason: Option<Box<str>>,
+    /// The instance that runs it.
+    pub owner: Option<InstanceId>,
+    /// The number of its current or last execution: how often it was taken into memory.
+    pub execution: i64,
+    /// When it wakes by time.
+    pub next_wake: Option<DateTime<Utc>>,
+    /// What it waits for, in words.
+    pub waiting_for: Option<Box<str>>,
+    /// When cancellation was asked for.
+    pub cancel_requested_at: Option<DateTime<Utc>>,
+    /// Records that its function, when it ended, had never asked for: probably steps that were renamed without
+    /// [`was`](crate::Step::was).
+    pub unasked_records: Option<Box<str>>,
+    /// When it was started.
+    pub created_at: DateTime<Utc>,
+    /// Since when its status is what it is.
+    pub status_at: DateTime<Utc>,
+}
+
+impl Info {
+    pub(super) fn from_row(row: ProcessRow) -> Self {
+        Self {
+            id: row.id,
+            run: row.run,
+            kind: row.kind,
+            status: row.status,
+            reason: row.reason,
+            owner: row.owner,
+            execution: row.claim,
+            next_wake: row.wake_at,
+            waiting_for: row.waiting_for,
+            cancel_requested_at: row.cancel_requested_at,
+            unasked_records: row.unasked,
+            created_at: row.created_at,
+            status_at: row.status_at,
+        }
+    }
+}
+
+impl<O, E> Handle<O, E> {
+    pub(super) fn new(core: Arc<Core>, id: Box<str>, run: Option<RunId>, kind: Option<&'static str>) -> Self {
+        Self { core, id, run, kind, types: PhantomData }
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The run that the handle is bound to; none if it follows the id.
+    pub fn run(&self) -> Option<RunId> {
+        self.run
+    }
+
+    /// The same process with the types of its definition.
+    pub fn of<I, O2, E2>(&self, definition: Definition<I, O2, E2>) -> Handle<O2, E2> {
+        Handle::new(self.core.clone(), self.id.clone(), self.run, Some(definition.kind()))
+    }
+
+    async fn row(&self) -> Result<Option<ProcessRow>, Unavailable> {
+        // An id that no storage could hold is no process's id; some databases would not even take the question.
+        if limits::check("process id", &self.id, limits::MAX_ID).is_err() {
+            return Ok(None);
+        }
+        let core = &self.core;
+        core.read(|| core.storage.find(&core.namespace, &self.id, self.run)).await
+    }
+
+    fn not_found(&self) -> HandleError {
+        HandleError::NotFound { id: self.id.clone() }
+    }
+
+    /// What the process is doing.
+    ///
+    /// # Errors
+    /// It does not exist, or there was no answer.
+    pub async fn status(&self) -> Result<Info, HandleError> {
+        self.row().await?.map(Info::from_row).ok_or_else(|| self.not_found())
+    }
+
+    /// Waits until the process has ended, wherever it runs, and returns its output. A stuck process is waited for
+    /// further: it may be resumed. For a bound, wrap it in `tokio::time::timeout`.
+    ///
+    /// Any number of these share one watcher. In a process prefer [`Process::output`](crate::Process::output), which
+    /// is recorded and lets the process leave memory.
+    ///
+    /// # Errors
+    /// The process's own error; that it was cancelled, is not there, or left an output of another type; or the host
+    /// stopped.
+    pub async fn output(&self) -> Result<O, OutputError<E>>
+    where
+        O: DeserializeOwned,
+        E: DeserializeOwned,
+    {
+        let decode_error = |what: &str, why: String| {
+            OutputError::Decode(format!("the {what} of process {:?} does not decode: {why}", self.id).into())
+        };
+        let mut bound = self.run;
+        loop {
+            let handle = Self { run: bound, ..self.clone() };
+            let row = handle.row().await.map_err(OutputError::Unavailable)?;
+            let row = row.ok_or_else(|| OutputError::NotFound(self.id.clone()))?;
+            if let Some(kind) = self.kind
+                && *row.kind != *kind
+            {
+                let message = format!("process {:?} is of kind {:?}, not {kind:?}", self.id, row.kind);
+                return Err(OutputError::Decode(message.into()));
+            }
+            // From here on it is this run's output, even if the id gets another one.
+            bound = Some(row.run);
+            if !row.status.is_finished() {
+                let ended = self.core.watch.watch(row.run);
+                // It may have ended between the look and the entry.
+                let row = handle.row().await.map_err(OutputError::Unavailable)?;
+                if row.is_some_and(|row| !row.status.is_finished()) {
+                    let _ = ended.await;
+                    if self.core.is_stopping() && self.core.phase() == crate::engine::Phase::Dead {
+                        return Err(OutputError::Unavailable(Unavailable::Stopped));
+                    }
+                }
+                continue;
+            }
+            let output = row.output.as_deref().unwrap_or("null");
+            return match row.status {
+                Status::Completed => payload::decode(output).map_err(|why| decode_error("output", why)),
+                Status::Failed => match payload::decode(output) {
+                    Ok(error) => Err(OutputError::Failed(error)),
+                    Err(why) => Err(decode_error("error", why)),
+                },
+                _ => Err(OutputError::WasCancelled),
+            };
+        }
+    }
+
+    /// Puts a message into the process's mailbox and wakes it. Returns once it is committed.
+    ///
+    /// # Errors
+    /// The process does not exist or has ended; a limit; or no answer: then call again with the same
+    /// [id](Send::id), and it is put in once.
+    pub fn raise<T: Serialize>(&self, event: Event<T>, payload: &T) -> Send {
+        Send {
+            core: self.core.clone(),
+            process: self.id.clone(),
+            event: event.name(),
+            id: None,
+            payload: payload::encode(payload),
+        }
+    }
+
+    /// Asks the process to cancel. Returns once that is committed; the process sees it, compensates, and ends. One that
+    /// has never run ends at once; one that is stuck sees it when it is resumed.
+    ///
+    /// # Errors
+    /// It does not exist, has ended already, or there was no answer.
+    pub async fn cancel(&self) -> Result<(), HandleError> {
+        let status = self.order(Op::Cancel { id: self.id.clone() }).await?;
+        self.only_if(status, !status.is_finished(), "only a process that has not ended can be cancelled")
+    }
+
+    /// Lets a stuck or failed process go on where it was: what it recorded stays, unless it is told to
+    /// [forget](Resume::forget) it.
+    ///
+    /// # Errors
+    /// It does not exist, is neither stuck nor failed, or there was no answer.
+    pub fn resume(&self) -> Resume {
+        Resume { handle: Handle::new(self.core.clone(), self.id.clone(), self.run, self.kind), forget: Vec::new() }
+    }
+
+    /// Deletes the process with all its runs, records and messages. Whoever awaits it gets a not-found.
+    ///
+    /// # Errors
+    /// It does not exist, has neither ended nor is stuck, or there was no answer.
+    pub async fn delete(&self) -> Result<(), HandleError> {
+        let status = self.order(Op::Delete { id: self.id.clone() }).await?;
+        let allowed = "only a process that has ended or is stuck can be deleted; cancel it first";
+        self.only_if(status, status.is_finished() || status == Status::Stuck, allowed)
+    }
+
+    /// The last committed value that the process wrote with [`get`](crate::Process::get) or
+    /// [`set`](crate::Process::set) under this name; none if there is none. For progress, say.
+    ///
+    /// # Errors
+    /// The process does not exist, the value is of another type, or there was no answer.
+    pub async fn value<T: DeserializeOwned>(&self, name: impl Into<Name>) -> Result<Option<T>, HandleError> {
+        let name = name.into();
+        limits::check("name", name.name(), limits::MAX_NAME)?;
+        let row = self.row().await?.ok_or_else(|| self.not_found())?;
+        let key = RecordKey { scope: Scope::Process, name: name.name().into(), key: name.key().into() };
+        let core = &self.core;
+        let record = core.read(|| core.storage.record(row.run, &key)).await?;
+        let Some(record) = record.filter(|record| record.op == OpKind::Value) else { return Ok(None) };
+        payload::decode(&record.payload).map(Some).map_err(|why| {
+            HandleError::Decode(format!("the value {key} of process {:?} does not decode: {why}", self.id).into())
+        })
+    }
+
+    /// Has an order carried out and says where the process stood before.
+    async fn order(&self, op: Op) -> Result<Status, HandleError> {
+        if limits::check("process id", &self.id, limits::MAX_ID).is_err() {
+            return Err(self.not_found());
+        }
+        match self.core.ask(op).await? {
+            Outcome::Asked { before: Some((_, status)), .. } => Ok(status),
+            Outcome::Asked { before: None, .. } => Err(self.not_found()),
+            _ => Err(HandleError::Unavailable(self.core.strange_answer())),
+        }
+    }
+
+    fn only_if(&self, status: Status, done: bool, allowed: &'static str) -> Result<(), HandleError> {
+        if done { Ok(()) } else { Err(HandleError::Status { id: self.id.clone(), status, allowed }) }
+    }
+}
+
+/// A message to a process, to be awaited. See [`Handle::raise`].
+#[must_use = "nothing happens before it is awaited"]
+pub struct Send {
+    core: Arc<Core>,
+    process: Box<str>,
+    event: &'static str,
+    id: Option<String>,
+    payload: Result<Box<str>, EncodeError>,
+}
+
+impl Send {
+    /// The message's id: one that the run was sent before is not put in twice, even if it has ended since.
+    pub fn id(mut self, id: impl fmt::Display) -> Self {
+        self.id = Some(id.to_string());
+        self
+    }
+}
+
+impl IntoFuture for Send {
+    type Output = Result<(), RaiseError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + std::marker::Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        let Self { core, process, event, id, payload } = self;
+        Box::pin(async move {
+            let event_id = id.unwrap_or_else(|| Uuid::now_v7().simple().to_string());
+            let payload = check_message(&core, &process, event, &event_id, payload)?;
+            let raise = Raise { id: process.clone(), name: event.into(), event_id: event_id.into(), payload };
+            match core.ask(Op::Raise(raise)).await? {
+                Outcome::Raised(Raised::Delivered { .. }) => Ok(()),
+                Outcome::Raised(Raised::Finished) => Err(RaiseError::Finished { id: process }),
+                Outcome::Raised(Raised::NotFound) => Err(RaiseError::NotFound { id: process }),
+                _ => Err(RaiseError::Unavailable(core.strange_answer())),
+            }
+        })
+    }
+}
+
+/// A resume, to be awaited. See [`Handle::resume`].
+#[must_use = "nothing happens before it is awaited"]
+pub struct Resume {
+    handle: Handle<Json, Failure>,
+    forget: Vec<Name>,
+}
+
+impl Resume {
+    /// Erases the record of this name first, so that the operation happens again. What it said is kept in the audit
+    /// table.
+    pub fn forget(mut self, name: impl Into<Name>) -> Self {
+        self.forget.push(name.into());
+        self
+    }
+}
+
+impl IntoFuture for Resume {
+    type Output = Result<(), HandleError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + std::marker::Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        let Self { handle, forget } = self;
+        Box::pin(async move {
+            let mut keys = Vec::new();
+            for name in forget {
+                limits::check("name", name.name(), limits::MAX_NAME)?;
+                for scope in [Scope::Process, Scope::Compensation] {
+                    let key = RecordKey { scope, name: name.name().into(), key: name.key().into() };
+                    keys.push(Forget { key, audit: Uuid::now_v7() });
+                }
+            }
+            let status = handle.order(Op::Resume { id: handle.id.clone(), forget: keys }).await?;
+            let done = matches!(status, Status::Stuck | Status::Failed);
+            handle.only_if(status, done, "only a stuck or failed process can be resumed")
+        })
+    }
+}
+
+impl Core {
+    pub(super) fn strange_answer(&self) -> Unavailable {
+        Unavailable::Refused("the storage gave an answer to another question; this is a bug in the storage".into())
+    }
+}

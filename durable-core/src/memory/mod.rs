@@ -1,0 +1,178 @@
+//! A storage in memory, for the tests of services: the same semantics as the databases', nothing to set up, and the
+//! runtime's clock, so that under `tokio::time::pause` a process that waits a year takes no time at all.
+//!
+//! ```
+//! # use durable_core::*;
+//! # use durable_core::memory::Memory;
+//! # use std::time::Duration;
+//! const REMIND: Definition<(), ()> = Definition::new("remind");
+//!
+//! # async fn test() {
+//! tokio::time::pause();
+//! let host = Host::builder(Memory::new())
+//!     .register(REMIND, async |proc: Process, ()| {
+//!         proc.delay("a year", Duration::from_secs(365 * 24 * 3600)).await?;
+//!         Ok::<_, Failure>(())
+//!     })
+//!     .start()
+//!     .await
+//!     .unwrap();
+//! host.spawn(REMIND, "r-1", &()).await.unwrap().output().await.unwrap();
+//! # }
+//! # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
+//! ```
+
+mod db;
+
+use async_trait::async_trait;
+use chrono::{DateTime, SubsecRound, TimeDelta, Utc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::storage::{
+    Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
+    Record, RecordKey, Result, RunId, Storage, StorageError,
+};
+use db::Db;
+
+/// A storage in memory. Clones are the same storage, for several hosts; what it holds is gone with the last one.
+#[derive(Clone)]
+pub struct Memory(Arc<Shared>);
+
+struct Shared {
+    db: Mutex<Db>,
+    written: Notify,
+    start: (DateTime<Utc>, Instant),
+}
+
+impl Memory {
+    /// An empty one.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        let start = (Utc::now(), Instant::now());
+        Self(Arc::new(Shared { db: Mutex::default(), written: Notify::new(), start }))
+    }
+
+    fn db(&self) -> MutexGuard<'_, Db> {
+        self.0.db.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> DateTime<Utc> {
+        let (at, instant) = self.0.start;
+        (at + TimeDelta::from_std(instant.elapsed()).unwrap_or(TimeDelta::MAX)).trunc_subsecs(3)
+    }
+
+    fn wrote(&self) {
+        self.0.written.notify_waiters();
+    }
+}
+
+#[async_trait]
+impl Storage for Memory {
+    fn name(&self) -> &'static str {
+        "memory"
+    }
+
+    fn heartbeat_thread(&self) -> bool {
+        false
+    }
+
+    fn announces_everything(&self) -> bool {
+        true
+    }
+
+    async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
+        let now = self.now();
+        let alive = self.db().enlist(instance, now);
+        Ok((Box::new(MemoryHeart { memory: self.clone(), instance: instance.id, alive: Some(alive) }), now))
+    }
+
+    async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
+        self.db().refence(instance, generation)
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
+        let outcomes = self.db().commit(batch, self.now())?;
+        self.wrote();
+        // Like a database's answer it comes later than the call: whoever is ready goes first.
+        tokio::task::yield_now().await;
+        Ok(outcomes)
+    }
+
+    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
+        let db = self.db();
+        Ok(runs.iter().map(|run| Loaded { run: *run, state: Ok(db.load(*run, records)) }).collect())
+    }
+
+    async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
+        Ok(self.db().owned(instance, after, limit))
+    }
+
+    async fn poll(&self, poll: &Poll) -> Result<Polled> {
+        Ok(self.db().poll(poll, self.now()))
+    }
+
+    async fn changed(&self, at_most: Duration) {
+        let _ = tokio::time::timeout(at_most, self.0.written.notified()).await;
+    }
+
+    async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers> {
+        Ok(Peers { now: self.now(), peers: self.db().peers(namespace, me) })
+    }
+
+    async fn fence(&self, seen: &Peer) -> Result<bool> {
+        Ok(self.db().fence(seen))
+    }
+
+    async fn release(&self, fenced: InstanceId, limit: usize) -> Result<usize> {
+        let released = self.db().release(fenced, limit, self.now());
+        self.wrote();
+        Ok(released)
+    }
+
+    async fn retire(&self, instance: InstanceId) -> Result<()> {
+        self.db().retire(instance, self.now());
+        self.wrote();
+        Ok(())
+    }
+
+    async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
+        Ok(self.db().find(namespace, id, run))
+    }
+
+    async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
+        Ok(self.db().record(run, key))
+    }
+
+    async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>> {
+        Ok(self.db().list(namespace, filter))
+    }
+
+    async fn count(&self, namespace: &str, filter: &Filter) -> Result<Vec<Counted>> {
+        Ok(self.db().count(namespace, filter))
+    }
+}
+
+struct MemoryHeart {
+    memory: Memory,
+    instance: InstanceId,
+    /// The proof of life: dropped with the heart.
+    alive: Option<Arc<()>>,
+}
+
+impl Drop for MemoryHeart {
+    fn drop(&mut self) {
+        self.alive = None;
+        self.memory.wrote();
+    }
+}
+
+#[async_trait]
+impl Heart for MemoryHeart {
+    async fn beat(&mut self) -> Result<DateTime<Utc>> {
+        let now = self.memory.now();
+        if self.memory.db().beat(self.instance, now) { Ok(now) } else { Err(StorageError::Fenced) }
+    }
+}

@@ -1,0 +1,244 @@
+//! Values to JSON text and back. What JSON could not bring back is refused when it is recorded, not found out at the
+//! resume.
+
+use serde::de::DeserializeOwned;
+use serde::ser::{self, Serialize};
+use std::fmt;
+use uuid::Uuid;
+
+/// Why a value cannot be recorded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct EncodeError(Box<str>);
+
+/// The JSON text of a value.
+pub(crate) fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Box<str>, EncodeError> {
+    let text = serde_json::to_string(value).map_err(|e| EncodeError(e.to_string().into()))?;
+    // serde_json writes NaN and the infinities as null: they look like `None` afterwards.
+    if text.contains("null") {
+        value.serialize(Finite).map_err(|e| EncodeError(e.0.into()))?;
+    }
+    Ok(text.into())
+}
+
+/// The JSON text of a value together with what a resume will make of it. Operations return the latter, so a process
+/// never sees a value that it would not see again.
+pub(crate) fn encode_back<T: Serialize + DeserializeOwned>(value: T) -> Result<(Box<str>, T), EncodeError> {
+    let text = encode(&value)?;
+    let back = serde_json::from_str(&text)
+        .map_err(|e| EncodeError(format!("its JSON does not read back as {}: {e}", std::any::type_name::<T>()).into()))?;
+    Ok((text, back))
+}
+
+/// Which type was expected, and why the text is not one.
+pub(crate) fn decode<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|e| format!("expected {}, found {}: {e}", std::any::type_name::<T>(), shape(text)))
+}
+
+/// What a JSON text looks like, without its values: they may be secrets.
+fn shape(text: &str) -> String {
+    match serde_json::from_str::<serde_json::Value>(text) {
+        Ok(serde_json::Value::Null) => "null".into(),
+        Ok(serde_json::Value::Bool(_)) => "a boolean".into(),
+        Ok(serde_json::Value::Number(_)) => "a number".into(),
+        Ok(serde_json::Value::String(_)) => "a string".into(),
+        Ok(serde_json::Value::Array(a)) => format!("an array of {}", a.len()),
+        Ok(serde_json::Value::Object(o)) => {
+            let names: Vec<&str> = o.keys().map(String::as_str).take(8).collect();
+            format!("an object with {names:?}")
+        }
+        Err(_) => format!("{} bytes that are not JSON", text.len()),
+    }
+}
+
+/// A digest of the canonical form of a JSON text: key order and white space do not count.
+pub(crate) fn digest(text: &str) -> Box<str> {
+    let mut canonical = String::with_capacity(text.len());
+    match serde_json::from_str::<serde_json::Value>(text) {
+        Ok(value) => canonicalise(&value, &mut canonical),
+        Err(_) => canonical.push_str(text),
+    }
+    Uuid::new_v5(&Uuid::NAMESPACE_OID, canonical.as_bytes()).simple().to_string().into()
+}
+
+fn canonicalise(value: &serde_json::Value, out: &mut String) {
+    use std::fmt::Write;
+    match value {
+        serde_json::Value::Array(items) => {
+            out.push('[');
+            for item in items {
+                canonicalise(item, out);
+                out.push(',');
+            }
+            out.push(']');
+        }
+        serde_json::Value::Object(fields) => {
+            // Sorted here, since whether serde_json sorts depends on a feature that any crate may turn on.
+            let mut fields: Vec<_> = fields.iter().collect();
+            fields.sort_by_key(|(name, _)| name.as_str());
+            out.push('{');
+            for (name, item) in fields {
+                let _ = write!(out, "{name:?}:");
+                canonicalise(item, out);
+                out.push(',');
+            }
+            out.push('}');
+        }
+        scalar => {
+            let _ = write!(out, "{scalar}");
+        }
+    }
+}
+
+/// A serializer that writes nothing and refuses floating-point numbers that JSON has no text for.
+struct Finite;
+
+#[derive(Debug)]
+struct NotFinite(String);
+
+impl fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+impl std::error::Error for NotFinite {}
+impl ser::Error for NotFinite {
+    fn custom<T: fmt::Display>(message: T) -> Self {
+        Self(message.to_string())
+    }
+}
+
+macro_rules! ignore {
+    ($($name:ident: $t:ty),*) => { $(fn $name(self, _: $t) -> Result<(), NotFinite> { Ok(()) })* };
+}
+macro_rules! compound {
+    ($($trait:ident { $($method:ident($($arg:ident: $t:ty),*)),* }),*) => {
+        $(impl ser::$trait for Finite {
+            type Ok = ();
+            type Error = NotFinite;
+            $(fn $method<T: Serialize + ?Sized>(&mut self, $($arg: $t,)* value: &T) -> Result<(), NotFinite> {
+                value.serialize(Finite)
+            })*
+            fn end(self) -> Result<(), NotFinite> { Ok(()) }
+        })*
+    };
+}
+
+impl ser::Serializer for Finite {
+    type Ok = ();
+    type Error = NotFinite;
+    type SerializeSeq = Self;
+    type SerializeTuple = Self;
+    type SerializeTupleStruct = Self;
+    type SerializeTupleVariant = Self;
+    type SerializeMap = Self;
+    type SerializeStruct = Self;
+    type SerializeStructVariant = Self;
+
+    ignore!(serialize_bool: bool, serialize_i8: i8, serialize_i16: i16, serialize_i32: i32, serialize_i64: i64,
+        serialize_u8: u8, serialize_u16: u16, serialize_u32: u32, serialize_u64: u64, serialize_char: char,
+        serialize_str: &str, serialize_bytes: &[u8], serialize_unit_struct: &'static str);
+
+    fn serialize_f32(self, v: f32) -> Result<(), NotFinite> {
+        self.serialize_f64(f64::from(v))
+    }
+    fn serialize_f64(self, v: f64) -> Result<(), NotFinite> {
+        if v.is_finite() { Ok(()) } else { Err(NotFinite(format!("JSON has no text for the number {v}"))) }
+    }
+    fn serialize_none(self) -> Result<(), NotFinite> {
+        Ok(())
+    }
+    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<(), NotFinite> {
+        value.serialize(self)
+    }
+    fn serialize_unit(self) -> Result<(), NotFinite> {
+        Ok(())
+    }
+    fn serialize_unit_variant(self, _: &'static str, _: u32, _: &'static str) -> Result<(), NotFinite> {
+        Ok(())
+    }
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, _: &'static str, value: &T) -> Result<(), NotFinite> {
+        value.serialize(self)
+    }
+    fn serialize_newtype_variant<T: Serialize + ?Sized>(
+        self,
+        _: &'static str,
+        _: u32,
+        _: &'static str,
+        value: &T,
+    ) -> Result<(), NotFinite> {
+        value.serialize(self)
+    }
+    fn serialize_seq(self, _: Option<usize>) -> Result<Self, NotFinite> {
+        Ok(self)
+    }
+    fn serialize_tuple(self, _: usize) -> Result<Self, NotFinite> {
+        Ok(self)
+    }
+    fn serialize_tuple_struct(self, _: &'static str, _: usize) -> Result<Self, NotFinite> {
+        Ok(self)
+    }
+    fn serialize_tuple_variant(self, _: &'static str, _: u32, _: &'static str, _: usize) -> Result<Self, NotFinite> {
+        Ok(self)
+    }
+    fn serialize_map(self, _: Option<usize>) -> Result<Self, NotFinite> {
+        Ok(self)
+    }
+    fn serialize_struct(self, _: &'static str, _: usize) -> Result<Self, NotFinite> {
+        Ok(self)
+    }
+    fn serialize_struct_variant(self, _: &'static str, _: u32, _: &'static str, _: usize) -> Result<Self, NotFinite> {
+        Ok(self)
+    }
+}
+
+compound!(SerializeSeq { serialize_element() }, SerializeTuple { serialize_element() },
+    SerializeTupleStruct { serialize_field() }, SerializeTupleVariant { serialize_field() },
+    SerializeStruct { serialize_field(_name: &'static str) },
+    SerializeStructVariant { serialize_field(_name: &'static str) },
+    SerializeMap { serialize_key(), serialize_value() });
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::{BTreeMap, HashMap};
+
+    #[test]
+    fn what_json_cannot_bring_back_is_refused() {
+        assert!(encode(&f64::NAN).is_err());
+        assert!(encode(&Some(f32::INFINITY)).is_err());
+        assert!(encode(&vec![Some((1, f64::NEG_INFINITY))]).is_err());
+        assert!(encode(&HashMap::from([(vec![1], 2)])).is_err());
+        assert!(encode(&BTreeMap::from([(1, None::<u8>)])).is_ok());
+        assert_eq!(&*encode(&(None::<u8>, 1.5, "null")).unwrap(), r#"[null,1.5,"null"]"#);
+
+        #[derive(serde::Serialize, serde::Deserialize)]
+        struct Lossy {
+            #[serde(skip_serializing)]
+            _needed: u8,
+        }
+        let error = encode_back(Lossy { _needed: 1 }).err().unwrap().to_string();
+        assert!(error.contains("Lossy") && error.contains("missing field"), "{error}");
+    }
+
+    #[test]
+    fn a_decode_error_names_both_types_and_no_value() {
+        let error = decode::<u32>(r#"{"iban":"DE12"}"#).unwrap_err();
+        assert!(error.contains("expected u32") && error.contains("iban") && !error.contains("DE12"), "{error}");
+    }
+
+    #[test]
+    fn a_digest_does_not_see_order_or_space() {
+        assert_eq!(digest(r#"{"a":1,"b":[1,2]}"#), digest(r#"{ "b": [1, 2], "a": 1 }"#));
+        assert_ne!(digest(r#"{"a":1}"#), digest(r#"{"a":"1"}"#));
+        assert_ne!(digest("[1,2]"), digest("[2,1]"));
+        assert_ne!(digest(r#"["a,b"]"#), digest(r#"["a","b"]"#));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn numbers_come_back_as_they_were(int in proptest::num::i64::ANY, float in proptest::num::f64::NORMAL) {
+            proptest::prop_assert_eq!(encode_back((int, float)).unwrap().1, (int, float));
+        }
+    }
+}

@@ -1,0 +1,263 @@
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::future::{Future, IntoFuture};
+use std::marker::PhantomData;
+use std::panic::Location;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use super::Process;
+use crate::engine::operation::{Begun, Operation, Write};
+use crate::engine::run::{At, Run, WaitFor};
+use crate::error::{OutputError, SpawnError};
+use crate::host::{check_spawn, judge_spawned};
+use crate::payload::{self, EncodeError};
+use crate::storage::{Effect, Op, OpKind, Outcome, RecordKey, RunId, Scope, Spawn, Spawned, Status};
+
+/// Another process that a process has started. See [`Process::spawn`].
+#[derive(Debug)]
+pub struct Child<O, E> {
+    id: Box<str>,
+    kind: &'static str,
+    run: RunId,
+    existed: bool,
+    types: PhantomData<fn() -> Result<O, E>>,
+}
+
+impl<O, E> Child<O, E> {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+    /// Its run.
+    pub fn run(&self) -> RunId {
+        self.run
+    }
+    /// A process of that id, kind and input was there already.
+    pub fn existed(&self) -> bool {
+        self.existed
+    }
+    /// Awaits its output, as an operation of `process`.
+    #[track_caller]
+    pub fn output<'p>(&self, process: &'p Process) -> AwaitOutput<'p, O, E> {
+        AwaitOutput::new(process, self.kind, self.id.clone().into(), Some(self.run))
+    }
+}
+
+/// The start of another process, to be awaited. See [`Process::spawn`].
+#[must_use = "nothing happens before it is awaited"]
+pub struct SpawnChild<'p, O, E> {
+    run: Arc<Run>,
+    scope: Scope,
+    at: At,
+    kind: &'static str,
+    id: String,
+    input: Result<Box<str>, EncodeError>,
+    existing_ok: bool,
+    restart_finished: bool,
+    #[allow(clippy::type_complexity)]
+    types: PhantomData<(&'p (), fn() -> Result<O, E>)>,
+}
+
+impl<'p, O, E> SpawnChild<'p, O, E> {
+    #[track_caller]
+    pub(super) fn new(process: &'p Process, kind: &'static str, id: String, input: Result<Box<str>, EncodeError>) -> Self {
+        Self {
+            run: process.run.clone(),
+            scope: process.scope(),
+            at: Location::caller(),
+            kind,
+            id,
+            input,
+            existing_ok: false,
+            restart_finished: false,
+            types: PhantomData,
+        }
+    }
+
+    /// A process of that id and kind will do, whatever its input.
+    pub fn existing_ok(mut self) -> Self {
+        self.existing_ok = true;
+        self
+    }
+
+    /// If the process has ended, it gets a new run with this input.
+    pub fn restart_finished(mut self) -> Self {
+        self.restart_finished = true;
+        self
+    }
+}
+
+impl<'p, O, E> IntoFuture for SpawnChild<'p, O, E> {
+    type Output = Result<Child<O, E>, SpawnError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'p>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        let Self { run, scope, at, kind, id, input, existing_ok, restart_finished, .. } = self;
+        let future = spawn(run, scope, at, kind, id, input, existing_ok, restart_finished);
+        Box::pin(async move {
+            let (id, spawned) = future.await?;
+            Ok(Child { id, kind, run: spawned.run, existed: spawned.existed, types: PhantomData })
+        })
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+async fn spawn(
+    run: Arc<Run>,
+    scope: Scope,
+    at: At,
+    kind: &'static str,
+    id: String,
+    input: Result<Box<str>, EncodeError>,
+    existing_ok: bool,
+    restart_finished: bool,
+) -> Result<(Box<str>, Spawned), SpawnError> {
+    let input = check_spawn(&run.core, kind, &id, input)?;
+    let id: Box<str> = id.into();
+    let digest = payload::digest(&input);
+    let key = RecordKey { scope, name: kind.into(), key: format!("+{id}").into() };
+    let mut operation = Operation::with_key(&run, key, OpKind::Spawn, at);
+    let spawned = match operation.begin().await? {
+        Begun::Recorded(record) => match payload::decode::<Spawned>(&record.payload) {
+            Ok(spawned) => spawned,
+            Err(why) => return operation.undecodable(&why).await,
+        },
+        Begun::Open(_) => {
+            let take = run.core.may_take(kind);
+            // Derived, so that a repetition after a lost answer or a crash recognises the child as its own.
+            let child = RunId::new();
+            let spawn = Spawn { run: child, id: id.clone(), kind: kind.into(), input, digest: digest.clone(), take, restart_finished };
+            let write = Write { effect: Some(Effect::Spawn(spawn)), ..Write::done("") };
+            match operation.record(write).await? {
+                Outcome::Spawned(spawned) => spawned,
+                other => return operation.undecodable(&format!("the storage answered {other:?}")).await,
+            }
+        }
+    };
+    operation.done();
+    judge_spawned(&spawned, &id, kind, &digest, existing_ok)?;
+    Ok((id, spawned))
+}
+
+/// The output of another process, to be awaited. See [`Process::output`].
+#[must_use = "nothing happens before it is awaited"]
+pub struct AwaitOutput<'p, O, E> {
+    pub(super) run: Arc<Run>,
+    pub(super) scope: Scope,
+    pub(super) at: At,
+    pub(super) kind: &'static str,
+    pub(super) id: String,
+    target: Option<RunId>,
+    #[allow(clippy::type_complexity)]
+    types: PhantomData<(&'p (), fn() -> Result<O, E>)>,
+}
+
+impl<'p, O, E> AwaitOutput<'p, O, E> {
+    #[track_caller]
+    pub(super) fn new(process: &'p Process, kind: &'static str, id: String, target: Option<RunId>) -> Self {
+        let (run, scope, at) = (process.run.clone(), process.scope(), Location::caller());
+        Self { run, scope, at, kind, id, target, types: PhantomData }
+    }
+
+    pub(super) fn key(&self) -> RecordKey {
+        RecordKey { scope: self.scope, name: self.kind.into(), key: format!("={}", self.id).into() }
+    }
+}
+
+/// What stands in the record: how the awaited process ended.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum End {
+    Completed(Box<RawValue>),
+    Failed(Box<RawValue>),
+    Cancelled,
+    NotFound,
+}
+
+impl End {
+    fn from_row(ended: Option<(Status, Option<Box<str>>)>) -> Result<Self, String> {
+        let Some((status, output)) = ended else { return Ok(Self::NotFound) };
+        let json = || match &output {
+            Some(text) => RawValue::from_string(text.clone().into()).map_err(|e| e.to_string()),
+            None => Err("it has no output".to_owned()),
+        };
+        match status {
+            Status::Completed => json().map(Self::Completed),
+            Status::Failed => json().map(Self::Failed),
+            _ => Ok(Self::Cancelled),
+        }
+    }
+
+    pub(super) fn decode<O: DeserializeOwned, E: DeserializeOwned>(
+        &self,
+        id: &str,
+    ) -> Result<Result<O, OutputError<E>>, String> {
+        match self {
+            Self::Completed(json) => payload::decode(json.get()).map(Ok),
+            Self::Failed(json) => payload::decode(json.get()).map(|error| Err(OutputError::Failed(error))),
+            Self::Cancelled => Ok(Err(OutputError::WasCancelled)),
+            Self::NotFound => Ok(Err(OutputError::NotFound(id.into()))),
+        }
+    }
+}
+
+impl<'p, O, E> IntoFuture for AwaitOutput<'p, O, E>
+where
+    O: DeserializeOwned + Send + 'p,
+    E: DeserializeOwned + Send + 'p,
+{
+    type Output = Result<O, OutputError<E>>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'p>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let mut operation = Operation::with_key(&self.run, self.key(), OpKind::Output, self.at);
+            let end = match operation.begin().await? {
+                Begun::Recorded(record) => match payload::decode::<End>(&record.payload) {
+                    Ok(end) => end,
+                    Err(why) => return operation.undecodable(&why).await,
+                },
+                Begun::Open(_) => {
+                    let (end, awaited) = self.ended(&operation).await?;
+                    let payload = match payload::encode(&end) {
+                        Ok(payload) => payload,
+                        Err(error) => return operation.unencodable(&error).await,
+                    };
+                    operation.record(Write { awaited, ..Write::done(payload) }).await?;
+                    end
+                }
+            };
+            match end.decode(&self.id) {
+                Ok(output) => {
+                    operation.done();
+                    output
+                }
+                Err(why) => operation.undecodable(&why).await,
+            }
+        })
+    }
+}
+
+impl<O, E> AwaitOutput<'_, O, E> {
+    /// Waits until the process has ended. Writes no record; says which waiter row is to go with it.
+    pub(super) async fn ended(&self, operation: &Operation) -> Result<(End, Option<RunId>), crate::Cancelled> {
+        let (id, target) = (self.id.as_str().into(), self.target);
+        let (target, ended) = match self.run.commit(Op::Await { run: self.run.run, id, target }).await {
+            Outcome::Awaits(Some((target, ended))) => (target, ended),
+            _ => return Ok((End::NotFound, None)),
+        };
+        let ended = match ended {
+            Some(ended) => Some(ended),
+            None => {
+                let what = WaitFor::Output(self.id.as_str().into());
+                operation.wait(what, None, |state, _| state.mail.targets.get(&target).cloned()).await?
+            }
+        };
+        match End::from_row(ended) {
+            Ok(end) => Ok((end, Some(target))),
+            Err(why) => operation.undecodable(&format!("the output of process {:?}: {why}", self.id)).await,
+        }
+    }
+}

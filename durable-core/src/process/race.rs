@@ -1,0 +1,376 @@
+use chrono::{DateTime, SubsecRound, Utc};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::future::{Future, IntoFuture, poll_fn};
+use std::panic::Location;
+use std::pin::Pin;
+use std::task::Poll;
+
+use super::Process;
+use super::child::{AwaitOutput, End};
+use super::delay::{Delay, Delayed, Due};
+use super::receive::{self, Place, PutBack, Receive};
+use super::step::{Attempts, Recording, Step};
+use crate::engine::operation::{Begun, Operation, Write};
+use crate::engine::run::{State, WaitFor};
+use crate::error::{Cancelled, OutputError, StepError};
+use crate::name::Name;
+use crate::payload::{self, EncodeError};
+use crate::storage::{OpKind, RecordState, RunId};
+
+/// The first of several durable operations, as one durable operation, to be awaited. See [`Process::race`].
+///
+/// Winner, its result and what it consumes are one record; the members write none. Losers consume nothing; a step that
+/// had begun and loses is signalled, dropped and not recorded, so it may have had its effect. After a crash an
+/// unfinished race goes on with the deadlines that it had; a finished one returns the same branch.
+///
+/// If several are ready at the same time, the one that was added first wins. A step in a race is attempted until its
+/// retry is exhausted, but its attempts are not recorded: after a crash they count anew.
+///
+/// ```
+/// # use durable_core::*;
+/// # use durable_core::testing::run_process;
+/// # use std::time::Duration;
+/// # #[derive(Debug, PartialEq)]
+/// enum First { Paid(u64), Late }
+/// const PAID: Event<u64> = Event::new("Paid");
+/// # let late = run_process(|proc| async move {
+/// let first = proc
+///     .race("paid or late")
+///     .on(proc.event(PAID), First::Paid)
+///     .on(proc.delay("late", Duration::from_secs(14 * 24 * 3600)), |_| First::Late)
+///     .await?;
+/// # Ok::<_, Failure>(first == First::Late)
+/// # });
+/// # assert!(late.unwrap());
+/// ```
+#[must_use = "nothing happens before it is awaited"]
+pub struct Race<'p, T> {
+    operation: Operation,
+    members: Vec<Member<'p, T>>,
+}
+
+/// One branch of a race.
+struct Member<'p, T> {
+    label: Label,
+    due: Option<Due>,
+    contend: Contend<'p>,
+    finish: Box<dyn FnOnce(&str) -> Result<T, String> + Send + 'p>,
+}
+
+/// Takes part, on behalf of the race, with the deadline that is recorded for it.
+type Contend<'p> = Box<dyn FnOnce(Operation, DateTime<Utc>) -> Contest<'p> + Send + 'p>;
+type Contest<'p> = Pin<Box<dyn Future<Output = Result<Won, Cancelled>> + Send + 'p>>;
+
+/// What a winner leaves for the race's record.
+struct Won {
+    payload: Result<Box<str>, EncodeError>,
+    takes: Option<PutBack>,
+    awaited: Option<RunId>,
+}
+
+/// How a member is called in the record.
+#[doc(hidden)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Label {
+    name: Box<str>,
+    #[serde(default, skip_serializing_if = "str::is_empty")]
+    key: Box<str>,
+}
+
+impl Label {
+    fn new(name: &str, key: &str) -> Self {
+        Self { name: name.into(), key: key.into() }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Pending {
+    deadlines: Vec<(Label, DateTime<Utc>)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Finished {
+    winner: Label,
+    result: Box<RawValue>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    message: Option<i64>,
+}
+
+impl<'p, T: Send + 'p> Race<'p, T> {
+    #[track_caller]
+    pub(super) fn new(process: &'p Process, name: Name) -> Self {
+        let operation = Operation::new(&process.run, process.scope(), &name, OpKind::Race, Location::caller());
+        Self { operation, members: Vec::new() }
+    }
+
+    /// Adds an operation, and what its result becomes if it wins. Each member needs another name.
+    pub fn on<M: RaceMember<'p>>(mut self, member: M, then: impl FnOnce(M::Output) -> T + Send + 'p) -> Self {
+        let (label, due, contend) = member.join();
+        let finish = Box::new(|payload: &str| M::decode(payload).map(then));
+        self.members.push(Member { label, due, contend, finish });
+        self
+    }
+}
+
+impl<'p, T: Send + 'p> IntoFuture for Race<'p, T> {
+    type Output = Result<T, Cancelled>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'p>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(run(self.operation, self.members))
+    }
+}
+
+async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p, T>>) -> Result<T, Cancelled> {
+    let pending = match operation.begin().await? {
+        Begun::Recorded(record) => {
+            let finished: Finished = match payload::decode(&record.payload) {
+                Ok(finished) => finished,
+                Err(why) => return operation.undecodable(&why).await,
+            };
+            let Some(member) = members.into_iter().find(|member| member.label == finished.winner) else {
+                let why = format!("its winner {:?} is not among the members now", finished.winner);
+                return operation.undecodable(&why).await;
+            };
+            return match (member.finish)(finished.result.get()) {
+                Ok(output) => {
+                    operation.done();
+                    Ok(output)
+                }
+                Err(why) => operation.undecodable(&why).await,
+            };
+        }
+        Begun::Open(pending) => pending,
+    };
+    if let Some(label) = twice(&members) {
+        return operation.stuck(format!("the race {} has two members {label:?}; rename one", operation.key)).await;
+    }
+    let known: Vec<(Label, DateTime<Utc>)> = match pending {
+        Some(record) => match payload::decode::<Pending>(&record.payload) {
+            Ok(pending) => pending.deadlines,
+            Err(why) => return operation.undecodable(&why).await,
+        },
+        None => Vec::new(),
+    };
+    let now = operation.run.core.clock.now();
+    let mut deadlines = known.clone();
+    for member in &members {
+        if let Some(due) = member.due
+            && !deadlines.iter().any(|(label, _)| *label == member.label)
+        {
+            deadlines.push((member.label.clone(), due.from(now)));
+        }
+    }
+    if deadlines != known {
+        operation.record_value(RecordState::Pending, &Pending { deadlines: deadlines.clone() }).await?;
+    }
+    let (winner, won, finish) = contest(&operation, members, &deadlines).await?;
+    let Won { payload, takes: mut back, awaited } = won;
+    let payload = match payload {
+        Ok(payload) => payload,
+        Err(error) => return operation.unencodable(&error).await,
+    };
+    let takes = back.as_ref().and_then(PutBack::number);
+    let finished = RawValue::from_string(payload.clone().into())
+        .map_err(|e| e.to_string())
+        .and_then(|result| payload::encode(&Finished { winner, result, message: takes }).map_err(|e| e.to_string()));
+    let finished = match finished {
+        Ok(finished) => finished,
+        Err(why) => return operation.stuck(format!("the race {}: {why}", operation.key)).await,
+    };
+    operation.record(Write { takes, awaited, ..Write::done(finished) }).await?;
+    if let Some(back) = &mut back {
+        back.keep();
+    }
+    match finish(&payload) {
+        Ok(output) => {
+            operation.done();
+            Ok(output)
+        }
+        Err(why) => operation.undecodable(&why).await,
+    }
+}
+
+fn twice<'m, T>(members: &'m [Member<'_, T>]) -> Option<&'m Label> {
+    let repeated = |(at, member): (usize, &'m Member<'_, T>)| {
+        members[..at].iter().any(|other| other.label == member.label).then_some(&member.label)
+    };
+    members.iter().enumerate().find_map(repeated)
+}
+
+type Finish<'p, T> = Box<dyn FnOnce(&str) -> Result<T, String> + Send + 'p>;
+
+/// Polls all members until one has won; the others are dropped before this returns.
+async fn contest<'p, T: Send + 'p>(
+    operation: &Operation,
+    members: Vec<Member<'p, T>>,
+    deadlines: &[(Label, DateTime<Utc>)],
+) -> Result<(Label, Won, Finish<'p, T>), Cancelled> {
+    let mut contests: Vec<Option<(Label, Contest<'p>, Finish<'p, T>)>> = members
+        .into_iter()
+        .map(|Member { label, contend, finish, .. }| {
+            let due = deadlines.iter().find(|(of, _)| *of == label).map_or(DateTime::<Utc>::MAX_UTC, |(_, due)| *due);
+            let contest = contend(operation.on_behalf(), due);
+            Some((label, contest, finish))
+        })
+        .collect();
+    poll_fn(move |cx| {
+        for slot in &mut contests {
+            let Some((_, contest, _)) = slot else { continue };
+            if let Poll::Ready(won) = contest.as_mut().poll(cx) {
+                let Some((label, _, finish)) = slot.take() else { continue };
+                contests.clear();
+                return Poll::Ready(won.map(|won| (label, won, finish)));
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// An operation that can take part in a race: a step, a timer, a receive without a time-out, the output of another
+/// process.
+pub trait RaceMember<'p>: sealed::Sealed + Send + Sized {
+    /// What the operation returns.
+    type Output: Send;
+    #[doc(hidden)]
+    #[allow(private_interfaces)]
+    fn join(self) -> (Label, Option<Due>, Contend<'p>);
+    /// What its recorded result is. `Err` says why it does not decode.
+    #[doc(hidden)]
+    fn decode(payload: &str) -> Result<Self::Output, String>;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+fn won(payload: Result<Box<str>, EncodeError>) -> Won {
+    Won { payload, takes: None, awaited: None }
+}
+
+impl sealed::Sealed for Delay<'_> {}
+impl<'p> RaceMember<'p> for Delay<'p> {
+    type Output = Delayed;
+
+    #[allow(private_interfaces)]
+    fn join(self) -> (Label, Option<Due>, Contend<'p>) {
+        let key = self.operation.key.clone();
+        let label = Label::new(&key.name, &key.key);
+        let contend: Contend<'p> = Box::new(move |race, due| {
+            Box::pin(async move {
+                let woke = race.wait(WaitFor::Timer(key), Some(due), |_, now| (now >= due).then_some(now)).await?;
+                Ok(won(payload::encode(&Delayed { due, woke: woke.trunc_subsecs(3).max(due) })))
+            })
+        });
+        (label, Some(self.due), contend)
+    }
+
+    fn decode(payload: &str) -> Result<Delayed, String> {
+        payload::decode(payload)
+    }
+}
+
+impl<T> sealed::Sealed for Receive<'_, T, T> {}
+impl<'p, T: DeserializeOwned + Send + 'p> RaceMember<'p> for Receive<'p, T, T> {
+    type Output = T;
+
+    #[allow(private_interfaces)]
+    fn join(self) -> (Label, Option<Due>, Contend<'p>) {
+        let (name, at) = (self.name, self.at);
+        let contend: Contend<'p> = Box::new(move |race, _| {
+            Box::pin(async move {
+                let Some(_place) = Place::take(&race.run, name, at) else { return std::future::pending().await };
+                let taken = |state: &mut State, _| {
+                    let number = receive::lowest(state, name)?;
+                    receive::take(state, number)
+                };
+                let event = race.wait(WaitFor::Event(name.into()), None, taken).await?;
+                let payload = event.payload.clone();
+                Ok(Won { takes: Some(PutBack::new(&race.run, &race.key, event)), ..won(Ok(payload)) })
+            })
+        });
+        (Label::new(name, ""), None, contend)
+    }
+
+    fn decode(payload: &str) -> Result<T, String> {
+        payload::decode(payload)
+    }
+}
+
+impl<O, E> sealed::Sealed for AwaitOutput<'_, O, E> {}
+impl<'p, O, E> RaceMember<'p> for AwaitOutput<'p, O, E>
+where
+    O: DeserializeOwned + Send + 'p,
+    E: DeserializeOwned + Send + 'p,
+{
+    type Output = Result<O, OutputError<E>>;
+
+    #[allow(private_interfaces)]
+    fn join(self) -> (Label, Option<Due>, Contend<'p>) {
+        let key = self.key();
+        let contend: Contend<'p> = Box::new(move |race, _| {
+            Box::pin(async move {
+                let (end, awaited) = self.ended(&race).await?;
+                let id = self.id.into_boxed_str();
+                Ok(Won { awaited, ..won(payload::encode(&EndOf { id, end })) })
+            })
+        });
+        (Label::new(&key.name, &key.key), None, contend)
+    }
+
+    fn decode(payload: &str) -> Result<Self::Output, String> {
+        let EndOf { id, end } = payload::decode(payload)?;
+        end.decode(&id)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct EndOf {
+    id: Box<str>,
+    end: End,
+}
+
+impl<F: Attempts<M>, M, R> sealed::Sealed for Step<'_, F, M, R> {}
+impl<'p, F, M, R> RaceMember<'p> for Step<'p, F, M, R>
+where
+    F: Attempts<M> + 'p,
+    F::Ok: Serialize + DeserializeOwned,
+    R: Recording<F::Err> + 'p,
+    M: 'p,
+{
+    type Output = Result<F::Ok, StepError<R::Error>>;
+
+    #[allow(private_interfaces)]
+    fn join(self) -> (Label, Option<Due>, Contend<'p>) {
+        let key = self.operation.key.clone();
+        let label = Label::new(&key.name, &key.key);
+        let contend: Contend<'p> = Box::new(move |race, _| {
+            Box::pin(async move {
+                let result = self.unrecorded(&race).await?;
+                Ok(won(payload::encode(&match &result {
+                    Ok(value) => Returned::Ok(value),
+                    Err(error) => Returned::Err(error),
+                })))
+            })
+        });
+        (label, None, contend)
+    }
+
+    fn decode(payload: &str) -> Result<Self::Output, String> {
+        Ok(match payload::decode(payload)? {
+            Returned::Ok(value) => Ok(value),
+            Returned::Err(error) => Err(error),
+        })
+    }
+}
+
+/// What a step in a race returned, as it stands in the race's record.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Returned<T, E> {
+    Ok(T),
+    Err(E),
+}

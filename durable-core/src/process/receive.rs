@@ -1,0 +1,243 @@
+use chrono::{DateTime, Utc};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::future::{Future, IntoFuture};
+use std::marker::PhantomData;
+use std::panic::Location;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Process;
+use super::delay::due_after;
+use crate::definition::Event;
+use crate::engine::operation::{Begun, Operation, Write};
+use crate::engine::run::{At, Run, State, WaitFor};
+use crate::error::Cancelled;
+use crate::payload;
+use crate::storage::{EventRow, OpKind, RecordKey, RecordState, Scope};
+
+/// A receive, to be awaited. See [`Process::event`].
+#[must_use = "nothing happens before it is awaited"]
+pub struct Receive<'p, T, O> {
+    pub(super) run: Arc<Run>,
+    pub(super) scope: Scope,
+    pub(super) name: &'static str,
+    pub(super) at: At,
+    timeout: Option<Duration>,
+    finish: fn(Option<T>) -> Option<O>,
+    types: PhantomData<&'p ()>,
+}
+
+/// What stands in the record.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Received {
+    Message(Box<RawValue>),
+    TimedOut(DateTime<Utc>),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Pending {
+    deadline: DateTime<Utc>,
+}
+
+impl<'p, T> Receive<'p, T, T> {
+    #[track_caller]
+    pub(super) fn new(process: &'p Process, event: Event<T>) -> Self {
+        Self {
+            run: process.run.clone(),
+            scope: process.scope(),
+            name: event.name(),
+            at: Location::caller(),
+            timeout: None,
+            finish: |message| message,
+            types: PhantomData,
+        }
+    }
+
+    /// Gives up after this time, by the database's clock, counted from the first poll: `None` then, which is a
+    /// completed receive that took no message. The deadline is recorded, so a crash does not prolong it.
+    pub fn timeout(self, after: Duration) -> Receive<'p, T, Option<T>> {
+        let Self { run, scope, name, at, .. } = self;
+        Receive { run, scope, name, at, timeout: Some(after), finish: Some, types: PhantomData }
+    }
+}
+
+/// The place of a receive among those of its event: two at a time are refused.
+pub(super) struct Place {
+    run: Arc<Run>,
+    name: &'static str,
+    k: u32,
+}
+
+impl Place {
+    /// Takes it; none makes the process stuck.
+    pub(super) fn take(run: &Arc<Run>, name: &'static str, at: At) -> Option<Self> {
+        let (k, other) = {
+            let mut state = run.state();
+            let receives = state.mail.receives.entry(name.into()).or_default();
+            let other = receives.busy;
+            if other.is_none() {
+                receives.busy = Some(at);
+            }
+            (receives.completed + 1, other)
+        };
+        if let Some(other) = other {
+            run.fault(format_args!(
+                "the event {name:?} is received twice at the same time: at {other} and at {at}; receive it in one place"
+            ));
+            return None;
+        }
+        Some(Self { run: run.clone(), name, k })
+    }
+
+    /// The receive has completed.
+    pub(super) fn completed(self) {
+        if let Some(receives) = self.run.state().mail.receives.get_mut(self.name) {
+            receives.completed += 1;
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(receives) = self.run.state().mail.receives.get_mut(self.name) {
+            receives.busy = None;
+        }
+    }
+}
+
+/// The lowest message of an event that is not taken.
+pub(super) fn lowest(state: &State, name: &str) -> Option<i64> {
+    state.mail.events.values().find(|event| *event.name == *name).map(|event| event.number)
+}
+
+/// Takes a message that [`lowest`] has named out of the mailbox.
+pub(super) fn take(state: &mut State, number: i64) -> Option<EventRow> {
+    state.mail.events.remove(&number)
+}
+
+impl<'p, T, O> IntoFuture for Receive<'p, T, O>
+where
+    T: DeserializeOwned + Send + 'p,
+    O: Send + 'p,
+{
+    type Output = Result<O, Cancelled>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'p>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let Self { run, scope, name, at, timeout, finish, .. } = self;
+            if !run.admits(format_args!("the receive of {name:?}"), at) {
+                return std::future::pending().await;
+            }
+            let Some(place) = Place::take(&run, name, at) else { return std::future::pending().await };
+            let key = RecordKey { scope, name: name.into(), key: format!("#{}", place.k).into() };
+            let mut operation = Operation::with_key(&run, key, OpKind::Event, at);
+            let received = receive(&mut operation, name, timeout).await?;
+            let message = match &received {
+                Received::Message(json) => match payload::decode::<T>(json.get()) {
+                    Ok(message) => Some(message),
+                    Err(why) => return operation.undecodable(&why).await,
+                },
+                Received::TimedOut(_) => None,
+            };
+            place.completed();
+            match finish(message) {
+                Some(output) => {
+                    operation.done();
+                    Ok(output)
+                }
+                None => operation.undecodable("it says that the receive timed out, but it has no time-out now").await,
+            }
+        })
+    }
+}
+
+async fn receive(operation: &mut Operation, name: &str, timeout: Option<Duration>) -> Result<Received, Cancelled> {
+    let pending = match operation.begin().await? {
+        Begun::Recorded(record) => match payload::decode(&record.payload) {
+            Ok(received) => return Ok(received),
+            Err(why) => return operation.undecodable(&why).await,
+        },
+        Begun::Open(pending) => pending,
+    };
+    let deadline = match (pending, timeout) {
+        (Some(record), _) => match payload::decode::<Pending>(&record.payload) {
+            Ok(pending) => Some(pending.deadline),
+            Err(why) => return operation.undecodable(&why).await,
+        },
+        (None, Some(after)) => {
+            // A message that is there already needs no deadline.
+            let waiting = lowest(&operation.run.state(), name).is_some();
+            if waiting {
+                None
+            } else {
+                let deadline = due_after(operation.run.core.clock.now(), after);
+                operation.record_value(RecordState::Pending, &Pending { deadline }).await?;
+                Some(deadline)
+            }
+        }
+        (None, None) => None,
+    };
+    let event = operation
+        .wait(WaitFor::Event(name.into()), deadline, |state, now| match lowest(state, name) {
+            Some(number) => Some(Ok(take(state, number)?)),
+            None => deadline.is_some_and(|deadline| now >= deadline).then_some(Err(now)),
+        })
+        .await?;
+    let (received, taken) = match event {
+        Ok(event) => match RawValue::from_string(event.payload.clone().into()) {
+            Ok(json) => (Received::Message(json), Some(event)),
+            Err(why) => return operation.undecodable(&format!("its message is not JSON: {why}")).await,
+        },
+        Err(now) => (Received::TimedOut(now), None),
+    };
+    let payload = match payload::encode(&received) {
+        Ok(payload) => payload,
+        Err(error) => return operation.unencodable(&error).await,
+    };
+    let mut back = taken.map(|event| PutBack::new(&operation.run, &operation.key, event));
+    let takes = back.as_ref().and_then(PutBack::number);
+    operation.record(Write { takes, ..Write::done(payload) }).await?;
+    if let Some(back) = &mut back {
+        back.keep();
+    }
+    Ok(received)
+}
+
+/// Puts a message back whose record was not written. Once the record is on its way it is too late: the next receive
+/// returns that record.
+pub(super) struct PutBack {
+    run: Arc<Run>,
+    key: RecordKey,
+    event: Option<EventRow>,
+}
+
+impl PutBack {
+    pub(super) fn new(run: &Arc<Run>, key: &RecordKey, event: EventRow) -> Self {
+        Self { run: run.clone(), key: key.clone(), event: Some(event) }
+    }
+
+    pub(super) fn number(&self) -> Option<i64> {
+        self.event.as_ref().map(|event| event.number)
+    }
+
+    /// The record is written.
+    pub(super) fn keep(&mut self) {
+        self.event = None;
+    }
+}
+
+impl Drop for PutBack {
+    fn drop(&mut self) {
+        let Some(event) = self.event.take() else { return };
+        let mut state = self.run.state();
+        let on_its_way = state.names.get(&self.key).is_some_and(|name| name.recording || name.is_final());
+        if !on_its_way {
+            state.mail.events.insert(event.number, event);
+        }
+    }
+}

@@ -1,0 +1,482 @@
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::future::{Future, IntoFuture, poll_fn};
+use std::marker::PhantomData;
+use std::panic::Location;
+use std::pin::{Pin, pin};
+use std::task::Poll;
+use std::time::Duration;
+use tokio::sync::watch;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use super::Process;
+use super::delay::due_after;
+use crate::engine::operation::{Begun, Operation, Write};
+use crate::engine::run::{Run, WaitFor};
+use crate::engine::wake::Context;
+use crate::error::{Cancelled, Failure, StepError};
+use crate::name::Name;
+use crate::payload;
+use crate::retry::Retry;
+use crate::storage::{OpKind, Record, RecordKey, RecordState, Scope};
+
+/// One attempt of a step, as its closure sees it.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    number: u32,
+    key: Uuid,
+    cancel: CancelToken,
+}
+
+impl Attempt {
+    /// 1 for the first, one more for each attempt that failed. An attempt that a crash cut off does not count.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+    /// The idempotency key: the same for every attempt of this step in this run, before and after a crash; another one
+    /// for every other step and run. Hand it to the system that is called, so that it can tell a repetition.
+    pub fn key(&self) -> Uuid {
+        self.key
+    }
+    /// Signalled when the attempt is given up: the process was cancelled, its time-out has passed, or it lost a race.
+    /// The attempt's future is dropped right after; a clone of the token reaches what it started elsewhere.
+    pub fn cancel(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+}
+
+/// Tells that an attempt was given up.
+#[derive(Clone, Debug)]
+pub struct CancelToken(watch::Receiver<bool>);
+
+impl CancelToken {
+    /// Whether the attempt was given up.
+    pub fn is_cancelled(&self) -> bool {
+        *self.0.borrow()
+    }
+    /// Returns once the attempt was given up; never if it ended by itself.
+    pub async fn cancelled(&self) {
+        let mut receiver = self.0.clone();
+        if receiver.wait_for(|cancelled| *cancelled).await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
+
+/// What makes the attempts of a step: `FnMut() -> Future` or `FnMut(Attempt) -> Future`, of a `Result`.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not make attempts of a step",
+    note = "a step takes `|| async {{ … }}` or `|attempt: Attempt| async move {{ … }}`, whose future is `Send` and returns a `Result`"
+)]
+pub trait Attempts<Marker>: Send {
+    /// What the step returns.
+    type Ok: Send;
+    /// The closure's own error.
+    type Err: Send;
+    /// One attempt.
+    type Future: Future<Output = Result<Self::Ok, Self::Err>> + Send;
+    /// Begins an attempt.
+    fn begin(&mut self, attempt: Attempt) -> Self::Future;
+}
+
+impl<F, Fut, T: Send, E: Send> Attempts<()> for F
+where
+    F: FnMut() -> Fut + Send,
+    Fut: Future<Output = Result<T, E>> + Send,
+{
+    type Ok = T;
+    type Err = E;
+    type Future = Fut;
+    fn begin(&mut self, _: Attempt) -> Fut {
+        self()
+    }
+}
+
+impl<F, Fut, T: Send, E: Send> Attempts<(Attempt,)> for F
+where
+    F: FnMut(Attempt) -> Fut + Send,
+    Fut: Future<Output = Result<T, E>> + Send,
+{
+    type Ok = T;
+    type Err = E;
+    type Future = Fut;
+    fn begin(&mut self, attempt: Attempt) -> Fut {
+        self(attempt)
+    }
+}
+
+/// The step's error is recorded as it is.
+#[derive(Debug)]
+pub enum Typed {}
+/// The step's error is recorded as a [`Failure`].
+#[derive(Debug)]
+pub enum AsFailure {}
+
+/// How a step's error is recorded.
+pub trait Recording<E>: Send {
+    /// What comes back.
+    type Error: Serialize + DeserializeOwned + Send;
+    /// From what the closure returned.
+    fn convert(error: E) -> Self::Error;
+}
+
+impl<E: RecordableError> Recording<E> for Typed {
+    type Error = E;
+    fn convert(error: E) -> E {
+        error
+    }
+}
+impl<E: std::error::Error + Send + 'static> Recording<E> for AsFailure {
+    type Error = Failure;
+    fn convert(error: E) -> Failure {
+        Failure::from(error)
+    }
+}
+
+/// An error that can be recorded as it is: `Serialize` and `DeserializeOwned`.
+#[diagnostic::on_unimplemented(
+    message = "the step's error `{Self}` cannot be recorded as it is",
+    label = "chain `.failure()` before `.await`",
+    note = "derive `Serialize` and `Deserialize` for `{Self}` to get it back typed, \
+            or chain `.failure()` to get it back as its type name, message and sources"
+)]
+pub trait RecordableError: Serialize + DeserializeOwned + Send {}
+impl<E: Serialize + DeserializeOwned + Send> RecordableError for E {}
+
+type RetryIf<'p, E> = Box<dyn Fn(&E) -> bool + Send + 'p>;
+
+/// A step, to be awaited. See [`Process::step`].
+#[must_use = "nothing happens before it is awaited"]
+pub struct Step<'p, F: Attempts<M>, M, R> {
+    pub(super) operation: Operation,
+    attempts: F,
+    options: Options<'p, F::Err>,
+    types: PhantomData<fn() -> (M, R)>,
+}
+
+pub(super) struct Options<'p, E> {
+    retry: Retry,
+    retry_if: Option<RetryIf<'p, E>>,
+    timeout: Option<Duration>,
+    /// Under which name the step was recorded before it was renamed.
+    was: Option<Name>,
+    _process: PhantomData<&'p ()>,
+}
+
+impl<'p, F: Attempts<M>, M> Step<'p, F, M, Typed> {
+    #[track_caller]
+    pub(super) fn new(process: &'p Process, name: Name, attempts: F) -> Self {
+        let operation = Operation::new(&process.run, process.scope(), &name, OpKind::Step, Location::caller());
+        let retry = Retry::fixed(Duration::ZERO).max_attempts(1);
+        let options = Options { retry, retry_if: None, timeout: None, was: None, _process: PhantomData };
+        Self { operation, attempts, options, types: PhantomData }
+    }
+
+    /// Records the closure's error as a [`Failure`] (type name, message, sources): for errors that cannot be
+    /// serialised.
+    pub fn failure(self) -> Step<'p, F, M, AsFailure>
+    where
+        F::Err: std::error::Error + 'static,
+    {
+        let Self { operation, attempts, options, .. } = self;
+        Step { operation, attempts, options, types: PhantomData }
+    }
+}
+
+impl<'p, F: Attempts<M>, M, R> Step<'p, F, M, R> {
+    /// Tries again after a failure, a time-out included. Without it the first failure is the step's error.
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.options.retry = retry;
+        self
+    }
+
+    /// Which of the closure's errors are worth a retry; the others are the step's error at once. All are, by default.
+    pub fn retry_if(mut self, worth: impl Fn(&F::Err) -> bool + Send + 'p) -> Self {
+        self.options.retry_if = Some(Box::new(worth));
+        self
+    }
+
+    /// Gives an attempt up after this time: its token is signalled, its future dropped.
+    pub fn timeout(mut self, after: Duration) -> Self {
+        self.options.timeout = Some(after);
+        self
+    }
+
+    /// What the step was called in an earlier version of the code: its record is used, so its effect is not repeated,
+    /// and attempts go on with the old name's idempotency key.
+    pub fn was(mut self, name: impl Into<Name>) -> Self {
+        self.options.was = Some(name.into());
+        self
+    }
+}
+
+impl<'p, F, M, R> Step<'p, F, M, R>
+where
+    F: Attempts<M> + 'p,
+    R: Recording<F::Err>,
+{
+    /// Attempts without a record, as a member of a race.
+    pub(super) async fn unrecorded(self, race: &Operation) -> Result<Result<F::Ok, StepError<R::Error>>, Cancelled> {
+        let Self { operation, mut attempts, options, .. } = self;
+        let (run, key) = (&operation.run, &operation.key);
+        let idempotency = run.idempotency_key(key);
+        let mut failed = 0;
+        loop {
+            let (error, worth) =
+                match attempt(run, key, idempotency, failed + 1, options.timeout, &mut attempts).await? {
+                    Attempted::Ok(value) => return Ok(Ok(value)),
+                    Attempted::Err(error) => options.judge::<R>(error),
+                    Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
+                };
+            failed += 1;
+            let Some(delay) = options.retry.delay_after(failed, idempotency).filter(|_| worth) else {
+                return Ok(Err(error));
+            };
+            let next_at = due_after(run.core.clock.now(), delay);
+            let what = WaitFor::Retry(key.clone());
+            race.wait(what, Some(next_at), |_, now| (now >= next_at).then_some(())).await?;
+        }
+    }
+}
+
+impl<E> Options<'_, E> {
+    /// The error as it is recorded, and whether it is worth another attempt.
+    fn judge<R: Recording<E>>(&self, error: E) -> (StepError<R::Error>, bool) {
+        let worth = self.retry_if.as_ref().is_none_or(|worth| worth(&error));
+        (StepError::Failed(R::convert(error)), worth)
+    }
+}
+
+impl<'p, F, M, R> IntoFuture for Step<'p, F, M, R>
+where
+    F: Attempts<M> + 'p,
+    F::Ok: Serialize + DeserializeOwned,
+    R: Recording<F::Err> + 'p,
+    M: 'p,
+{
+    type Output = Result<F::Ok, StepError<R::Error>>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'p>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        let Self { operation, attempts, options, .. } = self;
+        Box::pin(run::<F, M, R>(operation, attempts, options))
+    }
+}
+
+/// The pending record between two attempts.
+#[derive(Serialize, Deserialize)]
+struct Pending {
+    error: Box<str>,
+    next_at: chrono::DateTime<chrono::Utc>,
+}
+
+/// Runs a step to its record.
+async fn run<F, M, R>(
+    mut operation: Operation,
+    mut attempts: F,
+    options: Options<'_, F::Err>,
+) -> Result<F::Ok, StepError<R::Error>>
+where
+    F: Attempts<M>,
+    F::Ok: Serialize + DeserializeOwned,
+    R: Recording<F::Err>,
+{
+    let was = options.was.as_ref().map(|was| RecordKey {
+        scope: operation.key.scope,
+        name: was.name().into(),
+        key: was.key().into(),
+    });
+    let idempotency = operation.run.idempotency_key(was.as_ref().unwrap_or(&operation.key));
+    if let Some(was) = was {
+        operation.rename_from(was);
+    }
+    let mut failed = 0;
+    match operation.begin().await? {
+        Begun::Recorded(record) => {
+            let returned = decode::<F::Ok, R::Error>(&record);
+            return match returned {
+                Ok(returned) => {
+                    operation.done();
+                    returned
+                }
+                Err(why) => operation.undecodable(&why).await,
+            };
+        }
+        Begun::Open(Some(Record { payload, attempts, .. })) => {
+            failed = attempts.max(0).unsigned_abs();
+            match payload::decode::<Pending>(&payload) {
+                Ok(pending) => wait_for_retry(&operation, pending.next_at).await?,
+                Err(why) => return operation.undecodable(&why).await,
+            }
+        }
+        Begun::Open(None) => {}
+    }
+    loop {
+        let number = failed + 1;
+        let made = attempt(&operation.run, &operation.key, idempotency, number, options.timeout, &mut attempts);
+        let (error, worth) = match made.await? {
+            Attempted::Ok(value) => {
+                let (payload, value) = match payload::encode_back(value) {
+                    Ok(encoded) => encoded,
+                    Err(error) => return operation.unencodable(&error).await,
+                };
+                let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
+                operation.record(Write { attempts, ..Write::done(payload) }).await?;
+                operation.done();
+                return Ok(value);
+            }
+            Attempted::Err(error) => options.judge::<R>(error),
+            Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
+        };
+        failed += 1;
+        let delay = if worth { options.retry.delay_after(failed, idempotency) } else { None };
+        let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
+        let (payload, error) = match payload::encode_back(error) {
+            Ok(encoded) => encoded,
+            Err(error) => return operation.unencodable(&error).await,
+        };
+        match delay {
+            None => {
+                operation.record(Write { attempts, ..Write::failed(payload) }).await?;
+                operation.done();
+                return Err(error);
+            }
+            Some(delay) => {
+                let next_at = due_after(operation.run.core.clock.now(), delay);
+                tracing::debug!(id = %operation.run.id, run = %operation.run.run, step = %operation.key, attempt = number, "failed; tried again at {next_at}");
+                let pending = Pending { error: payload, next_at };
+                let payload = match payload::encode(&pending) {
+                    Ok(payload) => payload,
+                    Err(error) => return operation.unencodable(&error).await,
+                };
+                operation.record(Write { attempts, state: RecordState::Pending, ..Write::done(payload) }).await?;
+                wait_for_retry(&operation, next_at).await?;
+            }
+        }
+    }
+}
+
+async fn wait_for_retry(operation: &Operation, next_at: chrono::DateTime<chrono::Utc>) -> Result<(), Cancelled> {
+    let what = WaitFor::Retry(operation.key.clone());
+    operation.wait(what, Some(next_at), |_, now| (now >= next_at).then_some(())).await
+}
+
+/// What a record of a step says that the step returns.
+fn decode<T: DeserializeOwned, E: DeserializeOwned>(record: &Record) -> Result<Result<T, StepError<E>>, String> {
+    match record.state {
+        RecordState::Failed => payload::decode(&record.payload).map(Err),
+        _ => payload::decode(&record.payload).map(Ok),
+    }
+}
+
+/// How one attempt ended.
+pub(super) enum Attempted<T, E> {
+    Ok(T),
+    Err(E),
+    TimedOut(Duration),
+}
+
+/// Makes one attempt. Fails when the process is cancelled meanwhile; the attempt is dropped then.
+pub(super) async fn attempt<F, M>(
+    run: &std::sync::Arc<Run>,
+    key: &RecordKey,
+    idempotency: Uuid,
+    number: u32,
+    timeout: Option<Duration>,
+    attempts: &mut F,
+) -> Result<Attempted<F::Ok, F::Err>, Cancelled>
+where
+    F: Attempts<M>,
+{
+    let scope = key.scope;
+    // Another instance may be taking over: what begins now might run twice.
+    run.core.live.fresh().await;
+    let mut underway = Underway::begin(run, scope).await?;
+    let span = tracing::debug_span!("step", id = %run.id, kind = %run.kind, run = %run.run, name = %key.name, key = %key.key, attempt = number);
+    let attempt = Attempt { number, key: idempotency, cancel: CancelToken(underway.cancel.subscribe()) };
+    let user = {
+        let _context = Context { run: run.serial, step: true }.enter();
+        attempts.begin(attempt)
+    };
+    let mut user = pin!(user.instrument(span));
+    let mut limit = pin!(async {
+        match timeout {
+            Some(after) => {
+                tokio::time::sleep(after).await;
+                after
+            }
+            None => std::future::pending().await,
+        }
+    });
+    let ended = poll_fn(|cx| {
+        {
+            let mut state = run.state();
+            if state.is_ending() {
+                return Poll::Pending;
+            }
+            match state.cancelled(scope) {
+                Some(true) => return Poll::Ready(Err(Cancelled)),
+                // No success may follow the cancellation that is being recorded.
+                None => {
+                    state.note_foreign(cx, &run.root);
+                    return Poll::Pending;
+                }
+                Some(false) => state.note_foreign(cx, &run.root),
+            }
+        }
+        let polled = {
+            // Durable operations are refused in there.
+            let _context = Context { run: run.serial, step: true }.enter();
+            user.as_mut().poll(cx)
+        };
+        if let Poll::Ready(result) = polled {
+            return Poll::Ready(Ok(match result {
+                Ok(value) => Attempted::Ok(value),
+                Err(error) => Attempted::Err(error),
+            }));
+        }
+        limit.as_mut().poll(cx).map(|after| Ok(Attempted::TimedOut(after)))
+    })
+    .await;
+    if !matches!(ended, Ok(Attempted::TimedOut(_)) | Err(_)) {
+        underway.ended = true;
+    }
+    ended
+}
+
+/// An attempt that is under way: counted, so that a stopping host lets it end; its token is signalled when it is given
+/// up.
+struct Underway<'r> {
+    run: &'r Run,
+    cancel: watch::Sender<bool>,
+    ended: bool,
+}
+
+impl<'r> Underway<'r> {
+    async fn begin(run: &'r std::sync::Arc<Run>, scope: Scope) -> Result<Self, Cancelled> {
+        crate::engine::operation::wait_until(run, WaitFor::Engine, None, |state, _| {
+            if state.stopping {
+                return None;
+            }
+            match state.cancelled(scope)? {
+                true => Some(Err(Cancelled)),
+                false => {
+                    state.steps += 1;
+                    Some(Ok(()))
+                }
+            }
+        })
+        .await?;
+        Ok(Self { run, cancel: watch::Sender::new(false), ended: false })
+    }
+}
+
+impl Drop for Underway<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.cancel.send_replace(true);
+        }
+        self.run.state().steps -= 1;
+    }
+}

@@ -1,0 +1,289 @@
+use super::rows::{InstanceId, OpKind, RecordKey, RecordState, RunId, Status};
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+/// Who writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fence {
+    /// The instance.
+    pub instance: InstanceId,
+    /// Its write generation.
+    pub generation: i64,
+}
+
+/// What one instance commits at once. The engine never puts two operations on one row into one batch, except
+/// messages to one process, which keep their order.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Who writes.
+    pub fence: Fence,
+    /// The namespace of every process named by its id.
+    pub namespace: Box<str>,
+    /// What is written. They take effect kind by kind in the order of the variants of [`Op`], and in this order
+    /// within a kind.
+    pub ops: Vec<Op>,
+}
+
+/// One operation of a batch.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Op {
+    /// Starts a process, unless its id exists → [`Outcome::Spawned`].
+    Spawn(Spawn),
+    /// Puts a message into a process's mailbox and wakes it → [`Outcome::Raised`].
+    Raise(Raise),
+    /// Writes a record of a run that the instance owns under this claim → [`Outcome::Recorded`],
+    /// [`Outcome::Spawned`] or [`Outcome::Raised`] by its effect, or [`Outcome::Lost`].
+    Record(RecordOp),
+    /// Registers that `run` awaits `target`, or tells how that ended → [`Outcome::Awaits`].
+    Await {
+        /// The run that waits.
+        run: RunId,
+        /// The id of the process that it waits for.
+        id: Box<str>,
+        /// The run of that id; the current one if none.
+        target: Option<RunId>,
+    },
+    /// The owner records that the run is cancelled → [`Outcome::Recorded`] or [`Outcome::Lost`].
+    AcceptCancel {
+        /// The run.
+        run: RunId,
+        /// Its claim.
+        claim: i64,
+    },
+    /// The owner has read all signals up to this number → [`Outcome::Recorded`].
+    Seen {
+        /// The run.
+        run: RunId,
+        /// Its claim.
+        claim: i64,
+        /// The number.
+        signals: i64,
+    },
+    /// Ends a run, or marks it stuck, and wakes those that await it → [`Outcome::Finished`] or [`Outcome::Lost`].
+    Finish(Finish),
+    /// Gives a run back → [`Outcome::Recorded`], [`Outcome::Signalled`] or [`Outcome::Lost`].
+    Park(Park),
+    /// Asks a process to cancel → [`Outcome::Asked`]. One that never ran ends cancelled at once.
+    Cancel {
+        /// The process.
+        id: Box<str>,
+    },
+    /// Lets a stuck or failed process go on → [`Outcome::Asked`].
+    Resume {
+        /// The process.
+        id: Box<str>,
+        /// Records to erase first, each kept as an audit row.
+        forget: Vec<Forget>,
+    },
+    /// Deletes a finished or stuck process, all runs → [`Outcome::Asked`]. Those that await it are woken.
+    Delete {
+        /// The process.
+        id: Box<str>,
+    },
+    /// Claims due processes of a kind → [`Outcome::Claimed`].
+    Claim {
+        /// The kind.
+        kind: Box<str>,
+        /// At most so many.
+        limit: usize,
+    },
+}
+
+/// See [`Op::Spawn`].
+#[derive(Clone, Debug)]
+pub struct Spawn {
+    /// The start token: if the id exists with this run, this operation has already happened.
+    pub run: RunId,
+    /// The process's id.
+    pub id: Box<str>,
+    /// Its kind.
+    pub kind: Box<str>,
+    /// Its input, JSON text.
+    pub input: Box<str>,
+    /// A digest of the canonical form of the input.
+    pub digest: Box<str>,
+    /// The instance takes it at once, with claim 1.
+    pub take: bool,
+    /// If the id exists and is finished, a new run replaces it.
+    pub restart_finished: bool,
+}
+
+/// See [`Op::Raise`].
+#[derive(Clone, Debug)]
+pub struct Raise {
+    /// The process's id.
+    pub id: Box<str>,
+    /// The event's name.
+    pub name: Box<str>,
+    /// The message's id: one that the run was sent before is not put in twice.
+    pub event_id: Box<str>,
+    /// JSON text.
+    pub payload: Box<str>,
+}
+
+/// See [`Op::Record`].
+#[derive(Clone, Debug)]
+pub struct RecordOp {
+    /// The run.
+    pub run: RunId,
+    /// The claim under which it is written.
+    pub claim: i64,
+    /// Where.
+    pub key: RecordKey,
+    /// The operation.
+    pub op: OpKind,
+    /// How far.
+    pub state: RecordState,
+    /// JSON text. A record with an effect gets its payload from the effect's outcome instead.
+    pub payload: Box<str>,
+    /// Attempts that failed so far.
+    pub attempts: i32,
+    /// The message that this record consumes.
+    pub takes: Option<i64>,
+    /// What else happens, in the same transaction.
+    pub effect: Option<Effect>,
+    /// The awaited run whose end this record holds; its waiter row is removed.
+    pub awaited: Option<RunId>,
+}
+
+/// What a durable operation does to another process, together with its record.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    /// A message. The record's payload is [`Raised::as_json`] of its outcome.
+    Raise(Raise),
+    /// A start. The record's payload is [`Spawned::to_json`] of its outcome.
+    Spawn(Spawn),
+}
+
+/// See [`Op::Finish`].
+#[derive(Clone, Debug)]
+pub struct Finish {
+    /// The run.
+    pub run: RunId,
+    /// The claim under which it ran.
+    pub claim: i64,
+    /// Completed, failed, cancelled or stuck.
+    pub status: Status,
+    /// The result or the error, JSON text.
+    pub output: Option<Box<str>>,
+    /// Why it failed or is stuck, in words.
+    pub reason: Option<Box<str>>,
+    /// Records that it never asked for, in words.
+    pub unasked: Option<Box<str>>,
+}
+
+/// See [`Op::Park`].
+#[derive(Clone, Debug)]
+pub struct Park {
+    /// The run.
+    pub run: RunId,
+    /// The claim under which it ran.
+    pub claim: i64,
+    /// When it is due; none if only a signal wakes it.
+    pub wake_at: Option<DateTime<Utc>>,
+    /// Parks only if no signal came after this number; none gives it back in any case.
+    pub seen: Option<i64>,
+    /// What it waits for, in words.
+    pub waiting_for: Option<Box<str>>,
+}
+
+/// A record to erase at a resume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forget {
+    /// Which one.
+    pub key: RecordKey,
+    /// The key of its audit row.
+    pub audit: Uuid,
+}
+
+/// What came of one operation.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// It stands in the database.
+    Recorded,
+    /// See [`Op::Spawn`].
+    Spawned(Spawned),
+    /// See [`Op::Raise`].
+    Raised(Raised),
+    /// The awaited process: its run, and how it ended if it has. None if there is none of that id.
+    Awaits(Option<(RunId, Option<(Status, Option<Box<str>>)>)>),
+    /// The run ended; these runs of the same instance awaited it.
+    Finished {
+        /// Own runs to wake.
+        wakes: Vec<RunId>,
+    },
+    /// Not parked: signals came in the meantime, the last with this number.
+    Signalled(i64),
+    /// The run is not owned under that claim, or its record was written by another claim: nothing was written for it.
+    Lost,
+    /// See [`Op::Cancel`], [`Op::Resume`], [`Op::Delete`].
+    Asked {
+        /// The process's current run and its status before; none if there is none.
+        before: Option<(RunId, Status)>,
+        /// Own runs to wake.
+        wakes: Vec<RunId>,
+    },
+    /// The processes that are the instance's from now on.
+    Claimed(Vec<Claimed>),
+}
+
+/// A process that was claimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claimed {
+    /// Its run.
+    pub run: RunId,
+    /// The number of this claim.
+    pub claim: i64,
+}
+
+/// What came of a start.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Spawned {
+    /// The run that the id has now.
+    pub run: RunId,
+    /// It was there already.
+    pub existed: bool,
+    /// Its kind.
+    pub kind: Box<str>,
+    /// The digest of its input.
+    pub digest: Box<str>,
+}
+
+impl Spawned {
+    /// As it stands in a record.
+    pub fn to_json(&self) -> Box<str> {
+        // A struct of strings and a bool always serialises.
+        serde_json::to_string(self).unwrap_or_default().into()
+    }
+}
+
+/// What came of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Raised {
+    /// It is in the mailbox.
+    Delivered {
+        /// The process's run.
+        run: RunId,
+        /// The message's number.
+        number: i64,
+        /// The writing instance owns the process.
+        mine: bool,
+    },
+    /// The process has ended.
+    Finished,
+    /// There is no process of that id.
+    NotFound,
+}
+
+impl Raised {
+    /// As it stands in a record.
+    pub const fn as_json(&self) -> &'static str {
+        match self {
+            Self::Delivered { .. } => r#""delivered""#,
+            Self::Finished => r#""finished""#,
+            Self::NotFound => r#""not found""#,
+        }
+    }
+}

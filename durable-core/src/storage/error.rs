@@ -1,0 +1,47 @@
+use std::fmt;
+
+type Source = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a storage could not do what it was asked, sorted by what the caller may do next.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StorageError {
+    /// It did not happen, and may work later: no connection, a locked or full database, a time-out before sending.
+    #[error("the storage is not available: {0}")]
+    Unavailable(#[source] Source),
+    /// It may have happened, or may happen yet: the answer was lost. Fence off the attempt before anything else.
+    #[error("the storage's answer was lost: {0}")]
+    Unknown(#[source] Source),
+    /// The instance was taken over, or a newer generation of it writes: nothing was written, nothing ever will be.
+    #[error("the instance has been fenced off")]
+    Fenced,
+    /// The database refuses the content for good; the same again is refused again. Nothing was written.
+    #[error("the storage refuses this: {0}")]
+    Refused(#[source] Source),
+    /// What is stored cannot be understood by this code, or the place is not a database of ours. Nothing was written.
+    #[error("{0}")]
+    Schema(String),
+}
+
+impl StorageError {
+    /// The call did not happen, for this reason, and may be made again.
+    pub fn unavailable(source: impl Into<Source>) -> Self {
+        Self::Unavailable(source.into())
+    }
+    /// The call may have happened.
+    pub fn unknown(source: impl Into<Source>) -> Self {
+        Self::Unknown(source.into())
+    }
+    /// The content is refused for good.
+    pub fn refused(source: impl Into<Source>) -> Self {
+        Self::Refused(source.into())
+    }
+    /// The stored form is not one that this code understands.
+    pub fn schema(message: impl fmt::Display) -> Self {
+        Self::Schema(message.to_string())
+    }
+    /// Whether trying again can help.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Unknown(_))
+    }
+}

@@ -1,0 +1,380 @@
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+use uuid::Uuid;
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub Uuid);
+        impl $name {
+            /// A new one, that sorts after those made before it.
+            #[allow(clippy::new_without_default)]
+            pub fn new() -> Self {
+                Self(Uuid::now_v7())
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.hyphenated().fmt(f)
+            }
+        }
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+        impl FromStr for $name {
+            type Err = uuid::Error;
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                Uuid::parse_str(text).map(Self)
+            }
+        }
+    };
+}
+
+id! {
+    /// One run of a process: restarting a finished process makes a new run of the same id. Records belong to the run.
+    RunId
+}
+id! {
+    /// One engine in one program from its start until it stops or is fenced. Owning a process is a reference to it.
+    InstanceId
+}
+
+macro_rules! text_enum {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[non_exhaustive]
+        pub enum $name { $($(#[$vdoc])* $variant,)* }
+        impl $name {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+            /// As it stands in the database.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)* }
+            }
+            /// The one that stands in the database as `text`.
+            pub fn parse(text: &str) -> Option<Self> {
+                match text { $($text => Some(Self::$variant),)* _ => None }
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(self.as_str())
+            }
+        }
+    };
+}
+
+text_enum! {
+    /// Where a process stands.
+    Status {
+        /// An instance owns it.
+        Running = "running",
+        /// It waits: for its time, for an event, for another process, or for an instance with room that knows its kind.
+        Waiting = "waiting",
+        /// Its function returned `Ok`.
+        Completed = "completed",
+        /// Its function returned an error.
+        Failed = "failed",
+        /// It ended because it was cancelled.
+        Cancelled = "cancelled",
+        /// A fault in the code stopped it; it keeps its records and goes on when told to resume.
+        Stuck = "stuck",
+    }
+}
+
+impl Status {
+    /// Completed, failed or cancelled.
+    pub fn is_finished(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
+text_enum! {
+    /// Which operation wrote a record. A record of another kind than asked for makes the process stuck.
+    OpKind {
+        /// `proc.step`
+        Step = "step",
+        /// `proc.get` and `proc.set`
+        Value = "value",
+        /// `proc.delay`
+        Delay = "delay",
+        /// `proc.event`
+        Event = "event",
+        /// `proc.race`
+        Race = "race",
+        /// `proc.raise`
+        Raise = "raise",
+        /// `proc.spawn`
+        Spawn = "spawn",
+        /// `proc.output`
+        Output = "output",
+        /// `proc.transaction`
+        Transaction = "transaction",
+    }
+}
+
+text_enum! {
+    /// How far a record is.
+    RecordState {
+        /// It will be overwritten by its outcome: a retry's failed attempts, a timer's due time.
+        Pending = "pending",
+        /// The outcome, a success.
+        Done = "done",
+        /// The outcome, an error.
+        Failed = "failed",
+    }
+}
+
+/// The part of a process that a record belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+#[repr(i16)]
+pub enum Scope {
+    /// The process itself.
+    #[default]
+    Process = 0,
+    /// Its compensation.
+    Compensation = 1,
+}
+
+impl Scope {
+    /// The one with this number.
+    pub fn from_number(number: i64) -> Option<Self> {
+        match number {
+            0 => Some(Self::Process),
+            1 => Some(Self::Compensation),
+            _ => None,
+        }
+    }
+}
+
+/// What a record is found by, within its run.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RecordKey {
+    /// The process itself or its compensation.
+    pub scope: Scope,
+    /// The name that the code gave.
+    pub name: Box<str>,
+    /// The key beside the name; empty if none.
+    pub key: Box<str>,
+}
+
+impl fmt::Display for RecordKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.name)?;
+        if !self.key.is_empty() {
+            write!(f, " key {:?}", self.key)?;
+        }
+        if self.scope == Scope::Compensation {
+            write!(f, " (compensation)")?;
+        }
+        Ok(())
+    }
+}
+
+/// What an operation left behind.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    /// The operation.
+    pub op: OpKind,
+    /// How far it is.
+    pub state: RecordState,
+    /// JSON text, byte for byte as it was written.
+    pub payload: Box<str>,
+    /// Attempts that failed so far.
+    pub attempts: i32,
+    /// The claim number of the execution that wrote it.
+    pub claim: i64,
+}
+
+/// One process as it stands in the database.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProcessRow {
+    /// Its run.
+    pub run: RunId,
+    /// Its user-chosen id.
+    pub id: Box<str>,
+    /// Its kind.
+    pub kind: Box<str>,
+    /// Where it stands.
+    pub status: Status,
+    /// The input, JSON text.
+    pub input: Box<str>,
+    /// The result or the error, JSON text; set when it completed or failed.
+    pub output: Option<Box<str>>,
+    /// Why it failed or is stuck, in words.
+    pub reason: Option<Box<str>>,
+    /// The instance that runs it.
+    pub owner: Option<InstanceId>,
+    /// How often it was claimed: the number of its current or last execution.
+    pub claim: i64,
+    /// The last execution that ended in order: parked, released, resumed after a fix.
+    pub calm_claim: i64,
+    /// When it is due; none if only a message wakes it.
+    pub wake_at: Option<DateTime<Utc>>,
+    /// What it waits for, in words.
+    pub waiting_for: Option<Box<str>>,
+    /// How many signals it was sent: messages, a cancellation, awaited processes that ended. The number of its last
+    /// message or of a later signal.
+    pub signals: i64,
+    /// When cancellation was asked for.
+    pub cancel_requested_at: Option<DateTime<Utc>>,
+    /// When its owner recorded that the run is cancelled.
+    pub cancelled_at: Option<DateTime<Utc>>,
+    /// Records that the function, when it ended, had never asked for, in words.
+    pub unasked: Option<Box<str>>,
+    /// When it was started.
+    pub created_at: DateTime<Utc>,
+    /// When its status last changed.
+    pub status_at: DateTime<Utc>,
+    /// When it ended.
+    pub finished_at: Option<DateTime<Utc>>,
+}
+
+/// A message that waits in a process's mailbox.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EventRow {
+    /// Its place in the run's order.
+    pub number: i64,
+    /// The event's name.
+    pub name: Box<str>,
+    /// JSON text.
+    pub payload: Box<str>,
+}
+
+/// What became of a process that another one awaits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Target {
+    /// The awaited run.
+    pub run: RunId,
+    /// How it ended; none if it was deleted.
+    pub ended: Option<(Status, Option<Box<str>>)>,
+}
+
+/// Everything that a run needs in order to go on.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The run.
+    pub run: RunId,
+    /// Its state, or why what is stored cannot be understood. [`None`] if the run does not exist.
+    pub state: std::result::Result<Option<RunState>, String>,
+}
+
+/// The state of one run.
+#[derive(Clone, Debug)]
+pub struct RunState {
+    /// Its row.
+    pub process: ProcessRow,
+    /// Its records, if they were asked for.
+    pub records: Vec<(RecordKey, Record)>,
+    /// The messages that it has not taken, in their order.
+    pub events: Vec<EventRow>,
+    /// The awaited processes that have ended or are gone.
+    pub targets: Vec<Target>,
+}
+
+/// What makes an instance known to the others.
+#[derive(Clone, Debug)]
+pub struct NewInstance {
+    /// Its id.
+    pub id: InstanceId,
+    /// The namespace that it serves.
+    pub namespace: Box<str>,
+    /// For people: program and process id.
+    pub label: Box<str>,
+    /// The kinds that it has registered.
+    pub kinds: Vec<Box<str>>,
+}
+
+/// Whether an instance's proof of life is still there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockState {
+    /// Held: the program lives.
+    Held,
+    /// Free, and the last heartbeat says that it was held: the program died.
+    Free,
+    /// Can't be told.
+    Unknown,
+}
+
+/// Another instance, as seen at one look.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Peer {
+    /// Its id.
+    pub instance: InstanceId,
+    /// Its last heartbeat, by the database's clock.
+    pub heartbeat_at: DateTime<Utc>,
+    /// Its proof of life.
+    pub lock: LockState,
+    /// It was fenced, and what it owned is not all handed back yet.
+    pub fenced: bool,
+}
+
+/// One look at the other instances.
+#[derive(Clone, Debug)]
+pub struct Peers {
+    /// The database's time of the look.
+    pub now: DateTime<Utc>,
+    /// The others.
+    pub peers: Vec<Peer>,
+}
+
+/// What an instance asks when it looks for work.
+#[derive(Clone, Debug)]
+pub struct Poll {
+    /// The instance.
+    pub instance: InstanceId,
+    /// Its namespace.
+    pub namespace: Box<str>,
+    /// The kinds that it could run.
+    pub kinds: Vec<Box<str>>,
+    /// Runs whose end somebody here awaits.
+    pub watched: Vec<RunId>,
+}
+
+/// What there is to do.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Polled {
+    /// The database's time.
+    pub now: DateTime<Utc>,
+    /// For each kind that has a waiting process with a due time: the earliest.
+    pub due: Vec<(Box<str>, DateTime<Utc>)>,
+    /// Own runs that another instance has signalled, with their signal counts.
+    pub signalled: Vec<(RunId, i64)>,
+    /// Those of the watched runs that have ended or are gone.
+    pub ended: Vec<RunId>,
+}
+
+/// Which processes to list or count.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Only this kind.
+    pub kind: Option<Box<str>>,
+    /// Only this status.
+    pub status: Option<Status>,
+    /// Only those whose status has not changed since.
+    pub unchanged_since: Option<DateTime<Utc>>,
+    /// Only runs after this one: the next page.
+    pub after: Option<RunId>,
+    /// At most so many.
+    pub limit: usize,
+}
+
+/// A row of a count.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// The kind.
+    pub kind: Box<str>,
+    /// The status.
+    pub status: Status,
+    /// How many.
+    pub count: u64,
+    /// Whether a live instance registers the kind.
+    pub served: bool,
+}

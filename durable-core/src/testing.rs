@@ -1,0 +1,82 @@
+//! For the tests of services: runs a process's function on a storage in memory, in virtual time.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::future::Future;
+use std::time::Duration;
+
+use crate::definition::Definition;
+use crate::error::{Failure, OutputError};
+use crate::host::{Handle, Host};
+use crate::memory::Memory;
+use crate::process::Process;
+use crate::storage::Status;
+
+/// Runs a function as a process to its end and returns its output. Waiting takes no time.
+///
+/// # Panics
+/// If the process becomes stuck, with the reason.
+///
+/// ```
+/// use durable_core::{Failure, testing::run_process};
+/// let sum = run_process(|proc| async move {
+///     let a = proc.get("a", || 1).await?;
+///     let b = proc.step("b", || async { Ok::<_, Failure>(2) }).await?;
+///     Ok(a + b)
+/// });
+/// assert_eq!(sum.unwrap(), 3);
+/// ```
+pub fn run_process<T, F, Fut>(function: F) -> Result<T, OutputError<Failure>>
+where
+    T: Serialize + DeserializeOwned + Send + 'static,
+    F: Fn(Process) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<T, Failure>> + Send + 'static,
+{
+    run_process_with(function, |_| async {})
+}
+
+/// Like [`run_process`], with something beside it that has the process's handle: to raise events, say.
+///
+/// # Panics
+/// If the process becomes stuck, with the reason.
+pub fn run_process_with<T, F, Fut, B, BFut>(function: F, beside: B) -> Result<T, OutputError<Failure>>
+where
+    T: Serialize + DeserializeOwned + Send + 'static,
+    F: Fn(Process) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<T, Failure>> + Send + 'static,
+    B: FnOnce(Handle<T, Failure>) -> BFut,
+    BFut: Future<Output = ()>,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+    #[allow(clippy::expect_used)] // A test's own machinery: without it there is no test.
+    let runtime = runtime.expect("a runtime");
+    runtime.block_on(async move {
+        let definition = Definition::<(), T, Failure>::new("test");
+        let host = Host::builder(Memory::new()).register(definition, move |process, ()| function(process)).start();
+        #[allow(clippy::expect_used)] // The storage in memory refuses neither.
+        let (host, handle) = {
+            let host = host.await.expect("a host in memory");
+            let handle = host.spawn(definition, "test", &()).await.expect("a new process");
+            (host, handle)
+        };
+        let output = handle.output();
+        let stuck = async {
+            loop {
+                tokio::time::sleep(Duration::from_secs(3600)).await;
+                if let Ok(info) = handle.status().await
+                    && info.status == Status::Stuck
+                {
+                    return info.reason.unwrap_or_default();
+                }
+            }
+        };
+        let ((), output) = tokio::join!(beside(handle.clone()), async {
+            tokio::select! {
+                output = output => output,
+                reason = stuck => panic!("the process is stuck: {reason}"),
+            }
+        });
+        drop(host);
+        output
+    })
+}
