@@ -7,6 +7,7 @@
 
 mod batch;
 mod error;
+pub mod migration;
 mod rows;
 
 pub use batch::{

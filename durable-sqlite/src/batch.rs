@@ -1,0 +1,858 @@
+//! A batch as SQL: a constant number of statements for each kind of operation that is in it, whose rows travel as one
+//! JSON array; and what their answers say.
+
+use durable_core::storage::{
+    Batch, Claimed, Effect, Finish, Forget, Op, Outcome, Park, Raise, Raised, RecordOp, Result, RunId, Spawn, Spawned,
+    StorageError,
+};
+use serde_json::{Value, json};
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use crate::rows::{boxed, get, run, status};
+use crate::script::{Answer, Arg, NOW, Script};
+use crate::time_text;
+
+/// True while the batch's instance and generation may write. Evaluated inside the batch's own write transaction, which
+/// excludes every other writer, so it cannot be stale.
+const FENCED: &str =
+    "EXISTS (SELECT 1 FROM durable_fences WHERE instance = ? AND generation = ? AND fenced_at IS NULL)";
+const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
+
+/// A batch on its way.
+pub(crate) struct Plan<'b> {
+    batch: &'b Batch,
+    script: Script,
+    instance: Arg,
+    generation: Arg,
+    namespace: Arg,
+    /// Where each kind's answer is.
+    fence: usize,
+    parts: Vec<Part>,
+}
+
+/// What an answer is for: the places of the operations, in the order of their rows.
+enum Part {
+    Spawns { at: Vec<usize>, existing: usize },
+    Raises { at: Vec<usize>, answers: usize },
+    Records { at: Vec<usize>, written: usize, rows: Arc<str> },
+    Awaits { at: Vec<usize>, answers: usize },
+    Owned { at: Vec<(usize, RunId)>, answers: usize },
+    Finishes { at: Vec<usize>, finished: usize, wakes: usize },
+    Parks { at: Vec<usize>, parked: usize },
+    Asked { at: usize, before: usize, wakes: Vec<usize> },
+    Claimed { at: usize, answers: usize },
+}
+
+/// Commits a batch.
+pub(crate) async fn commit(connection: &mut SqliteConnection, batch: &Batch) -> Result<Vec<Outcome>> {
+    let plan = Plan::new(batch);
+    let Plan { script, fence, parts, .. } = plan;
+    let mut answers = script.run(connection).await?;
+    if answers.get(fence).is_none_or(|answer| answer.rows.is_empty()) {
+        return Err(StorageError::Fenced);
+    }
+    read(connection, batch, parts, &mut answers).await
+}
+
+impl<'b> Plan<'b> {
+    fn new(batch: &'b Batch) -> Self {
+        let mut plan = Self {
+            batch,
+            script: Script::default(),
+            instance: batch.fence.instance.to_string().into(),
+            generation: batch.fence.generation.into(),
+            namespace: (&*batch.namespace).into(),
+            fence: 0,
+            parts: Vec::new(),
+        };
+        plan.script.add("BEGIN IMMEDIATE", []);
+        let fence = plan.fence_args();
+        plan.fence = plan.script.add(&format!("SELECT 1 WHERE {FENCED}"), fence);
+        plan.spawns();
+        plan.raises();
+        plan.records();
+        plan.awaits();
+        plan.owned();
+        plan.finishes();
+        plan.parks();
+        plan.orders();
+        plan.script.add("COMMIT", []);
+        plan
+    }
+
+    fn fence_args(&self) -> [Arg; 2] {
+        [self.instance.clone(), self.generation.clone()]
+    }
+
+    fn ops(&self) -> impl Iterator<Item = (usize, &'b Op)> + use<'b> {
+        self.batch.ops.iter().enumerate()
+    }
+
+    /// Starts, those of durable operations among them.
+    fn spawns(&mut self) {
+        let mut at = Vec::new();
+        let mut rows = Vec::new();
+        let mut restarts = false;
+        for (index, op) in self.ops() {
+            let (spawn, from) = match op {
+                Op::Spawn(spawn) => (spawn, None),
+                Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), run, claim, .. }) => {
+                    (spawn, Some((run.to_string(), claim)))
+                }
+                _ => continue,
+            };
+            at.push(index);
+            restarts |= spawn.restart_finished;
+            let Spawn { run, id, kind, input, digest, take, restart_finished } = spawn;
+            let (from, claim) = from.unzip();
+            rows.push(json!([run.to_string(), id, kind, input, digest, i64::from(*take), i64::from(*restart_finished), from, claim]));
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let rows = array(rows);
+        let owner = |row: &str| {
+            format!(
+                "({row}.value->>7 IS NULL OR EXISTS (SELECT 1 FROM durable_processes o \
+                 WHERE o.run = {row}.value->>7 AND o.owner = ? AND o.claim = {row}.value->>8))"
+            )
+        };
+        let [instance, generation] = self.fence_args();
+        if restarts {
+            self.script.add(
+                &format!(
+                    "UPDATE durable_processes SET current = 0 WHERE {FENCED} AND run IN (
+                         SELECT p.run FROM json_each(?) j CROSS JOIN durable_processes p
+                             ON p.namespace = ? AND p.id = j.value->>1 AND p.current = 1
+                         WHERE j.value->>6 = 1 AND p.status NOT IN {UNFINISHED} AND p.kind = j.value->>2
+                             AND NOT EXISTS (SELECT 1 FROM durable_processes q WHERE q.run = j.value->>0) AND {})",
+                    owner("j")
+                ),
+                [instance.clone(), generation.clone(), rows.clone().into(), self.namespace.clone(), instance.clone()],
+            );
+        }
+        self.script.add(
+            &format!(
+                "INSERT INTO durable_processes (run, namespace, id, current, kind, status, owner, claim, calm_claim,
+                     wake_at, signals, signalled, input, input_digest, created_at, status_at)
+                 SELECT j.value->>0, ?, j.value->>1, 1, j.value->>2, iif(j.value->>5, 'running', 'waiting'),
+                     iif(j.value->>5, ?, NULL), j.value->>5, 0, iif(j.value->>5, NULL, {NOW}), 0, 0,
+                     j.value->>3, j.value->>4, {NOW}, {NOW}
+                 FROM json_each(?) j WHERE {FENCED} AND {} ON CONFLICT DO NOTHING",
+                owner("j")
+            ),
+            [
+                self.namespace.clone(),
+                instance.clone(),
+                rows.clone().into(),
+                instance.clone(),
+                generation,
+                instance.clone(),
+            ],
+        );
+        // Those that are another run than asked for.
+        let existing = self.script.add(
+            "SELECT j.key, p.run, p.kind, p.input_digest FROM json_each(?) j CROSS JOIN durable_processes p
+                 ON p.namespace = ? AND p.id = j.value->>1 AND p.current = 1
+             WHERE p.run <> j.value->>0
+                 AND NOT EXISTS (SELECT 1 FROM durable_processes q WHERE q.run = j.value->>0)",
+            [rows.clone().into(), self.namespace.clone()],
+        );
+        self.parts.push(Part::Spawns { at, existing });
+        self.spawn_records();
+    }
+
+    /// The records of durable starts: what the id has now.
+    fn spawn_records(&mut self) {
+        let mut rows = Vec::new();
+        let mut at = Vec::new();
+        for (index, op) in self.ops() {
+            if let Op::Record(record @ RecordOp { effect: Some(Effect::Spawn(spawn)), .. }) = op {
+                at.push(index);
+                rows.push(record_row(record, [json!(spawn.id), json!(spawn.run.to_string())]));
+            }
+        }
+        self.write_records(
+            at,
+            rows,
+            "json_object('run', c.run, 'existed', json(iif(c.run = j.value->>11, 'false', 'true')),
+                 'kind', c.kind, 'digest', c.input_digest)",
+            "CROSS JOIN durable_processes c ON c.run = coalesce(
+                 (SELECT q.run FROM durable_processes q WHERE q.run = j.value->>11),
+                 (SELECT q.run FROM durable_processes q WHERE q.namespace = ? AND q.id = j.value->>10 AND q.current = 1))",
+        );
+    }
+
+    /// Messages, those of durable operations among them.
+    fn raises(&mut self) {
+        let mut at = Vec::new();
+        let mut rows = Vec::new();
+        for (index, op) in self.ops() {
+            let (raise, from) = match op {
+                Op::Raise(raise) => (raise, None),
+                Op::Record(RecordOp { effect: Some(Effect::Raise(raise)), run, claim, .. }) => {
+                    (raise, Some((run.to_string(), claim)))
+                }
+                _ => continue,
+            };
+            at.push(index);
+            let Raise { id, name, event_id, payload } = raise;
+            let (from, claim) = from.unzip();
+            rows.push(json!([id, name, event_id, payload, from, claim]));
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let rows: Arg = array(rows).into();
+        let [instance, generation] = self.fence_args();
+        let namespace = self.namespace.clone();
+        // Each process's messages are numbered on from its last signal, in the order of the batch.
+        self.script.add(
+            &format!(
+                "INSERT INTO durable_events (run, number, name, event_id, payload, raised_at)
+                 SELECT p.run, p.signals + row_number() OVER (PARTITION BY p.run ORDER BY j.key),
+                     j.value->>1, j.value->>2, j.value->>3, {NOW}
+                 FROM json_each(?) j CROSS JOIN durable_processes p
+                     ON p.namespace = ? AND p.id = j.value->>0 AND p.current = 1
+                 WHERE {FENCED} AND p.status IN {UNFINISHED}
+                     AND NOT EXISTS (SELECT 1 FROM durable_events e WHERE e.run = p.run AND e.event_id = j.value->>2)
+                     AND (j.value->>4 IS NULL OR EXISTS (SELECT 1 FROM durable_processes o
+                         WHERE o.run = j.value->>4 AND o.owner = ? AND o.claim = j.value->>5))"
+            ),
+            [rows.clone(), namespace.clone(), instance.clone(), generation.clone(), instance.clone()],
+        );
+        self.script.add(
+            &format!(
+                "UPDATE durable_processes SET signals = m.last, {}
+                 FROM (SELECT p.run AS run, (SELECT max(e.number) FROM durable_events e WHERE e.run = p.run) AS last
+                       FROM (SELECT DISTINCT value->>0 AS id FROM json_each(?)) j CROSS JOIN durable_processes p
+                           ON p.namespace = ? AND p.id = j.id AND p.current = 1) m
+                 WHERE durable_processes.run = m.run AND m.last > durable_processes.signals AND {FENCED}",
+                wake()
+            ),
+            [instance.clone(), rows.clone(), namespace.clone(), instance.clone(), generation],
+        );
+        let answers = self.script.add(
+            "SELECT j.key, p.run, e.number, p.owner IS NOT NULL AND p.owner = ? FROM json_each(?) j
+                 CROSS JOIN durable_processes p ON p.namespace = ? AND p.id = j.value->>0 AND p.current = 1
+                 LEFT JOIN durable_events e ON e.run = p.run AND e.event_id = j.value->>2",
+            [instance, rows, namespace],
+        );
+        self.parts.push(Part::Raises { at, answers });
+        self.raise_records();
+    }
+
+    /// The records of durable messages: what became of them.
+    fn raise_records(&mut self) {
+        let mut rows = Vec::new();
+        let mut at = Vec::new();
+        for (index, op) in self.ops() {
+            if let Op::Record(record @ RecordOp { effect: Some(Effect::Raise(raise)), .. }) = op {
+                at.push(index);
+                rows.push(record_row(record, [json!(raise.id), json!(raise.event_id)]));
+            }
+        }
+        let delivered = Raised::Delivered { run: RunId(uuid::Uuid::nil()), number: 0, mine: false }.as_json();
+        self.write_records(
+            at,
+            rows,
+            &format!(
+                "CASE WHEN c.run IS NULL THEN '{}' WHEN EXISTS (SELECT 1 FROM durable_events e
+                     WHERE e.run = c.run AND e.event_id = j.value->>11) THEN '{delivered}' ELSE '{}' END",
+                Raised::NotFound.as_json(),
+                Raised::Finished.as_json()
+            ),
+            "LEFT JOIN durable_processes c ON c.namespace = ? AND c.id = j.value->>10 AND c.current = 1",
+        );
+    }
+
+    fn records(&mut self) {
+        let mut at = Vec::new();
+        let mut rows = Vec::new();
+        let mut takes = Vec::new();
+        let mut awaited = Vec::new();
+        for (index, op) in self.ops() {
+            let Op::Record(record) = op else { continue };
+            let (run, claim) = (record.run.to_string(), record.claim);
+            if let Some(number) = record.takes {
+                takes.push(json!([run, number, claim]));
+            }
+            if let Some(target) = record.awaited {
+                awaited.push(json!([target.to_string(), run]));
+            }
+            if record.effect.is_none() {
+                at.push(index);
+                rows.push(record_row(record, []));
+            }
+        }
+        self.write_records(at, rows, "j.value->>6", "");
+        let [instance, generation] = self.fence_args();
+        if !takes.is_empty() {
+            self.script.add(
+                &format!(
+                    "UPDATE durable_events SET taken_at = {NOW} WHERE {FENCED} AND taken_at IS NULL AND (run, number) IN (
+                         SELECT j.value->>0, j.value->>1 FROM json_each(?) j CROSS JOIN durable_processes p
+                             ON p.run = j.value->>0 AND p.owner = ? AND p.claim = j.value->>2)"
+                ),
+                [instance.clone(), generation.clone(), array(takes).into(), instance.clone()],
+            );
+        }
+        if !awaited.is_empty() {
+            self.script.add(
+                &format!(
+                    "DELETE FROM durable_waiters WHERE {FENCED}
+                         AND (target, waiter) IN (SELECT value->>0, value->>1 FROM json_each(?))"
+                ),
+                [instance, generation, array(awaited).into()],
+            );
+        }
+    }
+
+    /// Writes records of runs that the instance owns. One that stands there already stays, unless it is pending, a
+    /// value, or this very write's earlier attempt.
+    fn write_records(&mut self, at: Vec<usize>, rows: Vec<Value>, payload: &str, join: &str) {
+        if rows.is_empty() {
+            return;
+        }
+        let rows = array(rows);
+        let [instance, generation] = self.fence_args();
+        let mut args: Vec<Arg> = vec![rows.clone().into(), instance.clone()];
+        if join.contains('?') {
+            args.push(self.namespace.clone());
+        }
+        args.extend([instance, generation]);
+        let written = self.script.add(
+            &format!(
+                "INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
+                 SELECT j.value->>0, j.value->>1, j.value->>2, j.value->>3, j.value->>4, j.value->>5, {payload},
+                     j.value->>7, j.value->>8, {NOW}
+                 FROM json_each(?) j CROSS JOIN durable_processes p
+                     ON p.run = j.value->>0 AND p.owner = ? AND p.claim = j.value->>8 {join}
+                 WHERE {FENCED}
+                 ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
+                     payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,
+                     recorded_at = excluded.recorded_at
+                 WHERE durable_steps.state = 'pending' OR durable_steps.op = 'value'
+                     OR durable_steps.claim = excluded.claim"
+            ),
+            args,
+        );
+        self.parts.push(Part::Records { at, written, rows });
+    }
+
+    fn awaits(&mut self) {
+        let mut at = Vec::new();
+        let mut rows = Vec::new();
+        for (index, op) in self.ops() {
+            if let Op::Await { run, id, target } = op {
+                at.push(index);
+                rows.push(json!([run.to_string(), id, target.map(|target| target.to_string())]));
+            }
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let rows: Arg = array(rows).into();
+        let [instance, generation] = self.fence_args();
+        let from = "FROM json_each(?) j CROSS JOIN durable_processes p ON p.run = coalesce(j.value->>2,
+            (SELECT q.run FROM durable_processes q WHERE q.namespace = ? AND q.id = j.value->>1 AND q.current = 1))";
+        self.script.add(
+            &format!(
+                "INSERT INTO durable_waiters (target, waiter) SELECT p.run, j.value->>0 {from}
+                 WHERE p.status IN {UNFINISHED} AND {FENCED} ON CONFLICT DO NOTHING"
+            ),
+            [rows.clone(), self.namespace.clone(), instance, generation],
+        );
+        let answers = self.script.add(
+            &format!("SELECT j.key, p.run, p.status, p.output {from}"),
+            [rows, self.namespace.clone()],
+        );
+        self.parts.push(Part::Awaits { at, answers });
+    }
+
+    /// Small changes of owned rows.
+    fn owned(&mut self) {
+        let [instance, generation] = self.fence_args();
+        let mut accept = (Vec::new(), Vec::new());
+        let mut seen = (Vec::new(), Vec::new());
+        for (index, op) in self.ops() {
+            match op {
+                Op::AcceptCancel { run, claim } => {
+                    accept.0.push((index, *run));
+                    accept.1.push(json!([run.to_string(), claim]));
+                }
+                Op::Seen { run, claim, signals } => {
+                    seen.0.push((index, *run));
+                    seen.1.push(json!([run.to_string(), claim, signals]));
+                }
+                _ => {}
+            }
+        }
+        if !accept.0.is_empty() {
+            let answers = self.script.add(
+                &format!(
+                    "UPDATE durable_processes SET cancelled_at = coalesce(cancelled_at, {NOW}) WHERE {FENCED}
+                         AND owner = ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM json_each(?))
+                     RETURNING run"
+                ),
+                [instance.clone(), generation.clone(), instance.clone(), array(accept.1).into()],
+            );
+            self.parts.push(Part::Owned { at: accept.0, answers });
+        }
+        if !seen.0.is_empty() {
+            let rows: Arg = array(seen.1).into();
+            let answers = self.script.add(
+                &format!(
+                    "UPDATE durable_processes SET signalled = CASE WHEN (run, signals) IN
+                             (SELECT value->>0, value->>2 FROM json_each(?)) THEN 0 ELSE signalled END
+                     WHERE {FENCED} AND owner = ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM json_each(?))
+                     RETURNING run"
+                ),
+                [rows.clone(), instance.clone(), generation, instance, rows],
+            );
+            self.parts.push(Part::Owned { at: seen.0, answers });
+        }
+    }
+
+    fn finishes(&mut self) {
+        let mut at = Vec::new();
+        let mut rows = Vec::new();
+        for (index, op) in self.ops() {
+            if let Op::Finish(Finish { run, claim, status, output, reason, unasked }) = op {
+                at.push(index);
+                rows.push(json!([run.to_string(), claim, status.as_str(), output, reason, unasked, status.is_finished()]));
+            }
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let rows: Arg = array(rows).into();
+        let [instance, generation] = self.fence_args();
+        let finished = self.script.add(
+            &format!(
+                "UPDATE durable_processes SET status = j.value->>2, output = j.value->>3, reason = j.value->>4,
+                     unasked = j.value->>5, owner = NULL, wake_at = NULL, waiting_for = NULL, signalled = 0,
+                     status_at = {NOW}, finished_at = iif(j.value->>6, {NOW}, NULL)
+                 FROM json_each(?) j
+                 WHERE durable_processes.run = j.value->>0 AND durable_processes.claim = j.value->>1
+                     AND durable_processes.owner = ? AND {FENCED}"
+            ),
+            [rows.clone(), instance.clone(), instance.clone(), generation.clone()],
+        );
+        self.script.add(
+            &format!(
+                "DELETE FROM durable_waiters WHERE {FENCED} AND waiter IN (
+                     SELECT p.run FROM json_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
+                     WHERE p.status NOT IN {UNFINISHED})"
+            ),
+            [instance.clone(), generation.clone(), rows.clone()],
+        );
+        let targets = format!(
+            "SELECT p.run FROM json_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
+             WHERE p.status NOT IN {UNFINISHED}"
+        );
+        let wakes = self.wake_waiters(&targets, vec![rows]);
+        self.parts.push(Part::Finishes { at, finished, wakes });
+    }
+
+    /// Signals everybody who awaits one of the selected runs; answers with those that the instance owns.
+    fn wake_waiters(&mut self, targets: &str, target_args: Vec<Arg>) -> usize {
+        let [instance, generation] = self.fence_args();
+        let mut args = vec![instance.clone(), instance.clone(), generation];
+        args.extend(target_args);
+        args.push(instance);
+        self.script.add(
+            &format!(
+                "UPDATE durable_processes SET signals = signals + 1, {} WHERE {FENCED} AND status IN {UNFINISHED}
+                     AND run IN (SELECT w.waiter FROM durable_waiters w WHERE w.target IN ({targets}))
+                 RETURNING run, owner IS NOT NULL AND owner = ?",
+                wake()
+            ),
+            args,
+        )
+    }
+
+    fn parks(&mut self) {
+        let mut at = Vec::new();
+        let mut rows = Vec::new();
+        for (index, op) in self.ops() {
+            if let Op::Park(Park { run, claim, wake_at, seen, waiting_for }) = op {
+                at.push(index);
+                rows.push(json!([run.to_string(), claim, wake_at.map(time_text), seen, waiting_for]));
+            }
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let [instance, generation] = self.fence_args();
+        let parked = self.script.add(
+            &format!(
+                "UPDATE durable_processes SET status = 'waiting', owner = NULL, calm_claim = claim, signalled = 0,
+                     wake_at = j.value->>2, waiting_for = j.value->>4, status_at = {NOW}
+                 FROM json_each(?) j
+                 WHERE durable_processes.run = j.value->>0 AND durable_processes.claim = j.value->>1
+                     AND durable_processes.owner = ?
+                     AND (j.value->>3 IS NULL OR j.value->>3 = durable_processes.signals) AND {FENCED}"
+            ),
+            [array(rows).into(), instance.clone(), instance, generation],
+        );
+        self.parts.push(Part::Parks { at, parked });
+    }
+
+    /// What people order. Rare, so one by one.
+    fn orders(&mut self) {
+        for (at, op) in self.ops() {
+            match op {
+                Op::Cancel { id } => {
+                    let before = self.before(id);
+                    let mut wakes = vec![self.update_current(
+                        id,
+                        &format!("signals = signals + 1, {}, cancel_requested_at = coalesce(cancel_requested_at, {NOW})", wake()),
+                        &format!("status IN {UNFINISHED} AND NOT (claim = 0 AND owner IS NULL)"),
+                        true,
+                    )];
+                    // One that never ran has nothing to compensate.
+                    let never_ran = format!(
+                        "status = 'cancelled', wake_at = NULL, status_at = {NOW}, finished_at = {NOW},
+                         cancel_requested_at = {NOW}"
+                    );
+                    self.update_current(id, &never_ran, "status = 'waiting' AND claim = 0", false);
+                    let ended = "SELECT p.run FROM durable_processes p WHERE p.namespace = ? AND p.id = ?
+                        AND p.current = 1 AND p.status = 'cancelled'";
+                    wakes.push(self.wake_waiters(ended, vec![self.namespace.clone(), (&**id).into()]));
+                    self.parts.push(Part::Asked { at, before, wakes });
+                }
+                Op::Resume { id, forget } => {
+                    let before = self.before(id);
+                    self.forget(id, forget);
+                    let resumed = format!(
+                        "status = 'waiting', wake_at = {NOW}, calm_claim = claim, output = NULL, reason = NULL,
+                         status_at = {NOW}, finished_at = NULL"
+                    );
+                    self.update_current(id, &resumed, "status IN ('stuck', 'failed')", false);
+                    self.parts.push(Part::Asked { at, before, wakes: Vec::new() });
+                }
+                Op::Delete { id } => {
+                    let before = self.before(id);
+                    let wakes = self.delete(id);
+                    self.parts.push(Part::Asked { at, before, wakes: vec![wakes] });
+                }
+                Op::Claim { kind, limit } => {
+                    let [instance, generation] = self.fence_args();
+                    let limit = i64::try_from(*limit).unwrap_or(i64::MAX);
+                    let answers = self.script.add(
+                        &format!(
+                            "UPDATE durable_processes SET owner = ?, claim = claim + 1, status = 'running',
+                                 wake_at = NULL, waiting_for = NULL, status_at = {NOW}
+                             WHERE {FENCED} AND run IN (
+                                 SELECT run FROM durable_processes WHERE namespace = ? AND kind = ?
+                                     AND status = 'waiting' AND wake_at IS NOT NULL AND wake_at <= {NOW}
+                                 ORDER BY wake_at LIMIT ?)
+                             RETURNING run, claim"
+                        ),
+                        [
+                            instance.clone(),
+                            instance,
+                            generation,
+                            self.namespace.clone(),
+                            (&**kind).into(),
+                            limit.into(),
+                        ],
+                    );
+                    self.parts.push(Part::Claimed { at, answers });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn before(&mut self, id: &str) -> usize {
+        self.script.add(
+            "SELECT run, status FROM durable_processes WHERE namespace = ? AND id = ? AND current = 1",
+            [self.namespace.clone(), id.into()],
+        )
+    }
+
+    /// Changes the current run of an id; with `wakes` it answers like [`wake_waiters`](Self::wake_waiters).
+    fn update_current(&mut self, id: &str, set: &str, only: &str, wakes: bool) -> usize {
+        let [instance, generation] = self.fence_args();
+        let mut args = Vec::new();
+        if wakes {
+            args.push(instance.clone());
+        }
+        args.extend([instance.clone(), generation, self.namespace.clone(), id.into()]);
+        let mut sql = format!(
+            "UPDATE durable_processes SET {set} WHERE {FENCED} AND namespace = ? AND id = ? AND current = 1 AND {only}"
+        );
+        if wakes {
+            sql.push_str(" RETURNING run, owner IS NOT NULL AND owner = ?");
+            args.push(instance);
+        }
+        self.script.add(&sql, args)
+    }
+
+    fn forget(&mut self, id: &str, forget: &[Forget]) {
+        if forget.is_empty() {
+            return;
+        }
+        let [instance, generation] = self.fence_args();
+        let row = |forget: &Forget| {
+            json!([forget.audit.to_string(), forget.key.scope as i64, forget.key.name, forget.key.key])
+        };
+        let rows: Arg = array(forget.iter().map(row).collect()).into();
+        let of = "durable_processes p ON p.namespace = ? AND p.id = ? AND p.current = 1 AND p.status IN ('stuck', 'failed')";
+        self.script.add(
+            &format!(
+                "INSERT INTO durable_audit (audit, run, forgotten_at, scope, name, key, op, state, payload, attempts,
+                     claim, recorded_at)
+                 SELECT j.value->>0, s.run, {NOW}, s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts,
+                     s.claim, s.recorded_at
+                 FROM json_each(?) j CROSS JOIN {of} CROSS JOIN durable_steps s ON s.run = p.run
+                     AND s.scope = j.value->>1 AND s.name = j.value->>2 AND s.key = j.value->>3
+                 WHERE {FENCED} ON CONFLICT DO NOTHING"
+            ),
+            [rows.clone(), self.namespace.clone(), id.into(), instance.clone(), generation.clone()],
+        );
+        self.script.add(
+            &format!(
+                "DELETE FROM durable_steps WHERE {FENCED} AND (run, scope, name, key) IN (
+                     SELECT p.run, j.value->>1, j.value->>2, j.value->>3 FROM json_each(?) j CROSS JOIN {of})"
+            ),
+            [instance, generation, rows, self.namespace.clone(), id.into()],
+        );
+    }
+
+    fn delete(&mut self, id: &str) -> usize {
+        let [instance, generation] = self.fence_args();
+        // All runs of the id, if the current one may go.
+        let runs = format!(
+            "SELECT p.run FROM durable_processes p WHERE p.namespace = ? AND p.id = ? AND p.current IN (0, 1)
+                 AND EXISTS (SELECT 1 FROM durable_processes q WHERE q.namespace = ? AND q.id = ? AND q.current = 1
+                     AND (q.status NOT IN {UNFINISHED} OR q.status = 'stuck'))"
+        );
+        let of: Vec<Arg> = vec![self.namespace.clone(), id.into(), self.namespace.clone(), id.into()];
+        let wakes = self.wake_waiters(&runs, of.clone());
+        let mut statements: Vec<String> = ["durable_steps", "durable_events", "durable_audit"]
+            .iter()
+            .map(|table| format!("DELETE FROM {table} WHERE {FENCED} AND run IN ({runs})"))
+            .collect();
+        statements.push(format!("DELETE FROM durable_waiters WHERE {FENCED} AND waiter IN ({runs})"));
+        // The rows themselves last: the others are found through them.
+        statements.push(format!("DELETE FROM durable_processes WHERE {FENCED} AND run IN ({runs})"));
+        for sql in statements {
+            let mut args = vec![instance.clone(), generation.clone()];
+            args.extend(of.iter().cloned());
+            self.script.add(&sql, args);
+        }
+        wakes
+    }
+}
+
+/// What a signal does besides counting: tells an owner that is another instance, makes a waiting process due. One `?`:
+/// the writing instance.
+fn wake() -> String {
+    format!(
+        "signalled = CASE WHEN owner IS NOT NULL AND owner <> ? THEN 1 ELSE signalled END,
+         wake_at = CASE WHEN status = 'waiting' THEN min(coalesce(wake_at, {NOW}), {NOW}) ELSE wake_at END"
+    )
+}
+
+fn record_row<const N: usize>(record: &RecordOp, more: [Value; N]) -> Value {
+    let RecordOp { run, claim, key, op, state, payload, attempts, .. } = record;
+    let mut row = vec![
+        json!(run.to_string()),
+        json!(key.scope as i64),
+        json!(key.name),
+        json!(key.key),
+        json!(op.as_str()),
+        json!(state.as_str()),
+        json!(payload),
+        json!(attempts),
+        json!(claim),
+    ];
+    if N > 0 {
+        // Kept for the columns that an effect adds.
+        row.push(Value::Null);
+        row.extend(more);
+    }
+    Value::Array(row)
+}
+
+fn array(rows: Vec<Value>) -> Arc<str> {
+    Value::Array(rows).to_string().into()
+}
+
+/// The answers to outcomes, in the order of the batch.
+async fn read(
+    connection: &mut SqliteConnection,
+    batch: &Batch,
+    parts: Vec<Part>,
+    answers: &mut [Answer],
+) -> Result<Vec<Outcome>> {
+    let mut outcomes: Vec<Option<Outcome>> = vec![None; batch.ops.len()];
+    let mut lost: HashSet<usize> = HashSet::new();
+    let rows = |answers: &mut [Answer], at: usize| answers.get_mut(at).map(|a| std::mem::take(&mut a.rows)).unwrap_or_default();
+    for part in parts {
+        match part {
+            Part::Spawns { at, existing } => {
+                let mut others = HashMap::new();
+                for row in rows(answers, existing) {
+                    let there = Spawned { run: run(&row, 1)?, existed: true, kind: boxed(get(&row, 2)?), digest: boxed(get(&row, 3)?) };
+                    others.insert(key(&row)?, there);
+                }
+                for (nth, at) in at.into_iter().enumerate() {
+                    let spawned = match (others.remove(&nth), &batch.ops[at]) {
+                        (Some(there), _) => there,
+                        (None, Op::Spawn(spawn) | Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. })) => {
+                            Spawned { run: spawn.run, existed: false, kind: spawn.kind.clone(), digest: spawn.digest.clone() }
+                        }
+                        _ => continue,
+                    };
+                    outcomes[at] = Some(Outcome::Spawned(spawned));
+                }
+            }
+            Part::Raises { at, answers: statement } => {
+                let mut delivered = HashMap::new();
+                for row in rows(answers, statement) {
+                    let raised = match get::<Option<i64>>(&row, 2)? {
+                        Some(number) => Raised::Delivered { run: run(&row, 1)?, number, mine: get(&row, 3)? },
+                        None => Raised::Finished,
+                    };
+                    delivered.insert(key(&row)?, raised);
+                }
+                for (nth, at) in at.into_iter().enumerate() {
+                    outcomes[at] = Some(Outcome::Raised(delivered.remove(&nth).unwrap_or(Raised::NotFound)));
+                }
+            }
+            Part::Records { at, written, rows: sent } => {
+                let complete = answers.get(written).is_some_and(|answer| answer.changes == at.len() as u64);
+                if !complete {
+                    lost.extend(lost_records(connection, &at, sent).await?);
+                }
+                for at in at {
+                    outcomes[at].get_or_insert(Outcome::Recorded);
+                }
+            }
+            Part::Awaits { at, answers: statement } => {
+                let mut targets = HashMap::new();
+                for row in rows(answers, statement) {
+                    let status = status(get(&row, 2)?)?;
+                    let ended = if status.is_finished() {
+                        Some((status, get::<Option<&str>>(&row, 3)?.map(boxed)))
+                    } else {
+                        None
+                    };
+                    targets.insert(key(&row)?, (run(&row, 1)?, ended));
+                }
+                for (nth, at) in at.into_iter().enumerate() {
+                    outcomes[at] = Some(Outcome::Awaits(targets.remove(&nth)));
+                }
+            }
+            Part::Owned { at, answers: statement } => {
+                let owned = rows(answers, statement).iter().map(|row| run(row, 0)).collect::<Result<HashSet<_>>>()?;
+                for (at, run) in at {
+                    outcomes[at] = Some(if owned.contains(&run) { Outcome::Recorded } else { Outcome::Lost });
+                }
+            }
+            Part::Finishes { at, finished, wakes } => {
+                let complete = answers.get(finished).is_some_and(|answer| answer.changes == at.len() as u64);
+                let mut wakes = mine(&rows(answers, wakes))?;
+                for at in at {
+                    let Op::Finish(finish) = &batch.ops[at] else { continue };
+                    // Where not all were finished now, some may have been by an earlier attempt of this batch.
+                    let done = complete || finished_before(connection, finish).await?;
+                    outcomes[at] = Some(if done { Outcome::Finished { wakes: std::mem::take(&mut wakes) } } else { Outcome::Lost });
+                }
+            }
+            Part::Parks { at, parked } => {
+                let complete = answers.get(parked).is_some_and(|answer| answer.changes == at.len() as u64);
+                for at in at {
+                    let Op::Park(park) = &batch.ops[at] else { continue };
+                    outcomes[at] = Some(if complete { Outcome::Recorded } else { parked_before(connection, batch, park).await? });
+                }
+            }
+            Part::Asked { at, before, wakes } => {
+                let before = match rows(answers, before).first() {
+                    Some(row) => Some((run(row, 0)?, status(get(row, 1)?)?)),
+                    None => None,
+                };
+                let mut mine_to_wake = Vec::new();
+                for statement in wakes {
+                    mine_to_wake.extend(mine(&rows(answers, statement))?);
+                }
+                outcomes[at] = Some(Outcome::Asked { before, wakes: mine_to_wake });
+            }
+            Part::Claimed { at, answers: statement } => {
+                let claimed = |row: &SqliteRow| Ok(Claimed { run: run(row, 0)?, claim: get(row, 1)? });
+                outcomes[at] = Some(Outcome::Claimed(rows(answers, statement).iter().map(claimed).collect::<Result<_>>()?));
+            }
+        }
+    }
+    for at in lost {
+        outcomes[at] = Some(Outcome::Lost);
+    }
+    let missing = || StorageError::schema("a batch has an operation that this version does not know");
+    outcomes.into_iter().map(|outcome| outcome.ok_or_else(missing)).collect()
+}
+
+/// The place in the JSON array that a row answers.
+fn key(row: &SqliteRow) -> Result<usize> {
+    usize::try_from(get::<i64>(row, 0)?).map_err(StorageError::schema)
+}
+
+/// The runs of rows that say that they are the instance's.
+fn mine(rows: &[SqliteRow]) -> Result<Vec<RunId>> {
+    let mut mine = Vec::new();
+    for row in rows {
+        if get::<bool>(row, 1)? {
+            mine.push(run(row, 0)?);
+        }
+    }
+    Ok(mine)
+}
+
+/// Those of the records that are not in the database as they were sent. Only this instance writes records of its runs,
+/// so a look after the commit is as good as one within.
+async fn lost_records(connection: &mut SqliteConnection, at: &[usize], rows: Arc<str>) -> Result<Vec<usize>> {
+    let mut script = Script::default();
+    script.add(
+        "SELECT j.key FROM json_each(?) j WHERE NOT EXISTS (SELECT 1 FROM durable_steps s
+             WHERE s.run = j.value->>0 AND s.scope = j.value->>1 AND s.name = j.value->>2 AND s.key = j.value->>3
+                 AND s.claim = j.value->>8 AND s.state = j.value->>5)",
+        [rows.into()],
+    );
+    let mut lost = Vec::new();
+    for row in script.run(connection).await?.iter().flat_map(|answer| &answer.rows) {
+        lost.extend(at.get(key(row)?));
+    }
+    Ok(lost)
+}
+
+async fn finished_before(connection: &mut SqliteConnection, finish: &Finish) -> Result<bool> {
+    let mut script = Script::default();
+    script.add(
+        "SELECT 1 FROM durable_processes WHERE run = ? AND claim = ? AND status = ? AND owner IS NULL",
+        [finish.run.to_string().into(), finish.claim.into(), finish.status.as_str().into()],
+    );
+    Ok(script.run(connection).await?.iter().any(|answer| !answer.rows.is_empty()))
+}
+
+async fn parked_before(connection: &mut SqliteConnection, batch: &Batch, park: &Park) -> Result<Outcome> {
+    let mut script = Script::default();
+    script.add(
+        "SELECT signals, calm_claim, claim, owner IS NOT NULL AND owner = ? FROM durable_processes WHERE run = ?",
+        [batch.fence.instance.to_string().into(), park.run.to_string().into()],
+    );
+    let answers = script.run(connection).await?;
+    let Some(row) = answers.iter().flat_map(|answer| &answer.rows).next() else { return Ok(Outcome::Lost) };
+    let (signals, calm, claim, mine) = (get(row, 0)?, get::<i64>(row, 1)?, get::<i64>(row, 2)?, get::<bool>(row, 3)?);
+    Ok(if mine && claim == park.claim {
+        Outcome::Signalled(signals)
+    } else if calm >= park.claim {
+        Outcome::Recorded
+    } else {
+        Outcome::Lost
+    })
+}

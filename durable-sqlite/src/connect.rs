@@ -1,0 +1,164 @@
+use durable_core::storage::{Result, StorageError};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions, Connection, Row};
+use std::future::{Future, IntoFuture};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use tokio::sync::Mutex;
+
+use crate::Sqlite;
+use crate::errors::sort;
+use crate::life::Lives;
+use crate::migrate;
+use crate::store::{Shared, Watcher};
+
+/// How a SQLite database is opened, to be awaited. See [`Sqlite::open`].
+#[derive(Clone, Debug)]
+#[must_use = "nothing is opened before it is awaited"]
+pub struct Open {
+    url: String,
+    synchronous: SqliteSynchronous,
+    verify_only: bool,
+    readers: u32,
+}
+
+impl Open {
+    pub(crate) fn new(url: String) -> Self {
+        Self { url, synchronous: SqliteSynchronous::Full, verify_only: false, readers: 4 }
+    }
+
+    /// `PRAGMA synchronous = NORMAL` instead of `FULL`.
+    ///
+    /// # What it risks
+    /// After a **power failure** or a crash of the operating system the last commits may be gone: steps that were
+    /// recorded run again, and what others were told is undone. The database itself stays whole, and a crash of the
+    /// program alone loses nothing.
+    pub fn synchronous_normal(mut self) -> Self {
+        self.synchronous = SqliteSynchronous::Normal;
+        self
+    }
+
+    /// Checks the schema and refuses it if it does not fit, instead of bringing it up to date.
+    pub fn verify_only(mut self) -> Self {
+        self.verify_only = true;
+        self
+    }
+
+    /// How many connections read beside the one that writes; 4 by default.
+    pub fn readers(mut self, readers: u32) -> Self {
+        self.readers = readers.max(1);
+        self
+    }
+
+    /// Options that fit for the service's own connections to the same file.
+    fn options(&self) -> Result<SqliteConnectOptions> {
+        let options = if self.url.starts_with("sqlite:") {
+            SqliteConnectOptions::from_str(&self.url).map_err(|e| {
+                StorageError::schema(format!("{:?} is not a SQLite address: {e}; give a path or `sqlite://path`", self.url))
+            })?
+        } else if let Some((scheme, _)) = self.url.split_once("://") {
+            return Err(StorageError::schema(format!(
+                "{scheme:?} is not SQLite's; give a path or `sqlite://path`, or use the storage of that database"
+            )));
+        } else {
+            SqliteConnectOptions::new().filename(&self.url)
+        };
+        if options.get_filename().as_os_str().to_string_lossy().contains(":memory:") || self.url.contains("mode=memory") {
+            return Err(StorageError::schema(
+                "a SQLite database in memory does not outlive the program; give a file, or use `memory::Memory` in tests",
+            ));
+        }
+        Ok(options
+            .create_if_missing(!self.verify_only)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(self.synchronous)
+            .foreign_keys(false)
+            .statement_cache_capacity(256)
+            // A transaction's rows must fit, or the database's thread would wait for this program in the middle of it.
+            .row_buffer_size(8192)
+            .log_statements(tracing::log::LevelFilter::Trace)
+            .log_slow_statements(tracing::log::LevelFilter::Debug, Duration::from_secs(1)))
+    }
+
+    async fn open(self) -> Result<Sqlite> {
+        let options = self.options()?;
+        let path = options.get_filename().to_owned();
+        let explain = |error: sqlx::Error| explain(&path, error);
+        // The file is only ever opened by SQLite: closing it by other means would drop SQLite's own locks on it.
+        let mut writer = connect(&options).await.map_err(explain)?;
+        let mode: String = sqlx::query("PRAGMA journal_mode").fetch_one(&mut writer).await.map_err(explain)?.get(0);
+        if !mode.eq_ignore_ascii_case("wal") {
+            return Err(StorageError::schema(format!(
+                "{} is in journal mode {mode}, and WAL is not possible there (a network file system?)",
+                path.display()
+            )));
+        }
+        if self.verify_only {
+            migrate::verify(&mut writer).await?;
+        } else {
+            migrate::migrate(&mut writer).await?;
+        }
+        let readers = SqlitePoolOptions::new()
+            .max_connections(self.readers)
+            .acquire_timeout(Duration::from_secs(10))
+            .connect_with(options.clone().busy_timeout(Duration::from_secs(5)))
+            .await
+            .map_err(explain)?;
+        let watcher = connect(&options).await.map_err(explain)?;
+        Ok(Sqlite(Arc::new(Shared {
+            lives: Lives::beside(&path),
+            wal: with_suffix(&path, "-wal"),
+            options,
+            writer: Mutex::new(writer),
+            readers,
+            watcher: Mutex::new(Watcher::new(watcher)),
+            heart_waits: AtomicBool::new(false),
+        })))
+    }
+}
+
+impl IntoFuture for Open {
+    type Output = Result<Sqlite>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.open())
+    }
+}
+
+/// A connection that waits only briefly for a lock: who calls tries again, so that nobody sleeps for long while the
+/// lock is free.
+pub(crate) async fn connect(options: &SqliteConnectOptions) -> sqlx::Result<SqliteConnection> {
+    let mut connection = options.clone().busy_timeout(Duration::from_millis(50)).connect().await?;
+    connection.ping().await?;
+    Ok(connection)
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// An error at opening, with what the user may do about it.
+fn explain(path: &Path, error: sqlx::Error) -> StorageError {
+    const READ_ONLY: i32 = 8;
+    const CANT_OPEN: i32 = 14;
+    let shown = path.display();
+    match crate::errors::code(&error).map(|code| code & 0xff) {
+        Some(CANT_OPEN) => StorageError::unavailable(format!(
+            "{shown} cannot be opened or created ({error}); does the folder exist, and may this program write to it?"
+        )),
+        Some(READ_ONLY) => StorageError::unavailable(format!(
+            "{shown} cannot be written ({error}); the file and its folder must be writable for SQLite's journal"
+        )),
+        _ => match sort(error) {
+            StorageError::Schema(message) => StorageError::schema(format!("{shown}: {message}")),
+            other => other,
+        },
+    }
+}

@@ -1,0 +1,108 @@
+use futures_util::TryStreamExt;
+use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqliteRow};
+use sqlx::{Arguments, AssertSqlSafe, Either, Executor};
+use std::sync::Arc;
+
+use crate::errors::sort;
+use durable_core::storage::{Result, StorageError};
+
+/// The database's time, as it stands in every column of time.
+pub(crate) const NOW: &str = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')";
+
+/// A value bound to a statement.
+#[derive(Clone, Debug)]
+pub(crate) enum Arg {
+    Text(Arc<str>),
+    Int(i64),
+    Null,
+}
+
+impl From<&str> for Arg {
+    fn from(text: &str) -> Self {
+        Self::Text(text.into())
+    }
+}
+impl From<String> for Arg {
+    fn from(text: String) -> Self {
+        Self::Text(text.into())
+    }
+}
+impl From<Arc<str>> for Arg {
+    fn from(text: Arc<str>) -> Self {
+        Self::Text(text)
+    }
+}
+impl From<i64> for Arg {
+    fn from(number: i64) -> Self {
+        Self::Int(number)
+    }
+}
+impl<T: Into<Arg>> From<Option<T>> for Arg {
+    fn from(value: Option<T>) -> Self {
+        value.map_or(Self::Null, Into::into)
+    }
+}
+
+/// Statements that run one after the other in a single call to the database's thread: a transaction among them begins,
+/// writes and commits without coming back in between, so nothing in this program can hold it open.
+#[derive(Default)]
+pub(crate) struct Script {
+    sql: String,
+    args: Vec<Arg>,
+    statements: usize,
+}
+
+/// What one statement of a script answered.
+#[derive(Default)]
+pub(crate) struct Answer {
+    pub(crate) rows: Vec<SqliteRow>,
+    pub(crate) changes: u64,
+}
+
+impl Script {
+    /// Adds a statement and says which one it is. The arguments are those of its `?`, in order.
+    pub(crate) fn add(&mut self, sql: &str, args: impl IntoIterator<Item = Arg>) -> usize {
+        self.sql.push_str(sql.trim());
+        self.sql.push_str(";\n");
+        self.args.extend(args);
+        self.statements += 1;
+        self.statements - 1
+    }
+
+    /// Runs it. After an error nothing of it is left: what it began is rolled back.
+    pub(crate) async fn run(self, connection: &mut SqliteConnection) -> Result<Vec<Answer>> {
+        let mut arguments = SqliteArguments::default();
+        for arg in self.args {
+            let added = match arg {
+                Arg::Text(text) => arguments.add(text),
+                Arg::Int(number) => arguments.add(number),
+                Arg::Null => arguments.add(None::<i64>),
+            };
+            added.map_err(StorageError::refused)?;
+        }
+        // The text is put together from constants of this crate; what users give is bound.
+        let query = sqlx::query_with(AssertSqlSafe(self.sql), arguments);
+        let mut answers = Vec::with_capacity(self.statements);
+        let result: std::result::Result<(), sqlx::Error> = async {
+            let mut stream = (&mut *connection).fetch_many(query);
+            let mut current = Answer::default();
+            while let Some(item) = stream.try_next().await? {
+                match item {
+                    Either::Right(row) => current.rows.push(row),
+                    Either::Left(done) => {
+                        current.changes = done.rows_affected();
+                        answers.push(std::mem::take(&mut current));
+                    }
+                }
+            }
+            Ok(())
+        }
+        .await;
+        if let Err(error) = result {
+            // Fails where nothing was begun or the error has rolled back already: either is what is wanted.
+            let _ = connection.execute("ROLLBACK").await;
+            return Err(sort(error));
+        }
+        Ok(answers)
+    }
+}

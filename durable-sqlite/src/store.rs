@@ -1,0 +1,585 @@
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use durable_core::storage::{
+    Batch, Counted, EventRow, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
+    ProcessRow, Record, RecordKey, Result, RunId, RunState, Storage, StorageError, Target,
+};
+use serde_json::json;
+use sqlx::SqlitePool;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::Mutex;
+
+use crate::batch;
+use crate::connect::connect;
+use crate::errors::sort;
+use crate::life::{Life, Lives};
+use crate::rows::{self, boxed, get, id, time};
+use crate::script::{Answer, Arg, NOW, Script};
+use crate::Sqlite;
+
+/// Behind every clone of a [`Sqlite`].
+pub(crate) struct Shared {
+    pub(crate) options: SqliteConnectOptions,
+    /// The one connection that writes, in the order of those who wait for it.
+    pub(crate) writer: Mutex<SqliteConnection>,
+    pub(crate) readers: SqlitePool,
+    pub(crate) watcher: Mutex<Watcher>,
+    pub(crate) wal: PathBuf,
+    pub(crate) lives: Lives,
+    /// A heartbeat of this program waits for the write lock: batches let it pass. Shared because the heartbeat has a
+    /// connection and a thread of its own.
+    pub(crate) heart_waits: AtomicBool,
+}
+
+/// Notices other connections' commits.
+pub(crate) struct Watcher {
+    connection: SqliteConnection,
+    /// The journal's length and time at the last look.
+    journal: Option<(u64, SystemTime)>,
+    /// `PRAGMA data_version` at the last look.
+    version: Option<i64>,
+}
+
+impl Watcher {
+    pub(crate) fn new(connection: SqliteConnection) -> Self {
+        Self { connection, journal: None, version: None }
+    }
+
+    /// Whether another connection has committed since the last look. The journal's length and time tell at next to no
+    /// cost that somebody wrote; whether that was a commit, SQLite says.
+    async fn look(&mut self, journal: &Path) -> bool {
+        let written = std::fs::metadata(journal).and_then(|file| Ok((file.len(), file.modified()?))).ok();
+        if written == self.journal {
+            return false;
+        }
+        self.journal = written;
+        let mut script = Script::default();
+        script.add("PRAGMA data_version", []);
+        let Ok(answers) = script.run(&mut self.connection).await else { return true };
+        let version = all(&answers).next().and_then(|row| get::<i64>(row, 0).ok());
+        std::mem::replace(&mut self.version, version) != version
+    }
+}
+
+impl Shared {
+    /// Runs a script that writes. A lock that another program holds is waited for, in short tries: SQLite's own waiting
+    /// sleeps longer and longer and is not fair.
+    async fn write(&self, script: impl Fn() -> Script) -> Result<Vec<Answer>> {
+        let mut connection = self.writer.lock().await;
+        self.let_the_heart_pass().await;
+        patiently(|| script(), &mut connection).await
+    }
+
+    async fn let_the_heart_pass(&self) {
+        let since = Instant::now();
+        while self.heart_waits.load(Ordering::Acquire) && since.elapsed() < Duration::from_millis(100) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Runs a script that reads one snapshot.
+    async fn read(&self, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
+        let mut script = Script::default();
+        script.add("BEGIN", []);
+        for (sql, args) in statements {
+            script.add(&sql, args);
+        }
+        script.add("COMMIT", []);
+        let mut connection = self.readers.acquire().await.map_err(sort)?;
+        let mut answers = script.run(&mut connection).await?;
+        answers.pop();
+        answers.remove(0);
+        Ok(answers)
+    }
+}
+
+/// How long a call waits for a lock that another program holds, before it says that the storage is not available.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+async fn patiently(script: impl Fn() -> Script, connection: &mut SqliteConnection) -> Result<Vec<Answer>> {
+    let since = Instant::now();
+    loop {
+        match script().run(connection).await {
+            Err(StorageError::Unavailable(why)) if is_busy(&*why) && since.elapsed() < PATIENCE => {}
+            answer => return answer,
+        }
+    }
+}
+
+fn is_busy(why: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    const BUSY: i32 = 5;
+    why.downcast_ref::<sqlx::Error>().and_then(crate::errors::code).is_some_and(|code| code & 0xff == BUSY)
+}
+
+#[async_trait]
+impl Storage for Sqlite {
+    fn name(&self) -> &'static str {
+        "sqlite"
+    }
+
+    async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
+        let life = self.0.lives.begin(instance.id)?;
+        let mut connection = connect(&self.0.options).await.map_err(sort)?;
+        let of = instance.id.to_string();
+        let kinds = json!(instance.kinds).to_string();
+        let script = || {
+            let mut script = Script::default();
+            script.add("BEGIN IMMEDIATE", []);
+            script.add("INSERT INTO durable_fences (instance, generation) VALUES (?, 0) ON CONFLICT DO NOTHING", [of.as_str().into()]);
+            script.add(
+                &format!(
+                    "INSERT INTO durable_instances (instance, namespace, label, kinds, started_at, heartbeat_at)
+                     VALUES (?, ?, ?, ?, {NOW}, {NOW}) ON CONFLICT DO NOTHING"
+                ),
+                [of.as_str().into(), (&*instance.namespace).into(), (&*instance.label).into(), kinds.as_str().into()],
+            );
+            script.add(&format!("SELECT {NOW}"), []);
+            script.add("COMMIT", []);
+            script
+        };
+        let answers = patiently(script, &mut connection).await?;
+        let now = now_in(&answers)?;
+        let heart = SqliteHeart { shared: self.0.clone(), connection, instance: of, _life: life };
+        Ok((Box::new(heart), now))
+    }
+
+    async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
+        let answers = self
+            .0
+            .write(|| {
+                let mut script = Script::default();
+                script.add(
+                    "UPDATE durable_fences SET generation = max(generation, ?) WHERE instance = ? AND fenced_at IS NULL",
+                    [generation.into(), instance.to_string().into()],
+                );
+                script
+            })
+            .await?;
+        if answers.first().is_some_and(|answer| answer.changes == 1) { Ok(()) } else { Err(StorageError::Fenced) }
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
+        let mut connection = self.0.writer.lock().await;
+        self.0.let_the_heart_pass().await;
+        let since = Instant::now();
+        loop {
+            match batch::commit(&mut connection, batch).await {
+                Err(StorageError::Unavailable(why)) if is_busy(&*why) && since.elapsed() < PATIENCE => {}
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
+        /// More rows than this are not read at once, unless one run alone has more.
+        const ROWS: usize = 20_000;
+        let mut runs: Vec<RunId> = runs.to_vec();
+        runs.sort();
+        loop {
+            let list: Arg = json!(runs.iter().map(ToString::to_string).collect::<Vec<_>>()).to_string().into();
+            let limit = if runs.len() > 1 { ROWS as i64 + 1 } else { -1 };
+            let of = |columns: &str, table: &str, alias: &str, and: &str, order: &str| {
+                let sql = format!(
+                    "SELECT {columns} FROM json_each(?) j CROSS JOIN {table} {alias} ON {alias}.run = j.value {and} ORDER BY {order} LIMIT ?"
+                );
+                (sql, vec![list.clone(), limit.into()])
+            };
+            let mut statements = vec![
+                of(rows::PROCESS, "durable_processes", "p", "", "j.key"),
+                of(rows::EVENT, "durable_events", "e", "AND e.taken_at IS NULL", "j.key, e.number"),
+                (
+                    "SELECT w.waiter, w.target, t.status, t.output FROM json_each(?) j
+                         CROSS JOIN durable_waiters w ON w.waiter = j.value
+                         LEFT JOIN durable_processes t ON t.run = w.target"
+                        .to_owned(),
+                    vec![list.clone()],
+                ),
+            ];
+            if records {
+                statements.push(of(rows::RECORD, "durable_steps", "s", "", "j.key"));
+            }
+            let answers = self.0.read(statements).await?;
+            let too_many = answers.iter().map(|answer| answer.rows.len()).max().unwrap_or(0) > ROWS;
+            if too_many && runs.len() > 1 {
+                runs.truncate(runs.len() / 2);
+                continue;
+            }
+            return loaded(&runs, &answers);
+        }
+    }
+
+    async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
+        let after = after.map(|run| run.to_string()).unwrap_or_default();
+        let sql = "SELECT run, claim FROM durable_processes WHERE owner = ? AND run > ? ORDER BY run LIMIT ?";
+        let args = vec![instance.to_string().into(), after.into(), limit_arg(limit)];
+        let answers = self.0.read([(sql.to_owned(), args)]).await?;
+        all(&answers).map(|row| Ok((rows::run(row, 0)?, get(row, 1)?))).collect()
+    }
+
+    async fn poll(&self, poll: &Poll) -> Result<Polled> {
+        let watched: Vec<String> = poll.watched.iter().map(ToString::to_string).collect();
+        let answers = self
+            .0
+            .read([(
+                format!(
+                    "SELECT 'now', NULL, {NOW}, NULL
+                     UNION ALL
+                     SELECT 'due', k.value, (SELECT min(p.wake_at) FROM durable_processes p WHERE p.namespace = ?
+                         AND p.kind = k.value AND p.status = 'waiting' AND p.wake_at IS NOT NULL), NULL
+                     FROM json_each(?) k
+                     UNION ALL
+                     SELECT 'signalled', run, NULL, signals FROM durable_processes WHERE owner = ? AND signalled = 1
+                     UNION ALL
+                     SELECT 'ended', w.value, NULL, NULL FROM json_each(?) w LEFT JOIN durable_processes p
+                         ON p.run = w.value WHERE p.status IS NULL OR p.status IN ('completed', 'failed', 'cancelled')"
+                ),
+                vec![
+                    (&*poll.namespace).into(),
+                    json!(poll.kinds).to_string().into(),
+                    poll.instance.to_string().into(),
+                    json!(watched).to_string().into(),
+                ],
+            )])
+            .await?;
+        let mut polled = Polled::default();
+        for row in all(&answers) {
+            match get::<&str>(row, 0)? {
+                "now" => polled.now = time("now", get(row, 2)?)?,
+                "due" => {
+                    if let Some(at) = get::<Option<&str>>(row, 2)? {
+                        polled.due.push((boxed(get(row, 1)?), time("wake_at", at)?));
+                    }
+                }
+                "signalled" => polled.signalled.push((rows::run(row, 1)?, get(row, 3)?)),
+                _ => polled.ended.push(rows::run(row, 1)?),
+            }
+        }
+        Ok(polled)
+    }
+
+    async fn changed(&self, at_most: Duration) {
+        const LOOK: Duration = Duration::from_millis(25);
+        let end = tokio::time::Instant::now() + at_most;
+        loop {
+            let now = tokio::time::Instant::now();
+            if now >= end || self.0.watcher.lock().await.look(&self.0.wal).await {
+                return;
+            }
+            tokio::time::sleep_until(end.min(now + LOOK)).await;
+        }
+    }
+
+    async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers> {
+        let answers = self
+            .0
+            .read([
+                (format!("SELECT {NOW}"), vec![]),
+                (
+                    "SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL FROM durable_instances i
+                         LEFT JOIN durable_fences f ON f.instance = i.instance
+                     WHERE i.namespace = ? AND i.instance <> ?"
+                        .to_owned(),
+                    vec![namespace.into(), me.to_string().into()],
+                ),
+            ])
+            .await?;
+        let now = now_in(&answers)?;
+        let peer = |row| {
+            let instance = id("instance", get::<&str>(row, 0)?)?;
+            // Looked at after the heartbeat was read: one that began to live since then has another heartbeat.
+            let lock = self.0.lives.look(instance);
+            Ok(Peer { instance, heartbeat_at: time("heartbeat_at", get(row, 1)?)?, lock, fenced: get(row, 2)? })
+        };
+        let peers = answers.iter().skip(1).flat_map(|answer| &answer.rows).map(peer).collect::<Result<_>>()?;
+        Ok(Peers { now, peers })
+    }
+
+    async fn fence(&self, seen: &Peer) -> Result<bool> {
+        let (instance, heartbeat) = (seen.instance.to_string(), crate::time_text(seen.heartbeat_at));
+        let answers = self
+            .0
+            .write(|| {
+                let mut script = Script::default();
+                script.add(
+                    &format!(
+                        "UPDATE durable_fences SET fenced_at = coalesce(fenced_at, {NOW}) WHERE instance = ?1 AND (
+                             fenced_at IS NOT NULL OR EXISTS (SELECT 1 FROM durable_instances i
+                                 WHERE i.instance = ?1 AND i.heartbeat_at = ?2))"
+                    ),
+                    [instance.as_str().into(), heartbeat.as_str().into()],
+                );
+                script
+            })
+            .await?;
+        Ok(answers.first().is_some_and(|answer| answer.changes == 1))
+    }
+
+    async fn release(&self, fenced: InstanceId, limit: usize) -> Result<usize> {
+        let of = fenced.to_string();
+        let answers = self
+            .0
+            .write(|| {
+                let mut script = Script::default();
+                script.add(
+                    &format!(
+                        "UPDATE durable_processes SET owner = NULL, status = 'waiting', wake_at = {NOW}, signalled = 0,
+                             status_at = {NOW}
+                         WHERE run IN (SELECT run FROM durable_processes WHERE owner = ?1 LIMIT ?2)
+                             AND EXISTS (SELECT 1 FROM durable_fences WHERE instance = ?1 AND fenced_at IS NOT NULL)"
+                    ),
+                    [of.as_str().into(), limit_arg(limit)],
+                );
+                script
+            })
+            .await?;
+        let released = answers.first().map_or(0, |answer| answer.changes);
+        if released == 0 {
+            self.forget(fenced).await?;
+        }
+        usize::try_from(released).map_err(StorageError::schema)
+    }
+
+    async fn retire(&self, instance: InstanceId) -> Result<()> {
+        let of = instance.to_string();
+        self.0
+            .write(|| {
+                let mut script = Script::default();
+                script.add(
+                    &format!("UPDATE durable_fences SET fenced_at = coalesce(fenced_at, {NOW}) WHERE instance = ?"),
+                    [of.as_str().into()],
+                );
+                script
+            })
+            .await?;
+        while self.release(instance, 10_000).await? > 0 {}
+        Ok(())
+    }
+
+    async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
+        let columns = rows::PROCESS;
+        let query = match run {
+            Some(run) => (
+                format!("SELECT {columns} FROM durable_processes p WHERE p.run = ? AND p.namespace = ? AND p.id = ?"),
+                vec![run.to_string().into(), namespace.into(), id.into()],
+            ),
+            None => (
+                format!("SELECT {columns} FROM durable_processes p WHERE p.namespace = ? AND p.id = ? AND p.current = 1"),
+                vec![namespace.into(), id.into()],
+            ),
+        };
+        let answers = self.0.read([query]).await?;
+        all(&answers).next().map(rows::process).transpose()
+    }
+
+    async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
+        let sql = format!(
+            "SELECT {} FROM durable_steps s WHERE s.run = ? AND s.scope = ? AND s.name = ? AND s.key = ?",
+            rows::RECORD
+        );
+        let args = vec![run.to_string().into(), (key.scope as i64).into(), (&*key.name).into(), (&*key.key).into()];
+        let answers = self.0.read([(sql, args)]).await?;
+        all(&answers).next().map(|row| rows::record(row).map(|(_, record)| record)).transpose()
+    }
+
+    async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>> {
+        let (conditions, mut args) = filtered(namespace, filter);
+        args.push(limit_arg(filter.limit));
+        let sql = format!("SELECT {} FROM durable_processes p WHERE {conditions} ORDER BY p.run LIMIT ?", rows::PROCESS);
+        let answers = self.0.read([(sql, args)]).await?;
+        all(&answers).map(rows::process).collect()
+    }
+
+    async fn count(&self, namespace: &str, filter: &Filter) -> Result<Vec<Counted>> {
+        let (conditions, mut args) = filtered(namespace, filter);
+        args.insert(0, namespace.into());
+        let sql = format!(
+            "SELECT p.kind, p.status, count(*), EXISTS (SELECT 1 FROM durable_instances i CROSS JOIN json_each(i.kinds) k
+                 LEFT JOIN durable_fences f ON f.instance = i.instance
+                 WHERE i.namespace = ? AND f.fenced_at IS NULL AND k.value = p.kind)
+             FROM durable_processes p WHERE {conditions} GROUP BY p.kind, p.status ORDER BY p.kind, p.status"
+        );
+        let answers = self.0.read([(sql, args)]).await?;
+        let counted = |row| {
+            let count = u64::try_from(get::<i64>(row, 2)?).map_err(StorageError::schema)?;
+            Ok(Counted { kind: boxed(get(row, 0)?), status: rows::status(get(row, 1)?)?, count, served: get(row, 3)? })
+        };
+        all(&answers).map(counted).collect()
+    }
+}
+
+impl Sqlite {
+    /// Removes what is left of an instance that owns nothing any more.
+    async fn forget(&self, instance: InstanceId) -> Result<()> {
+        let of = instance.to_string();
+        self.0
+            .write(|| {
+                let mut script = Script::default();
+                script.add("BEGIN IMMEDIATE", []);
+                for table in ["durable_instances", "durable_fences"] {
+                    script.add(
+                        &format!(
+                            "DELETE FROM {table} WHERE instance = ?1
+                                 AND NOT EXISTS (SELECT 1 FROM durable_processes WHERE owner = ?1)"
+                        ),
+                        [of.as_str().into()],
+                    );
+                }
+                script.add("COMMIT", []);
+                script
+            })
+            .await?;
+        self.0.lives.remove(instance);
+        Ok(())
+    }
+}
+
+fn all(answers: &[Answer]) -> impl Iterator<Item = &sqlx::sqlite::SqliteRow> {
+    answers.iter().flat_map(|answer| &answer.rows)
+}
+
+fn now_in(answers: &[Answer]) -> Result<DateTime<Utc>> {
+    let row = all(answers).next().ok_or_else(|| StorageError::schema("the database did not tell its time"))?;
+    time("now", get(row, 0)?)
+}
+
+fn limit_arg(limit: usize) -> Arg {
+    i64::try_from(limit).unwrap_or(-1).into()
+}
+
+fn filtered(namespace: &str, filter: &Filter) -> (String, Vec<Arg>) {
+    let mut conditions = "p.namespace = ?".to_owned();
+    let mut args: Vec<Arg> = vec![namespace.into()];
+    let mut and = |condition: &str, arg: Option<Arg>| {
+        if let Some(arg) = arg {
+            conditions.push_str(" AND ");
+            conditions.push_str(condition);
+            args.push(arg);
+        }
+    };
+    and("p.kind = ?", filter.kind.as_deref().map(Arg::from));
+    and("p.status = ?", filter.status.map(|status| status.as_str().into()));
+    and("p.status_at <= ?", filter.unchanged_since.map(|since| crate::time_text(since).into()));
+    and("p.run > ?", filter.after.map(|run| run.to_string().into()));
+    (conditions, args)
+}
+
+/// Sorts the rows of a load by run. A run whose rows cannot be understood says so, alone.
+fn loaded(runs: &[RunId], answers: &[Answer]) -> Result<Vec<Loaded>> {
+    let [processes, events, targets, rest @ ..] = answers else {
+        return Err(StorageError::schema("a load has too few answers"));
+    };
+    let mut states: HashMap<RunId, RunState> = HashMap::new();
+    let mut broken: HashMap<RunId, String> = HashMap::new();
+    for row in &processes.rows {
+        let run = rows::run(row, 0)?;
+        match rows::process(row) {
+            Ok(process) => {
+                states.insert(run, RunState { process, records: vec![], events: vec![], targets: vec![] });
+            }
+            Err(error) => {
+                broken.insert(run, error.to_string());
+            }
+        }
+    }
+    let mut sort = |row, result: Result<Part>| -> Result<()> {
+        let run = rows::run(row, 0)?;
+        match (states.get_mut(&run), result) {
+            (Some(state), Ok(Part::Event(event))) => state.events.push(event),
+            (Some(state), Ok(Part::Target(Some(target)))) => state.targets.push(target),
+            (Some(state), Ok(Part::Record(record))) => state.records.push(record),
+            (_, Err(error)) => {
+                broken.entry(run).or_insert_with(|| error.to_string());
+            }
+            _ => {}
+        }
+        Ok(())
+    };
+    for row in &events.rows {
+        sort(row, rows::event(row).map(Part::Event))?;
+    }
+    for row in &targets.rows {
+        sort(row, target(row).map(Part::Target))?;
+    }
+    for row in rest.iter().flat_map(|answer| &answer.rows) {
+        sort(row, rows::record(row).map(Part::Record))?;
+    }
+    let mut seen = HashSet::new();
+    let one = |run: &RunId| Loaded {
+        run: *run,
+        state: match broken.remove(run) {
+            Some(why) => Err(why),
+            None => Ok(states.remove(run)),
+        },
+    };
+    Ok(runs.iter().filter(|run| seen.insert(**run)).map(one).collect())
+}
+
+enum Part {
+    Event(EventRow),
+    Target(Option<Target>),
+    Record((RecordKey, Record)),
+}
+
+fn target(row: &sqlx::sqlite::SqliteRow) -> Result<Option<Target>> {
+    let run = rows::run(row, 1)?;
+    let Some(status) = get::<Option<&str>>(row, 2)? else { return Ok(Some(Target { run, ended: None })) };
+    let status = rows::status(status)?;
+    let output = get::<Option<&str>>(row, 3)?.map(boxed);
+    Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
+}
+
+/// The heartbeat: on a connection of its own, so that nothing in this program holds it up; it asks batches to let it
+/// pass.
+struct SqliteHeart {
+    shared: Arc<Shared>,
+    connection: SqliteConnection,
+    instance: String,
+    _life: Life,
+}
+
+#[async_trait]
+impl Heart for SqliteHeart {
+    async fn beat(&mut self) -> Result<DateTime<Utc>> {
+        let script = || {
+            let mut script = Script::default();
+            script.add(
+                &format!(
+                    "UPDATE durable_instances SET heartbeat_at = {NOW} WHERE instance = ?1 AND EXISTS (
+                         SELECT 1 FROM durable_fences WHERE instance = ?1 AND fenced_at IS NULL)
+                     RETURNING heartbeat_at"
+                ),
+                [self.instance.as_str().into()],
+            );
+            script
+        };
+        let waiting = Waiting::begin(&self.shared.heart_waits);
+        let answers = patiently(script, &mut self.connection).await;
+        drop(waiting);
+        let answers = answers?;
+        if all(&answers).next().is_none() {
+            return Err(StorageError::Fenced);
+        }
+        now_in(&answers)
+    }
+}
+
+/// The heart waits for the write lock while this lives.
+struct Waiting<'s>(&'s AtomicBool);
+
+impl<'s> Waiting<'s> {
+    fn begin(flag: &'s AtomicBool) -> Self {
+        flag.store(true, Ordering::Release);
+        Self(flag)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}

@@ -1,0 +1,138 @@
+//! What the tests share: storages to run on, and waiting for what can be awaited.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use durable_core::storage::Storage;
+use durable_core::{Handle, Host, HostBuilder, Info, Status};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use durable_core::memory::Memory;
+pub use durable_sqlite::Sqlite;
+
+/// A storage under test, and what keeps it there.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// The storage's type.
+    type Storage: Storage + Clone;
+    /// A new, empty one.
+    fn new() -> impl Future<Output = Self> + Send;
+    /// Another connection to the same.
+    fn storage(&self) -> impl Future<Output = Self::Storage> + Send;
+}
+
+/// In memory.
+pub struct InMemory(Memory);
+
+impl Backend for InMemory {
+    type Storage = Memory;
+    async fn new() -> Self {
+        Self(Memory::new())
+    }
+    async fn storage(&self) -> Memory {
+        self.0.clone()
+    }
+}
+
+/// A SQLite file in a folder of its own.
+pub struct SqliteFile {
+    folder: tempfile::TempDir,
+}
+
+impl SqliteFile {
+    /// The file.
+    pub fn path(&self) -> String {
+        self.folder.path().join("test.db").to_str().unwrap().to_owned()
+    }
+}
+
+impl Backend for SqliteFile {
+    type Storage = Sqlite;
+    async fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap() }
+    }
+    async fn storage(&self) -> Sqlite {
+        Sqlite::open(self.path()).await.unwrap()
+    }
+}
+
+/// One named test of each case for each backend: `#[test] fn case::backend`.
+#[macro_export]
+macro_rules! on_each_backend {
+    ($($case:ident),* $(,)?) => {
+        $(mod $case {
+            #[test]
+            fn memory() {
+                $crate::run(super::$case::<$crate::InMemory>());
+            }
+            #[test]
+            fn sqlite() {
+                $crate::run(super::$case::<$crate::SqliteFile>());
+            }
+        })*
+    };
+}
+
+/// Runs a test, with the log that `RUST_LOG` asks for, and not for ever.
+pub fn run(test: impl Future<Output = ()>) {
+    log();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs");
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+}
+
+/// The log that `RUST_LOG` asks for.
+pub fn log() {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
+}
+
+/// A builder with short times, so that tests need not wait for long.
+pub async fn quick(backend: &impl Backend) -> HostBuilder {
+    Host::builder(backend.storage().await)
+        .heartbeat(Duration::from_millis(500), Duration::from_secs(4))
+        .quiet_time(Duration::from_millis(50))
+        .poll(Duration::from_millis(200))
+}
+
+/// Waits until the condition holds.
+pub async fn until<Fut: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> Fut) {
+    let since = Instant::now();
+    while !condition().await {
+        assert!(since.elapsed() < Duration::from_secs(30), "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Waits until the process has this status.
+pub async fn until_status<O, E>(handle: &Handle<O, E>, status: Status) -> Info {
+    let since = Instant::now();
+    loop {
+        let info = handle.status().await.unwrap();
+        if info.status == status {
+            return info;
+        }
+        assert!(since.elapsed() < Duration::from_secs(30), "not {status} but {info:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Counts what happened, by name.
+#[derive(Clone, Default)]
+pub struct Effects(Arc<std::sync::Mutex<Vec<String>>>);
+
+impl Effects {
+    /// It happened.
+    pub fn add(&self, effect: impl Into<String>) {
+        self.0.lock().unwrap().push(effect.into());
+    }
+    /// Everything, in order.
+    pub fn all(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+    /// How often.
+    pub fn count(&self, effect: &str) -> usize {
+        self.0.lock().unwrap().iter().filter(|e| **e == *effect).count()
+    }
+}
