@@ -90,6 +90,12 @@ impl Open {
         let explain = |error: sqlx::Error| explain(&path, error);
         // The file is only ever opened by SQLite: closing it by other means would drop SQLite's own locks on it.
         let mut writer = connect(&options).await.map_err(explain)?;
+        let version: String = sqlx::query("SELECT sqlite_version()").fetch_one(&mut writer).await.map_err(explain)?.get(0);
+        if !is_recent(&version) {
+            return Err(StorageError::schema(format!(
+                "this program is linked with SQLite {version}; 3.51 or later is needed (sqlx's `sqlite` feature bundles one)"
+            )));
+        }
         let mode: String = sqlx::query("PRAGMA journal_mode").fetch_one(&mut writer).await.map_err(explain)?.get(0);
         if !mode.eq_ignore_ascii_case("wal") {
             return Err(StorageError::schema(format!(
@@ -142,6 +148,12 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// Whether it has `jsonb_each`, through which batches travel.
+fn is_recent(version: &str) -> bool {
+    let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (3, 51)
 }
 
 /// An error at opening, with what the user may do about it.

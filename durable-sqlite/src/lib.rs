@@ -35,6 +35,7 @@
 //! Unix, closing any descriptor of a file drops all of the process's locks on it, SQLite's among them.
 
 mod batch;
+mod cells;
 mod connect;
 mod errors;
 mod life;

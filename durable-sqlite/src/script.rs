@@ -50,6 +50,9 @@ pub(crate) struct Script {
     sql: String,
     args: Vec<Arg>,
     statements: usize,
+    /// Where each statement, and its arguments, begin.
+    #[cfg(test)]
+    begins: Vec<(usize, usize)>,
 }
 
 /// What one statement of a script answered.
@@ -62,11 +65,29 @@ pub(crate) struct Answer {
 impl Script {
     /// Adds a statement and says which one it is. The arguments are those of its `?`, in order.
     pub(crate) fn add(&mut self, sql: &str, args: impl IntoIterator<Item = Arg>) -> usize {
+        #[cfg(test)]
+        self.begins.push((self.sql.len(), self.args.len()));
         self.sql.push_str(sql.trim());
         self.sql.push_str(";\n");
         self.args.extend(args);
         self.statements += 1;
         self.statements - 1
+    }
+
+    /// How SQLite would carry out each statement, without running any.
+    #[cfg(test)]
+    pub(crate) async fn plans(&self, connection: &mut SqliteConnection) -> Vec<(String, Vec<String>)> {
+        let mut plans = Vec::new();
+        let ends = self.begins[1..].iter().copied().chain([(self.sql.len(), self.args.len())]);
+        for ((from, args_from), (to, args_to)) in self.begins.iter().copied().zip(ends) {
+            let mut script = Self::default();
+            let sql = self.sql[from..to].trim().trim_end_matches(';');
+            script.add(&format!("EXPLAIN QUERY PLAN {sql}"), self.args[args_from..args_to].iter().cloned());
+            let answers = script.run(connection).await.unwrap();
+            let lines = answers[0].rows.iter().map(|row| crate::rows::get(row, 3).unwrap()).collect();
+            plans.push((sql.to_owned(), lines));
+        }
+        plans
     }
 
     /// Runs it. After an error nothing of it is left: what it began is rolled back.

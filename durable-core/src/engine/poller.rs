@@ -59,12 +59,12 @@ async fn sleep(core: &Core, epoch: &Epoch, interval: Duration, polled: &Polled, 
     // Other programs' writes come in bursts: one look answers for all of the next moment.
     let at_least = if worked { Duration::ZERO } else { SHORTEST };
     tokio::select! {
-        () = epoch.over() => return,
+        () = epoch.over() => {}
         () = core.poked.notified() => {}
-        () = core.storage.changed(next) => {}
-    }
-    if !at_least.is_zero() {
-        tokio::select! { () = epoch.over() => {}, () = tokio::time::sleep(at_least.min(next)) => {} }
+        () = async {
+            tokio::time::sleep(at_least.min(next)).await;
+            core.storage.changed(next - at_least.min(next)).await;
+        } => {}
     }
 }
 
@@ -73,7 +73,7 @@ async fn act(core: &Arc<Core>, epoch: &Arc<Epoch>, polled: &Polled, turn: usize)
     let mut worked = false;
     for run in &polled.ended {
         worked = true;
-        core.watch.ended(*run);
+        core.watch.ended(*run, None);
     }
     for (run, signals) in &polled.signalled {
         match core.held.get(*run) {

@@ -42,6 +42,8 @@ pub(crate) struct State {
     pub(crate) cancel: Cancel,
     /// Why the future must be dropped.
     pub(crate) end: Option<End>,
+    /// Its end is in the database.
+    pub(crate) ended: bool,
     /// The host is stopping: no new operation starts.
     pub(crate) stopping: bool,
     /// The instance has no room: park without waiting for the quiet time.

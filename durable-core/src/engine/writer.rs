@@ -192,9 +192,13 @@ impl Writer {
             }
             (Op::Spawn(spawn), Outcome::Spawned(spawned)) => self.spawned(spawn, spawned.existed),
             (Op::Raise(raise), Outcome::Raised(raised)) => self.raised(raise, *raised),
-            (Op::Finish(Finish { run, status, .. }), Outcome::Finished { wakes }) => {
+            (Op::Finish(Finish { run, status, output, .. }), Outcome::Finished { wakes }) => {
+                // Before those who wait are told: who comes later sees that it is too late to wait.
+                if let From::Run(live) = &from {
+                    live.state().ended = true;
+                }
                 if status.is_finished() {
-                    self.core.watch.ended(run);
+                    self.core.watch.ended(run, Some((status, output)));
                 }
                 self.wake(wakes);
             }
@@ -202,7 +206,7 @@ impl Writer {
             (Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. }, Outcome::Asked { before, wakes }) => {
                 self.wake(wakes);
                 if let Some((run, _)) = before {
-                    self.core.watch.ended(*run);
+                    self.core.watch.ended(*run, None);
                 }
                 self.core.poke();
             }

@@ -11,6 +11,8 @@ use uuid::Uuid;
 use super::check_message;
 use crate::definition::{Definition, Event};
 use crate::engine::Core;
+use crate::engine::held::Slot;
+use crate::engine::wake::Context;
 use crate::error::{Failure, HandleError, OutputError, RaiseError, Unavailable};
 use crate::limits;
 use crate::name::Name;
@@ -153,43 +155,70 @@ impl<O, E> Handle<O, E> {
         O: DeserializeOwned,
         E: DeserializeOwned,
     {
-        let decode_error = |what: &str, why: String| {
-            OutputError::Decode(format!("the {what} of process {:?} does not decode: {why}", self.id).into())
-        };
         let mut bound = self.run;
         loop {
-            let handle = Self { run: bound, ..self.clone() };
-            let row = handle.row().await.map_err(OutputError::Unavailable)?;
-            let row = row.ok_or_else(|| OutputError::NotFound(self.id.clone()))?;
-            if let Some(kind) = self.kind
-                && *row.kind != *kind
-            {
-                let message = format!("process {:?} is of kind {:?}, not {kind:?}", self.id, row.kind);
-                return Err(OutputError::Decode(message.into()));
-            }
-            // From here on it is this run's output, even if the id gets another one.
-            bound = Some(row.run);
-            if !row.status.is_finished() {
-                let ended = self.core.watch.watch(row.run);
-                // It may have ended between the look and the entry.
-                let row = handle.row().await.map_err(OutputError::Unavailable)?;
-                if row.is_some_and(|row| !row.status.is_finished()) {
-                    let _ = ended.await;
-                    if self.core.is_stopping() && self.core.phase() == crate::engine::Phase::Dead {
-                        return Err(OutputError::Unavailable(Unavailable::Stopped));
+            // First the entry, then the look: an end between the two is not missed.
+            let entry = bound.map(|run| (run, self.core.watch.watch(run)));
+            let ended = match entry {
+                Some((run, entry)) if self.runs_here(run)? => entry.await,
+                entry => {
+                    let handle = Self { run: bound, ..self.clone() };
+                    let row = handle.row().await.map_err(OutputError::Unavailable)?;
+                    let row = row.ok_or_else(|| OutputError::NotFound(self.id.clone()))?;
+                    self.check_kind(&row.kind)?;
+                    // From here on it is this run's output, even if the id gets another one.
+                    bound = Some(row.run);
+                    match entry {
+                        _ if row.status.is_finished() => Ok(Some((row.status, row.output))),
+                        Some((_, entry)) => entry.await,
+                        None => continue,
                     }
                 }
-                continue;
-            }
-            let output = row.output.as_deref().unwrap_or("null");
-            return match row.status {
-                Status::Completed => payload::decode(output).map_err(|why| decode_error("output", why)),
-                Status::Failed => match payload::decode(output) {
-                    Ok(error) => Err(OutputError::Failed(error)),
-                    Err(why) => Err(decode_error("error", why)),
-                },
-                _ => Err(OutputError::WasCancelled),
             };
+            match ended {
+                Ok(Some((status, output))) => return self.decode(status, output.as_deref()),
+                // It has ended somewhere else, or was deleted.
+                Ok(None) => {}
+                // A process that waits here goes on elsewhere; it sees no error of its host's.
+                Err(_) if Context::current().run != 0 => std::future::pending().await,
+                Err(_) => return Err(OutputError::Unavailable(Unavailable::Stopped)),
+            }
+        }
+    }
+
+    /// Whether this host runs it and has not ended it: its end will be told here.
+    fn runs_here(&self, run: RunId) -> Result<bool, OutputError<E>> {
+        match self.core.held.get(run) {
+            Some(Slot::Live(live)) => {
+                self.check_kind(&live.kind)?;
+                Ok(!live.state().ended)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn check_kind(&self, found: &str) -> Result<(), OutputError<E>> {
+        match self.kind {
+            Some(kind) if *found != *kind => {
+                Err(OutputError::Decode(format!("process {:?} is of kind {found:?}, not {kind:?}", self.id).into()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn decode(&self, status: Status, output: Option<&str>) -> Result<O, OutputError<E>>
+    where
+        O: DeserializeOwned,
+        E: DeserializeOwned,
+    {
+        let error = |what: &str, why: String| {
+            OutputError::Decode(format!("the {what} of process {:?} does not decode: {why}", self.id).into())
+        };
+        let output = output.unwrap_or("null");
+        match status {
+            Status::Completed => payload::decode(output).map_err(|why| error("output", why)),
+            Status::Failed => Err(payload::decode(output).map_or_else(|why| error("error", why), OutputError::Failed)),
+            _ => Err(OutputError::WasCancelled),
         }
     }
 
