@@ -1,20 +1,20 @@
 use durable_core::storage::{Result, StorageError};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{ConnectOptions, Connection, Row};
+use sqlx::{ConnectOptions, Row};
 use std::future::{Future, IntoFuture};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use crate::Sqlite;
 use crate::errors::sort;
 use crate::life::Lives;
 use crate::migrate;
-use crate::store::{Shared, Watcher};
+use crate::store::{Shared, Watcher, is_busy};
 
 /// How a SQLite database is opened, to be awaited. See [`Sqlite::open`].
 #[derive(Clone, Debug)]
@@ -84,7 +84,21 @@ impl Open {
             .log_slow_statements(tracing::log::LevelFilter::Debug, Duration::from_secs(1)))
     }
 
+    /// Opens the file. Other programs that open, migrate or recover it at the same time are waited for.
     async fn open(self) -> Result<Sqlite> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let since = Instant::now();
+        loop {
+            match self.open_once().await {
+                Err(StorageError::Unavailable(why)) if is_busy(&*why) && since.elapsed() < PATIENCE => {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    async fn open_once(&self) -> Result<Sqlite> {
         let options = self.options()?;
         let path = options.get_filename().to_owned();
         let explain = |error: sqlx::Error| explain(&path, error);
@@ -137,11 +151,21 @@ impl IntoFuture for Open {
 }
 
 /// A connection that waits only briefly for a lock: who calls tries again, so that nobody sleeps for long while the
-/// lock is free.
+/// lock is free. Opening it is tried for as long as others open, recover or migrate the file.
 pub(crate) async fn connect(options: &SqliteConnectOptions) -> sqlx::Result<SqliteConnection> {
-    let mut connection = options.clone().busy_timeout(Duration::from_millis(50)).connect().await?;
-    connection.ping().await?;
-    Ok(connection)
+    const PATIENCE: Duration = Duration::from_secs(10);
+    const BUSY: i32 = 5;
+    let since = Instant::now();
+    loop {
+        match options.clone().busy_timeout(Duration::from_millis(50)).connect().await {
+            Err(error)
+                if crate::errors::code(&error).is_some_and(|code| code & 0xff == BUSY) && since.elapsed() < PATIENCE =>
+            {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            connected => return connected,
+        }
+    }
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

@@ -111,7 +111,8 @@ async fn patiently(script: impl Fn() -> Script, connection: &mut SqliteConnectio
     }
 }
 
-fn is_busy(why: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+/// Whether somebody else holds a lock.
+pub(crate) fn is_busy(why: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
     const BUSY: i32 = 5;
     why.downcast_ref::<sqlx::Error>().and_then(crate::errors::code).is_some_and(|code| code & 0xff == BUSY)
 }

@@ -1,0 +1,139 @@
+//! The worker program: one instance of a service. And how a test starts it.
+
+use durable_core::storage::Storage;
+use durable_core::{Host, HostBuilder};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use super::deadly::{Boundary, Deadly, Fuse, signal};
+use super::journal::Journal;
+use super::workload::{self, Bench, GO, WORK};
+
+/// What the worker is told.
+#[derive(Clone, Debug)]
+pub struct Orders {
+    /// The storage's address.
+    pub storage: String,
+    /// The journal.
+    pub journal: PathBuf,
+    /// It starts processes `p-0` to `p-{n-1}`, sends each its message, and stops once all have ended. The same ids may
+    /// be started by several workers.
+    pub processes: u32,
+    /// Where it dies.
+    pub die: Option<Boundary>,
+    /// How long each step takes.
+    pub pace: Duration,
+    /// See [`Deadly::forgets`].
+    pub forgets: Option<u32>,
+}
+
+impl Orders {
+    fn to_args(&self) -> Vec<String> {
+        let die = self.die.map_or_else(|| "-".to_owned(), |die| die.to_string());
+        let pace = self.pace.as_millis().to_string();
+        let forgets = self.forgets.unwrap_or(0).to_string();
+        let journal = self.journal.to_str().unwrap().to_owned();
+        vec![self.storage.clone(), journal, self.processes.to_string(), die, pace, forgets]
+    }
+
+    /// From the program's arguments.
+    pub fn from_args(args: &[String]) -> Self {
+        let [storage, journal, processes, die, pace, forgets] = args else { panic!("six arguments, not {args:?}") };
+        Self {
+            storage: storage.clone(),
+            journal: journal.into(),
+            processes: processes.parse().unwrap(),
+            die: (die != "-").then(|| die.parse().unwrap()),
+            pace: Duration::from_millis(pace.parse().unwrap()),
+            forgets: forgets.parse().ok().filter(|nth| *nth > 0),
+        }
+    }
+
+    /// Starts the worker program.
+    pub fn start(&self, program: &Path) -> Worker {
+        let child = Command::new(program).args(self.to_args()).stdin(Stdio::null()).spawn().unwrap();
+        Worker(child)
+    }
+}
+
+/// A worker that runs; killed when dropped.
+pub struct Worker(Child);
+
+impl Worker {
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+    /// Sends it a signal.
+    pub fn signal(&self, name: &str) {
+        signal(self.0.id(), name);
+    }
+    /// Whether it has ended, and whether well.
+    pub fn ended(&mut self) -> Option<bool> {
+        self.0.try_wait().unwrap().map(|status| status.success())
+    }
+    /// Waits for its end and says whether it went well; kills it if it does not come.
+    pub fn wait(&mut self, at_most: Duration) -> bool {
+        let since = std::time::Instant::now();
+        loop {
+            if let Some(well) = self.ended() {
+                return well;
+            }
+            if since.elapsed() > at_most {
+                self.kill();
+                panic!("the worker did not end within {at_most:?}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The settings of all workers: short times, so that tests need not wait for long.
+pub fn settings(builder: HostBuilder) -> HostBuilder {
+    builder
+        .heartbeat(Duration::from_millis(300), Duration::from_secs(2))
+        .quiet_time(Duration::from_millis(20))
+        .poll(Duration::from_millis(200))
+        .max_crashes(10_000)
+}
+
+/// Is the worker.
+pub async fn run(storage: impl Storage, orders: Orders) {
+    let fuse = Fuse::new(orders.die);
+    let bench = Bench { journal: Journal::open(&orders.journal).unwrap(), fuse: fuse.clone(), pace: orders.pace };
+    let storage = Deadly::new(storage, fuse).forgets(orders.forgets);
+    let host = settings(Host::builder(storage))
+        .register(WORK, move |proc, input| workload::work(bench.clone(), proc, input))
+        .start()
+        .await
+        .unwrap();
+    let mut handles = Vec::new();
+    for n in 0..orders.processes {
+        let host = host.clone();
+        handles.push(tokio::spawn(async move {
+            let process = host.spawn(WORK, format!("p-{n}"), &n).await.unwrap();
+            match process.raise(GO, &1).id("go").await {
+                Ok(()) => {}
+                Err(durable_core::RaiseError::Finished { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+            assert_eq!(process.output().await.unwrap(), workload::expected(n));
+        }));
+    }
+    for handle in handles {
+        handle.await.unwrap();
+    }
+    host.shutdown(Duration::from_secs(5)).await;
+}

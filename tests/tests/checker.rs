@@ -1,0 +1,87 @@
+//! The check of the crash tests, checked: every kind of broken invariant is found, in a journal that was tampered with
+//! and in runs of an engine that was.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use durable_tests::crash::check::{Ended, Recorded, check};
+use durable_tests::crash::deadly::{Boundary, Of};
+use durable_tests::crash::journal::{Line, What};
+use durable_tests::crash::scene::{LONG, Scene};
+use durable_tests::run;
+use std::time::Duration;
+
+const STEPS: [&str; 2] = ["a", "b"];
+
+fn line(program: u32, execution: i64, what: What) -> Line {
+    Line { program, id: "p".into(), execution, what }
+}
+fn begin(program: u32, execution: i64, step: &str) -> Line {
+    line(program, execution, What::Begin { step: step.into(), key: format!("key of {}", &step[..1]) })
+}
+fn effect(program: u32, execution: i64, step: &str) -> Line {
+    line(program, execution, What::Effect { step: step.into() })
+}
+fn returned(program: u32, execution: i64, step: &str) -> Line {
+    line(program, execution, What::Returned { step: step.into() })
+}
+
+/// Two steps; the program dies after the first one's record and in the second one.
+fn sound() -> (Vec<Line>, Vec<Recorded>, Vec<Ended>) {
+    let lines = vec![
+        begin(1, 1, "a#1"),
+        effect(1, 1, "a#1"),
+        returned(1, 1, "a"),
+        begin(1, 1, "b#1"),
+        effect(1, 1, "b#1"),
+        returned(2, 2, "a"),
+        begin(2, 2, "b#1"),
+        effect(2, 2, "b#1"),
+        returned(2, 2, "b"),
+        line(2, 2, What::End),
+    ];
+    let recorded = |step: &str, claim| Recorded { id: "p".into(), step: step.into(), claim, attempts: 0 };
+    let ended = Ended { id: "p".into(), status: "completed".into(), claims: 2 };
+    (lines, vec![recorded("a", 1), recorded("b", 2)], vec![ended])
+}
+
+fn wrong(change: impl FnOnce(&mut Vec<Line>, &mut Vec<Recorded>, &mut Vec<Ended>)) -> String {
+    let (mut lines, mut records, mut processes) = sound();
+    change(&mut lines, &mut records, &mut processes);
+    check(&lines, &records, &processes, &STEPS).join("; ")
+}
+
+#[test]
+fn a_sound_run_passes() {
+    assert_eq!(wrong(|_, _, _| {}), "");
+}
+
+#[test]
+fn every_broken_invariant_is_found() {
+    let found = |text: String, expected: &str| assert!(text.contains(expected), "{expected:?} is not in {text:?}");
+    found(wrong(|lines, _, _| lines.insert(6, begin(2, 2, "a#1"))), "begun again");
+    found(wrong(|_, records, _| _ = records.pop()), "not recorded");
+    found(wrong(|_, records, _| records.push(records[0].clone())), "recorded twice");
+    found(wrong(|_, _, processes| processes[0].status = "failed".into()), "is failed");
+    found(wrong(|_, records, _| records[1].claim = 3), "recorded by execution 3 of 2");
+    found(wrong(|_, records, _| records[0].claim = 2), "recorded only by 2");
+    found(wrong(|lines, _, _| lines[6] = line(2, 2, What::Begin { step: "b#1".into(), key: "other".into() })), "another idempotency key");
+    found(wrong(|lines, _, _| lines[7] = effect(1, 2, "b#1")), "two programs");
+    found(wrong(|lines, _, _| lines.push(begin(1, 1, "b#1"))), "after 2 had begun");
+    found(wrong(|lines, _, _| lines.insert(7, begin(2, 2, "b#1"))), "begun twice");
+    found(wrong(|lines, _, _| lines[6] = begin(2, 2, "b#2")), "attempts failed");
+    found(wrong(|lines, _, _| lines.retain(|line| !matches!(&line.what, What::Effect { step } if step == "b#1"))), "without an effect");
+}
+
+/// A storage that says of some records that they are written, and does not write them.
+#[test]
+fn a_storage_that_forgets_records_is_found() {
+    run(async {
+        let mut scene = Scene::new(env!("CARGO_BIN_EXE_worker"), 20, Duration::ZERO).await;
+        scene.forgets = Some(5);
+        // Dies now and then, or nothing would be missed before the end.
+        let boundary = Boundary { after: true, of: Of::Park, nth: 30 };
+        let _ = scene.start(Some(boundary)).wait(LONG);
+        scene.forgets = None;
+        assert!(scene.start(None).wait(LONG));
+        assert!(!scene.wrong().await.is_empty());
+    });
+}
