@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod crash;
+pub mod faulty;
 
 use durable_core::storage::Storage;
 use durable_core::{Handle, Host, HostBuilder, Info, Status};
@@ -121,7 +122,7 @@ pub async fn quick(backend: &impl Backend) -> HostBuilder {
 }
 
 /// Waits until the condition holds.
-pub async fn until<Fut: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> Fut) {
+pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let since = Instant::now();
     while !condition().await {
         assert!(since.elapsed() < Duration::from_secs(30), "in vain: {what}");
