@@ -42,27 +42,29 @@ pub(crate) struct Watcher {
     /// The journal's length and time at the last look.
     journal: Option<(u64, SystemTime)>,
     /// `PRAGMA data_version` at the last look.
-    version: Option<i64>,
+    version: u64,
 }
 
 impl Watcher {
     pub(crate) fn new(connection: SqliteConnection) -> Self {
-        Self { connection, journal: None, version: None }
+        Self { connection, journal: None, version: 0 }
     }
 
-    /// Whether another connection has committed since the last look. The journal's length and time tell at next to no
+    /// A number that changes with every commit of another connection. The journal's length and time tell at next to no
     /// cost that somebody wrote; whether that was a commit, SQLite says.
-    async fn look(&mut self, journal: &Path) -> bool {
+    async fn look(&mut self, journal: &Path) -> u64 {
         let written = std::fs::metadata(journal).and_then(|file| Ok((file.len(), file.modified()?))).ok();
         if written == self.journal {
-            return false;
+            return self.version;
         }
         self.journal = written;
         let mut script = Script::default();
         script.add("PRAGMA data_version", []);
-        let Ok(answers) = script.run(&mut self.connection).await else { return true };
-        let version = all(&answers).next().and_then(|row| get::<i64>(row, 0).ok());
-        std::mem::replace(&mut self.version, version) != version
+        if let Ok(answers) = script.run(&mut self.connection).await {
+            let version = all(&answers).next().and_then(|row| get::<i64>(row, 0).ok());
+            self.version = version.unwrap_or(0).unsigned_abs();
+        }
+        self.version
     }
 }
 
@@ -263,12 +265,13 @@ impl Storage for Sqlite {
         Ok(polled)
     }
 
-    async fn changed(&self, at_most: Duration) {
+    async fn changed(&self, cursor: &mut u64, at_most: Duration) {
         const LOOK: Duration = Duration::from_millis(25);
         let end = tokio::time::Instant::now() + at_most;
         loop {
             let now = tokio::time::Instant::now();
-            if now >= end || self.0.watcher.lock().await.look(&self.0.wal).await {
+            let version = self.0.watcher.lock().await.look(&self.0.wal).await;
+            if now >= end || std::mem::replace(cursor, version) != version {
                 return;
             }
             tokio::time::sleep_until(end.min(now + LOOK)).await;

@@ -108,8 +108,8 @@ impl<S: Storage> Storage for Faulty<S> {
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
         self.inner.poll(poll).await
     }
-    async fn changed(&self, at_most: Duration) {
-        self.inner.changed(at_most).await;
+    async fn changed(&self, cursor: &mut u64, at_most: Duration) {
+        self.inner.changed(cursor, at_most).await;
     }
     async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers> {
         self.inner.peers(namespace, me).await

@@ -170,7 +170,7 @@ async fn a_storage_that_stays_away<B: Backend>() {
     assert!(error.to_string().contains("may have happened") && error.to_string().contains("no connection"), "{error}");
     tokio::time::sleep(Duration::from_millis(300)).await;
     away.store(false, Ordering::SeqCst);
-    handle.raise(GO, &2).id("m").await.unwrap();
+    until("it is back", async || handle.raise(GO, &2).id("m").await.is_ok()).await;
     assert_eq!(handle.output().await.unwrap(), "5 2 5 5");
     assert_eq!(effects.all(), ["a1", "a2"]);
 }

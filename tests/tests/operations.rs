@@ -64,7 +64,7 @@ async fn messages_wait_in_their_order<B: Backend>() {
     .await;
     let handle = host.spawn(SUM, "s", &()).await.unwrap();
     handle.raise(SHIPPED, &"by sea".to_owned()).await.unwrap();
-    for cents in [1, 2, 3, 4] {
+    for cents in [1, 2, 3] {
         handle.raise(PAID, &cents).await.unwrap();
     }
     assert_eq!(handle.output().await.unwrap(), ["1", "2", "3", "by sea"]);

@@ -94,11 +94,13 @@ async fn beat(
     let interval = core.settings.heartbeat;
     let mut pause = interval;
     let mut failing = false;
+    let mut cursor = 0;
     loop {
         tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => return,
             () = tokio::time::sleep(pause) => {}
+            () = core.storage.changed(&mut cursor, pause), if core.storage.announces_everything() => {}
         }
         let sent = core.live.sending();
         let beat = tokio::select! {

@@ -20,6 +20,7 @@ pub(super) async fn poll(core: Arc<Core>, epoch: Arc<Epoch>) {
     let mut backoff = Backoff::new();
     // Where the next look goes on among the kinds and among the watched runs.
     let mut turn = 0;
+    let mut cursor = 0;
     while !epoch.is_over() {
         if !core.live.is_fresh() {
             // What is claimed now could not start.
@@ -47,12 +48,12 @@ pub(super) async fn poll(core: Arc<Core>, epoch: Arc<Epoch>) {
         core.clock.sync(polled.now);
         let worked = act(&core, &epoch, &polled, turn).await;
         interval = if worked { SHORTEST } else { (interval * 2).min(core.settings.poll) };
-        sleep(&core, &epoch, interval, &polled, worked).await;
+        sleep(&core, &epoch, &mut cursor, interval, &polled, worked).await;
     }
 }
 
 /// Waits until the next due time, the interval's end, or a hint.
-async fn sleep(core: &Core, epoch: &Epoch, interval: Duration, polled: &Polled, worked: bool) {
+async fn sleep(core: &Core, epoch: &Epoch, cursor: &mut u64, interval: Duration, polled: &Polled, worked: bool) {
     let next = polled.due.iter().map(|(_, at)| *at).filter(|at| *at > polled.now).min();
     let next = next.and_then(|at| (at - polled.now).to_std().ok()).map_or(interval, |until| until.min(interval));
     core.set_next_look(next);
@@ -63,7 +64,7 @@ async fn sleep(core: &Core, epoch: &Epoch, interval: Duration, polled: &Polled, 
         () = core.poked.notified() => {}
         () = async {
             tokio::time::sleep(at_least.min(next)).await;
-            core.storage.changed(next - at_least.min(next)).await;
+            core.storage.changed(cursor, next - at_least.min(next)).await;
         } => {}
     }
 }

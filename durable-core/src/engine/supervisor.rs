@@ -15,6 +15,7 @@ pub(crate) async fn supervise(core: Arc<Core>, ready: oneshot::Sender<Result<(),
     let _dead = OnDrop(core.clone());
     let mut ready = Some(ready);
     let mut backoff = Backoff::new();
+    let started = tokio::time::Instant::now();
     loop {
         let epoch = Arc::new(Epoch::new(InstanceId::new()));
         let heart = tokio::select! {
@@ -26,11 +27,12 @@ pub(crate) async fn supervise(core: Arc<Core>, ready: oneshot::Sender<Result<(),
                 let _ = ready.map(|ready| ready.send(Ok(())));
                 heart
             }
-            (Err(error), Some(ready)) => {
-                let _ = ready.send(Err(error));
+            (Err(error), Some(first)) if !error.is_transient() || started.elapsed() > core.settings.call_timeout => {
+                let _ = first.send(Err(error));
                 return;
             }
-            (Err(error), None) => {
+            (Err(error), still_first) => {
+                ready = still_first;
                 core.note_trouble(&error.to_string());
                 let pause = backoff.next();
                 tracing::warn!("the instance could not be enlisted ({error}); trying again");

@@ -87,6 +87,7 @@ impl Observer {
 
 pub(super) async fn watch_peers(core: Arc<Core>, epoch: Arc<Epoch>) {
     let mut observer = Observer::default();
+    let mut cursor = 0;
     while !epoch.is_over() {
         let mut pause = core.settings.heartbeat;
         match core.storage.peers(&core.namespace, epoch.instance).await {
@@ -111,7 +112,7 @@ pub(super) async fn watch_peers(core: Arc<Core>, epoch: Arc<Epoch>) {
         tokio::select! {
             () = epoch.over() => {}
             () = tokio::time::sleep(pause) => {}
-            () = core.storage.changed(pause), if pause > SECOND_LOOK && core.storage.announces_everything() => {}
+            () = core.storage.changed(&mut cursor, pause), if pause > SECOND_LOOK && core.storage.announces_everything() => {}
         }
     }
 }

@@ -62,7 +62,7 @@ impl HostBuilder {
             batch_ops: 1000,
             batch_bytes: 4 * 1024 * 1024,
             claim: 500,
-            reconcile_every: Duration::from_secs(60),
+            reconcile_every: Duration::from_secs(if storage.announces_everything() { 3600 } else { 60 }),
         };
         Self { storage, namespace: "default".into(), settings, kinds: HashMap::new(), twice: None }
     }
@@ -160,7 +160,8 @@ impl HostBuilder {
         self
     }
 
-    /// Makes the instance known and starts to run processes. Returns once the storage has answered.
+    /// Makes the instance known and starts to run processes. Returns once the storage has answered; one that is not
+    /// available is tried again until the [call time-out](Self::call_timeout).
     ///
     /// # Errors
     /// A kind or the namespace is outside the limits or registered twice; settings that contradict each other; or the
@@ -184,7 +185,6 @@ impl HostBuilder {
             settings.heartbeat = HOUR;
             settings.expiry = HOUR * 5;
             settings.poll = HOUR;
-            settings.reconcile_every = HOUR;
         }
         let core = Arc::new(Core::new(storage, namespace, settings, kinds));
         let host = Host::owning(core.clone());

@@ -28,7 +28,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, SubsecRound, TimeDelta, Utc};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::storage::{
@@ -43,7 +43,8 @@ pub struct Memory(Arc<Shared>);
 
 struct Shared {
     db: Mutex<Db>,
-    written: Notify,
+    /// Counts writes, births and deaths.
+    version: watch::Sender<u64>,
     start: (DateTime<Utc>, Instant),
 }
 
@@ -52,7 +53,7 @@ impl Memory {
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
         let start = (Utc::now(), Instant::now());
-        Self(Arc::new(Shared { db: Mutex::default(), written: Notify::new(), start }))
+        Self(Arc::new(Shared { db: Mutex::default(), version: watch::Sender::new(1), start }))
     }
 
     fn db(&self) -> MutexGuard<'_, Db> {
@@ -65,7 +66,7 @@ impl Memory {
     }
 
     fn wrote(&self) {
-        self.0.written.notify_waiters();
+        self.0.version.send_modify(|version| *version += 1);
     }
 }
 
@@ -86,6 +87,7 @@ impl Storage for Memory {
     async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
         let now = self.now();
         let alive = self.db().enlist(instance, now);
+        self.wrote();
         Ok((Box::new(MemoryHeart { memory: self.clone(), instance: instance.id, alive: Some(alive) }), now))
     }
 
@@ -114,8 +116,12 @@ impl Storage for Memory {
         Ok(self.db().poll(poll, self.now()))
     }
 
-    async fn changed(&self, at_most: Duration) {
-        let _ = tokio::time::timeout(at_most, self.0.written.notified()).await;
+    async fn changed(&self, cursor: &mut u64, at_most: Duration) {
+        let mut versions = self.0.version.subscribe();
+        let seen = *cursor;
+        if let Ok(Ok(version)) = tokio::time::timeout(at_most, versions.wait_for(|version| *version != seen)).await {
+            *cursor = *version;
+        }
     }
 
     async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers> {
@@ -123,7 +129,9 @@ impl Storage for Memory {
     }
 
     async fn fence(&self, seen: &Peer) -> Result<bool> {
-        Ok(self.db().fence(seen))
+        let fenced = self.db().fence(seen);
+        self.wrote();
+        Ok(fenced)
     }
 
     async fn release(&self, fenced: InstanceId, limit: usize) -> Result<usize> {

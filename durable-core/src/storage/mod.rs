@@ -92,9 +92,9 @@ pub trait Storage: Send + Sync + 'static {
     /// waiting or finished processes.
     async fn poll(&self, poll: &Poll) -> Result<Polled>;
 
-    /// Returns when another program may have written something, or after `at_most`. A hint: it may come late,
-    /// never, or for nothing.
-    async fn changed(&self, at_most: Duration);
+    /// Returns when something may have been written since the caller's last call with this cursor, which starts at 0
+    /// and means nothing to the caller; or after `at_most`. A hint: it may come late, never, or for nothing.
+    async fn changed(&self, cursor: &mut u64, at_most: Duration);
 
     /// All other instances of the namespace, those included that are fenced and still own processes.
     async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers>;
