@@ -25,9 +25,17 @@ impl Figures {
     }
 
     /// A figure; `raw` is the database's own in the same unit.
-    pub(crate) fn add(&mut self, workload: &'static str, value: f64, unit: &'static str, raw: Option<f64>, note: String) {
+    pub(crate) fn add(
+        &mut self,
+        workload: &'static str,
+        value: f64,
+        unit: &'static str,
+        raw: Option<f64>,
+        note: String,
+    ) {
         let ratio = raw.map(|raw| value / raw);
-        let figure = Figure { workload, storage: self.storage.clone(), system: "durable", value, unit, raw, ratio, note };
+        let figure =
+            Figure { workload, storage: self.storage.clone(), system: "durable", value, unit, raw, ratio, note };
         if self.json {
             println!("{}", serde_json::to_string(&figure).unwrap_or_default());
         }
@@ -39,7 +47,10 @@ impl Figures {
             return;
         }
         let raw = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), number);
-        println!("{:<12} {:<8} {:>12} {:>12} {:>7}  {:<14} note", "workload", "storage", "durable", "raw", "ratio", "unit");
+        println!(
+            "{:<12} {:<8} {:>12} {:>12} {:>7}  {:<14} note",
+            "workload", "storage", "durable", "raw", "ratio", "unit"
+        );
         for row in &self.rows {
             let ratio = row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
             println!(

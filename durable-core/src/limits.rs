@@ -54,7 +54,9 @@ pub enum LimitError {
         text: Box<str>,
     },
     /// A payload is too large.
-    #[error("the {what} is {given} bytes of JSON; at most {allowed} are allowed (`HostBuilder::max_payload` changes it)")]
+    #[error(
+        "the {what} is {given} bytes of JSON; at most {allowed} are allowed (`HostBuilder::max_payload` changes it)"
+    )]
     Payload {
         /// What was given: `input`, `message`.
         what: &'static str,

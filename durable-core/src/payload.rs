@@ -25,14 +25,16 @@ pub(crate) fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Box<str>, Encod
 /// never sees a value that it would not see again.
 pub(crate) fn encode_back<T: Serialize + DeserializeOwned>(value: T) -> Result<(Box<str>, T), EncodeError> {
     let text = encode(&value)?;
-    let back = serde_json::from_str(&text)
-        .map_err(|e| EncodeError(format!("its JSON does not read back as {}: {e}", std::any::type_name::<T>()).into()))?;
+    let back = serde_json::from_str(&text).map_err(|e| {
+        EncodeError(format!("its JSON does not read back as {}: {e}", std::any::type_name::<T>()).into())
+    })?;
     Ok((text, back))
 }
 
 /// Which type was expected, and why the text is not one.
 pub(crate) fn decode<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|e| format!("expected {}, found {}: {e}", std::any::type_name::<T>(), shape(text)))
+    serde_json::from_str(text)
+        .map_err(|e| format!("expected {}, found {}: {e}", std::any::type_name::<T>(), shape(text)))
 }
 
 /// What a JSON text looks like, without its values: they may be secrets.

@@ -64,10 +64,8 @@ pub(crate) async fn commit(connection: &mut SqliteConnection, batch: &Batch) -> 
 /// A batch of nothing but records is one statement, which is a transaction of its own. None if it is not such a batch,
 /// or if not every row was written: the long way finds out why, and writes the same again.
 async fn commit_records(connection: &mut SqliteConnection, batch: &Batch) -> Result<Option<Vec<Outcome>>> {
-    let plain = |op: &Op| {
-        matches!(op, Op::Record(RecordOp { effect: None, takes: None, awaited: None, .. }))
-    };
-    if !batch.ops.iter().all(plain) {
+    let plain = |op: &Op| matches!(op, Op::Record(RecordOp { effect: None, takes: None, awaited: None, .. }));
+    if batch.ops.is_empty() || !batch.ops.iter().all(plain) {
         return Ok(None);
     }
     let mut plan = Plan::empty(batch);
@@ -131,7 +129,17 @@ impl<'b> Plan<'b> {
             restarts |= spawn.restart_finished;
             let Spawn { run, id, kind, input, digest, take, restart_finished } = spawn;
             let (from, claim) = from.unzip();
-            rows.push(cells![run.0, id, kind, input, digest, i64::from(*take), i64::from(*restart_finished), from, claim]);
+            rows.push(cells![
+                run.0,
+                id,
+                kind,
+                input,
+                digest,
+                i64::from(*take),
+                i64::from(*restart_finished),
+                from,
+                claim
+            ]);
         }
         if rows.is_empty() {
             return;
@@ -167,14 +175,7 @@ impl<'b> Plan<'b> {
                  FROM jsonb_each(?) j WHERE {FENCED} AND {} ON CONFLICT DO NOTHING",
                 owner("j")
             ),
-            [
-                self.namespace.clone(),
-                instance.clone(),
-                rows.clone(),
-                instance.clone(),
-                generation,
-                instance.clone(),
-            ],
+            [self.namespace.clone(), instance.clone(), rows.clone(), instance.clone(), generation, instance.clone()],
         );
         // Those that are another run than asked for.
         let existing = self.script.add(
@@ -389,10 +390,8 @@ impl<'b> Plan<'b> {
             ),
             [rows.clone(), self.namespace.clone(), instance, generation],
         );
-        let answers = self.script.add(
-            &format!("SELECT j.key, p.run, p.status, p.output {from}"),
-            [rows, self.namespace.clone()],
-        );
+        let answers =
+            self.script.add(&format!("SELECT j.key, p.run, p.status, p.output {from}"), [rows, self.namespace.clone()]);
         self.parts.push(Part::Awaits { at, answers });
     }
 
@@ -447,7 +446,15 @@ impl<'b> Plan<'b> {
             if let Op::Finish(Finish { run, claim, status, output, reason, unasked }) = op {
                 at.push(index);
                 let finished = i64::from(status.is_finished());
-                rows.push(cells![run.0, *claim, status.as_str(), output.as_ref(), reason.as_ref(), unasked.as_ref(), finished]);
+                rows.push(cells![
+                    run.0,
+                    *claim,
+                    status.as_str(),
+                    output.as_ref(),
+                    reason.as_ref(),
+                    unasked.as_ref(),
+                    finished
+                ]);
             }
         }
         if rows.is_empty() {
@@ -534,7 +541,10 @@ impl<'b> Plan<'b> {
                     let before = self.before(id);
                     let mut wakes = vec![self.update_current(
                         id,
-                        &format!("signals = signals + 1, {}, cancel_requested_at = coalesce(cancel_requested_at, {NOW})", wake()),
+                        &format!(
+                            "signals = signals + 1, {}, cancel_requested_at = coalesce(cancel_requested_at, {NOW})",
+                            wake()
+                        ),
                         &format!("status IN {UNFINISHED} AND NOT (claim = 0 AND owner IS NULL)"),
                         true,
                     )];
@@ -628,7 +638,8 @@ impl<'b> Plan<'b> {
             rows.push(cells![*audit, key.scope as i64, &key.name, &key.key]);
         }
         let rows = rows.arg();
-        let of = "durable_processes p ON p.namespace = ? AND p.id = ? AND p.current = 1 AND p.status IN ('stuck', 'failed')";
+        let of =
+            "durable_processes p ON p.namespace = ? AND p.id = ? AND p.current = 1 AND p.status IN ('stuck', 'failed')";
         self.script.add(
             &format!(
                 "INSERT INTO durable_audit (audit, run, forgotten_at, scope, name, key, op, state, payload, attempts,
@@ -653,7 +664,9 @@ impl<'b> Plan<'b> {
     fn delete(&mut self, id: &str) -> usize {
         let [instance, generation] = self.fence_args();
         // All runs of the id, if the current one may go.
-        let of_id = |current| format!("SELECT run FROM durable_processes WHERE namespace = ? AND id = ? AND current = {current}");
+        let of_id = |current| {
+            format!("SELECT run FROM durable_processes WHERE namespace = ? AND id = ? AND current = {current}")
+        };
         let runs = format!(
             "SELECT r.run FROM ({} UNION ALL {}) r WHERE EXISTS (SELECT 1 FROM durable_processes q
                  WHERE q.namespace = ? AND q.id = ? AND q.current = 1
@@ -693,7 +706,8 @@ fn record_row<'r, const N: usize>(record: &'r RecordOp, more: [Cell<'r>; N]) -> 
     let RecordOp { run, claim, key, op, state, payload, attempts, .. } = record;
     let scope = key.scope as i64;
     let attempts = i64::from(*attempts);
-    let row = cells![run.0, scope, &key.name, &key.key, op.as_str(), state.as_str(), payload, attempts, *claim, None::<i64>];
+    let row =
+        cells![run.0, scope, &key.name, &key.key, op.as_str(), state.as_str(), payload, attempts, *claim, None::<i64>];
     row.into_iter().chain(more)
 }
 
@@ -706,20 +720,32 @@ async fn read(
 ) -> Result<Vec<Outcome>> {
     let mut outcomes: Vec<Option<Outcome>> = vec![None; batch.ops.len()];
     let mut lost: HashSet<usize> = HashSet::new();
-    let rows = |answers: &mut [Answer], at: usize| answers.get_mut(at).map(|a| std::mem::take(&mut a.rows)).unwrap_or_default();
+    let rows = |answers: &mut [Answer], at: usize| {
+        answers.get_mut(at).map(|a| std::mem::take(&mut a.rows)).unwrap_or_default()
+    };
     for part in parts {
         match part {
             Part::Spawns { at, existing } => {
                 let mut others = HashMap::new();
                 for row in rows(answers, existing) {
-                    let there = Spawned { run: run(&row, 1)?, existed: true, kind: boxed(get(&row, 2)?), digest: boxed(get(&row, 3)?) };
+                    let there = Spawned {
+                        run: run(&row, 1)?,
+                        existed: true,
+                        kind: boxed(get(&row, 2)?),
+                        digest: boxed(get(&row, 3)?),
+                    };
                     others.insert(key(&row)?, there);
                 }
                 for (nth, at) in at.into_iter().enumerate() {
                     let spawned = match (others.remove(&nth), &batch.ops[at]) {
                         (Some(there), _) => there,
                         (None, Op::Spawn(spawn) | Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. })) => {
-                            Spawned { run: spawn.run, existed: false, kind: spawn.kind.clone(), digest: spawn.digest.clone() }
+                            Spawned {
+                                run: spawn.run,
+                                existed: false,
+                                kind: spawn.kind.clone(),
+                                digest: spawn.digest.clone(),
+                            }
                         }
                         _ => continue,
                     };
@@ -776,14 +802,19 @@ async fn read(
                     let Op::Finish(finish) = &batch.ops[at] else { continue };
                     // Where not all were finished now, some may have been by an earlier attempt of this batch.
                     let done = complete || finished_before(connection, finish).await?;
-                    outcomes[at] = Some(if done { Outcome::Finished { wakes: std::mem::take(&mut wakes) } } else { Outcome::Lost });
+                    outcomes[at] = Some(if done {
+                        Outcome::Finished { wakes: std::mem::take(&mut wakes) }
+                    } else {
+                        Outcome::Lost
+                    });
                 }
             }
             Part::Parks { at, parked } => {
                 let complete = answers.get(parked).is_some_and(|answer| answer.changes == at.len() as u64);
                 for at in at {
                     let Op::Park(park) = &batch.ops[at] else { continue };
-                    outcomes[at] = Some(if complete { Outcome::Recorded } else { parked_before(connection, batch, park).await? });
+                    outcomes[at] =
+                        Some(if complete { Outcome::Recorded } else { parked_before(connection, batch, park).await? });
                 }
             }
             Part::Asked { at, before, wakes } => {
@@ -799,7 +830,8 @@ async fn read(
             }
             Part::Claimed { at, answers: statement } => {
                 let claimed = |row: &SqliteRow| Ok(Claimed { run: run(row, 0)?, claim: get(row, 1)? });
-                outcomes[at] = Some(Outcome::Claimed(rows(answers, statement).iter().map(claimed).collect::<Result<_>>()?));
+                outcomes[at] =
+                    Some(Outcome::Claimed(rows(answers, statement).iter().map(claimed).collect::<Result<_>>()?));
             }
         }
     }
@@ -936,10 +968,14 @@ mod tests {
         for (sql, plan) in Plan::new(&everything()).script.plans(&mut connection).await {
             // A virtual table over the batch's own rows, and subqueries of it, may be scanned.
             let of_table = |line: &&String| {
-                line.starts_with("SCAN ") && !["SCAN j ", "SCAN jsonb_each", "SCAN (", "SCAN CONSTANT"].iter().any(|own| line.starts_with(own))
+                line.starts_with("SCAN ")
+                    && !["SCAN j ", "SCAN jsonb_each", "SCAN (", "SCAN CONSTANT"]
+                        .iter()
+                        .any(|own| line.starts_with(own))
             };
             // Whether there is any row at all.
-            let of_table = |line: &&String| of_table(line) && !line.contains("SCAN durable_waiters USING COVERING INDEX");
+            let of_table =
+                |line: &&String| of_table(line) && !line.contains("SCAN durable_waiters USING COVERING INDEX");
             let all_owned = |line: &&String| line.contains("durable_processes_owner");
             let own: Vec<_> = plan.iter().filter(|line| of_table(line) || all_owned(line)).collect();
             if !own.is_empty() {

@@ -103,9 +103,6 @@ mod tests {
         rows.push(cells![String::from("{\"x\":\"\\u0000\"}")]);
         let Arg::Text(text) = rows.arg() else { panic!() };
         let back: serde_json::Value = serde_json::from_str(&text).unwrap();
-        assert_eq!(
-            back,
-            serde_json::json!([["a\"\u{1}é", 7, null, Uuid::nil().to_string()], ["{\"x\":\"\\u0000\"}"]])
-        );
+        assert_eq!(back, serde_json::json!([["a\"\u{1}é", 7, null, Uuid::nil().to_string()], ["{\"x\":\"\\u0000\"}"]]));
     }
 }

@@ -58,7 +58,10 @@ impl Open {
     fn options(&self) -> Result<SqliteConnectOptions> {
         let options = if self.url.starts_with("sqlite:") {
             SqliteConnectOptions::from_str(&self.url).map_err(|e| {
-                StorageError::schema(format!("{:?} is not a SQLite address: {e}; give a path or `sqlite://path`", self.url))
+                StorageError::schema(format!(
+                    "{:?} is not a SQLite address: {e}; give a path or `sqlite://path`",
+                    self.url
+                ))
             })?
         } else if let Some((scheme, _)) = self.url.split_once("://") {
             return Err(StorageError::schema(format!(
@@ -67,7 +70,8 @@ impl Open {
         } else {
             SqliteConnectOptions::new().filename(&self.url)
         };
-        if options.get_filename().as_os_str().to_string_lossy().contains(":memory:") || self.url.contains("mode=memory") {
+        if options.get_filename().as_os_str().to_string_lossy().contains(":memory:") || self.url.contains("mode=memory")
+        {
             return Err(StorageError::schema(
                 "a SQLite database in memory does not outlive the program; give a file, or use `memory::Memory` in tests",
             ));
@@ -104,7 +108,8 @@ impl Open {
         let explain = |error: sqlx::Error| explain(&path, error);
         // The file is only ever opened by SQLite: closing it by other means would drop SQLite's own locks on it.
         let mut writer = connect(&options).await.map_err(explain)?;
-        let version: String = sqlx::query("SELECT sqlite_version()").fetch_one(&mut writer).await.map_err(explain)?.get(0);
+        let version: String =
+            sqlx::query("SELECT sqlite_version()").fetch_one(&mut writer).await.map_err(explain)?.get(0);
         if !is_recent(&version) {
             return Err(StorageError::schema(format!(
                 "this program is linked with SQLite {version}; 3.51 or later is needed (sqlx's `sqlite` feature bundles one)"
@@ -159,7 +164,8 @@ pub(crate) async fn connect(options: &SqliteConnectOptions) -> sqlx::Result<Sqli
     loop {
         match options.clone().busy_timeout(Duration::from_millis(50)).connect().await {
             Err(error)
-                if crate::errors::code(&error).is_some_and(|code| code & 0xff == BUSY) && since.elapsed() < PATIENCE =>
+                if crate::errors::code(&error).is_some_and(|code| code & 0xff == BUSY)
+                    && since.elapsed() < PATIENCE =>
             {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }

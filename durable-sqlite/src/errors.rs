@@ -19,9 +19,10 @@ pub(crate) fn sort(error: Error) -> StorageError {
     let Some(code) = code(&error) else {
         return match &error {
             Error::PoolTimedOut | Error::PoolClosed => StorageError::unavailable(error),
-            Error::ColumnDecode { .. } | Error::Decode(_) | Error::ColumnNotFound(_) | Error::ColumnIndexOutOfBounds { .. } => {
-                StorageError::schema(error)
-            }
+            Error::ColumnDecode { .. }
+            | Error::Decode(_)
+            | Error::ColumnNotFound(_)
+            | Error::ColumnIndexOutOfBounds { .. } => StorageError::schema(error),
             _ => StorageError::unknown(error),
         };
     };

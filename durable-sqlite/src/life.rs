@@ -32,7 +32,8 @@ impl Lives {
         let failed = |e: std::io::Error| StorageError::unavailable(format!("no lock file {}: {e}", path.display()));
         std::fs::create_dir_all(&self.0).map_err(failed)?;
         let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
-        file.try_lock().map_err(|error| StorageError::unavailable(format!("no lock on {}: {error}", path.display())))?;
+        file.try_lock()
+            .map_err(|error| StorageError::unavailable(format!("no lock on {}: {error}", path.display())))?;
         Ok(Life { _locked: file })
     }
 

@@ -3,7 +3,8 @@
 
 use chrono::{DateTime, Utc};
 use durable_core::storage::{
-    EventRow, InstanceId, OpKind, ProcessRow, Record, RecordKey, RecordState, Result, RunId, Scope, Status, StorageError,
+    EventRow, InstanceId, OpKind, ProcessRow, Record, RecordKey, RecordState, Result, RunId, Scope, Status,
+    StorageError,
 };
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Decode, Row, Sqlite, Type};

@@ -9,18 +9,18 @@ use sqlx::SqlitePool;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::Mutex;
 
+use crate::Sqlite;
 use crate::batch;
 use crate::connect::connect;
 use crate::errors::sort;
 use crate::life::{Life, Lives};
 use crate::rows::{self, boxed, get, id, time};
 use crate::script::{Answer, Arg, NOW, Script};
-use crate::Sqlite;
 
 /// Behind every clone of a [`Sqlite`].
 pub(crate) struct Shared {
@@ -74,7 +74,7 @@ impl Shared {
     async fn write(&self, script: impl Fn() -> Script) -> Result<Vec<Answer>> {
         let mut connection = self.writer.lock().await;
         self.let_the_heart_pass().await;
-        patiently(|| script(), &mut connection).await
+        patiently(script, &mut connection).await
     }
 
     async fn let_the_heart_pass(&self) {
@@ -133,7 +133,10 @@ impl Storage for Sqlite {
         let script = || {
             let mut script = Script::default();
             script.add("BEGIN IMMEDIATE", []);
-            script.add("INSERT INTO durable_fences (instance, generation) VALUES (?, 0) ON CONFLICT DO NOTHING", [of.as_str().into()]);
+            script.add(
+                "INSERT INTO durable_fences (instance, generation) VALUES (?, 0) ON CONFLICT DO NOTHING",
+                [of.as_str().into()],
+            );
             script.add(
                 &format!(
                     "INSERT INTO durable_instances (instance, namespace, label, kinds, started_at, heartbeat_at)
@@ -372,7 +375,9 @@ impl Storage for Sqlite {
                 vec![run.to_string().into(), namespace.into(), id.into()],
             ),
             None => (
-                format!("SELECT {columns} FROM durable_processes p WHERE p.namespace = ? AND p.id = ? AND p.current = 1"),
+                format!(
+                    "SELECT {columns} FROM durable_processes p WHERE p.namespace = ? AND p.id = ? AND p.current = 1"
+                ),
                 vec![namespace.into(), id.into()],
             ),
         };
@@ -393,7 +398,8 @@ impl Storage for Sqlite {
     async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>> {
         let (conditions, mut args) = filtered(namespace, filter);
         args.push(limit_arg(filter.limit));
-        let sql = format!("SELECT {} FROM durable_processes p WHERE {conditions} ORDER BY p.run LIMIT ?", rows::PROCESS);
+        let sql =
+            format!("SELECT {} FROM durable_processes p WHERE {conditions} ORDER BY p.run LIMIT ?", rows::PROCESS);
         let answers = self.0.read([(sql, args)]).await?;
         all(&answers).map(rows::process).collect()
     }
@@ -428,7 +434,8 @@ impl Sqlite {
                     script.add(
                         &format!(
                             "DELETE FROM {table} WHERE instance = ?1
-                                 AND NOT EXISTS (SELECT 1 FROM durable_processes WHERE owner = ?1)"
+                                 AND NOT EXISTS (SELECT 1 FROM durable_processes WHERE owner = ?1)
+                                 AND EXISTS (SELECT 1 FROM durable_fences WHERE instance = ?1 AND fenced_at IS NOT NULL)"
                         ),
                         [of.as_str().into()],
                     );

@@ -221,7 +221,8 @@ async fn success_before_the_cancellation_counts<B: Backend>() {
     // Whichever comes first: the order is shipped and completed, or released and cancelled; never both, never neither.
     for n in 0..40 {
         let handle = host.spawn(ORDER, format!("o-{n}"), &()).await.unwrap();
-        let (raised, cancelled) = tokio::join!(std::future::IntoFuture::into_future(handle.raise(GO, &1)), handle.cancel());
+        let (raised, cancelled) =
+            tokio::join!(std::future::IntoFuture::into_future(handle.raise(GO, &1)), handle.cancel());
         drop((raised, cancelled));
         let before = effects.all();
         let output = handle.output().await;

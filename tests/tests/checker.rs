@@ -63,12 +63,18 @@ fn every_broken_invariant_is_found() {
     found(wrong(|_, _, processes| processes[0].status = "failed".into()), "is failed");
     found(wrong(|_, records, _| records[1].claim = 3), "recorded by execution 3 of 2");
     found(wrong(|_, records, _| records[0].claim = 2), "recorded only by 2");
-    found(wrong(|lines, _, _| lines[6] = line(2, 2, What::Begin { step: "b#1".into(), key: "other".into() })), "another idempotency key");
+    found(
+        wrong(|lines, _, _| lines[6] = line(2, 2, What::Begin { step: "b#1".into(), key: "other".into() })),
+        "another idempotency key",
+    );
     found(wrong(|lines, _, _| lines[7] = effect(1, 2, "b#1")), "two programs");
     found(wrong(|lines, _, _| lines.push(begin(1, 1, "b#1"))), "after 2 had begun");
     found(wrong(|lines, _, _| lines.insert(7, begin(2, 2, "b#1"))), "begun twice");
     found(wrong(|lines, _, _| lines[6] = begin(2, 2, "b#2")), "attempts failed");
-    found(wrong(|lines, _, _| lines.retain(|line| !matches!(&line.what, What::Effect { step } if step == "b#1"))), "without an effect");
+    found(
+        wrong(|lines, _, _| lines.retain(|line| !matches!(&line.what, What::Effect { step } if step == "b#1"))),
+        "without an effect",
+    );
 }
 
 /// A storage that says of some records that they are written, and does not write them.

@@ -120,7 +120,11 @@ async fn stop(scene: &Scene, worker: &Worker, inside: bool) {
             return;
         }
         worker.signal("CONT");
-        assert!(since.elapsed() < LONG, "it is never stopped {} a transaction", if inside { "inside" } else { "outside" });
+        assert!(
+            since.elapsed() < LONG,
+            "it is never stopped {} a transaction",
+            if inside { "inside" } else { "outside" }
+        );
         tokio::time::sleep(Duration::from_millis(7)).await;
     }
 }

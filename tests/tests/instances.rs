@@ -2,7 +2,9 @@
 //! writes no more.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::{Batch, Claimed, Fence, Finish, InstanceId, NewInstance, Op, Outcome, Park, Storage, StorageError};
+use durable_core::storage::{
+    Batch, Claimed, Fence, Finish, InstanceId, NewInstance, Op, Outcome, Park, Storage, StorageError,
+};
 use durable_core::*;
 use durable_tests::*;
 use std::sync::Arc;
@@ -18,7 +20,8 @@ fn working(builder: HostBuilder, effects: &Effects) -> HostBuilder {
         let effects = effects.clone();
         async move {
             for n in 0..3 {
-                proc.step(("step", n), || async { Ok::<_, Failure>(effects.add(format!("{} {n}", proc.id()))) }).await?;
+                proc.step(("step", n), || async { Ok::<_, Failure>(effects.add(format!("{} {n}", proc.id()))) })
+                    .await?;
             }
             Ok::<_, Failure>(proc.event(GO).await? + input)
         }
@@ -68,7 +71,8 @@ async fn a_dropped_host_is_taken_over_at_once<B: Backend>() {
     let effects = Effects::default();
     // A heartbeat that takes long to expire: it is the lock that tells.
     let slow = |builder: HostBuilder| builder.heartbeat(Duration::from_millis(300), Duration::from_secs(60));
-    let host = slow(working(quick(&backend).await, &effects)).quiet_time(Duration::from_secs(60)).start().await.unwrap();
+    let host =
+        slow(working(quick(&backend).await, &effects)).quiet_time(Duration::from_secs(60)).start().await.unwrap();
     for n in 0..10 {
         host.spawn(WORK, format!("w-{n}"), &n).await.unwrap();
     }
@@ -185,7 +189,8 @@ async fn an_instance_that_was_fenced_goes_on_as_a_new_one<B: Backend>() {
         }
     })
     .await;
-    until("it has found out", async || instances(&storage).await.iter().any(|peer| peer.instance != victim.instance)).await;
+    until("it has found out", async || instances(&storage).await.iter().any(|peer| peer.instance != victim.instance))
+        .await;
     // It takes over from itself, and calls from outside go on as if nothing had been.
     handle.raise(GO, &1).await.unwrap();
     assert_eq!(handle.output().await.unwrap(), 2);
@@ -217,7 +222,8 @@ async fn a_zombie_writes_nothing<B: Backend>() {
     let peers = storage.peers("default", InstanceId::new()).await.unwrap().peers;
     let peer = peers.iter().find(|peer| peer.instance == zombie).unwrap();
     assert!(storage.fence(peer).await.unwrap());
-    let finish = Finish { run, claim: number, status: Status::Completed, output: Some("0".into()), reason: None, unasked: None };
+    let finish =
+        Finish { run, claim: number, status: Status::Completed, output: Some("0".into()), reason: None, unasked: None };
     let park = Park { run, claim: number, wake_at: None, seen: None, waiting_for: None };
     for op in [Op::Finish(finish), Op::Park(park), Op::Cancel { id: "w".into() }, claim] {
         let refused = storage.commit(&batch(zombie, vec![op])).await;

@@ -121,7 +121,8 @@ async fn what_the_database_refuses_is_found<B: Backend>() {
         Op::Spawn(spawn) => spawn.input.contains("poison"),
         _ => false,
     };
-    let storage = Faulty::new(backend.storage().await, move |batch| batch.ops.iter().any(poisoned).then_some(Fault::Refused));
+    let storage =
+        Faulty::new(backend.storage().await, move |batch| batch.ops.iter().any(poisoned).then_some(Fault::Refused));
     const TEXT: Definition<u32, String> = Definition::new("text");
     const INPUT: Definition<String, String> = Definition::new("input");
     let text = async |proc: Process, n: u32| {
@@ -153,7 +154,8 @@ async fn a_storage_that_stays_away<B: Backend>() {
     let backend = B::new().await;
     let away = Arc::new(AtomicBool::new(false));
     let is_away = away.clone();
-    let storage = Faulty::new(backend.storage().await, move |_| is_away.load(Ordering::SeqCst).then_some(Fault::Before));
+    let storage =
+        Faulty::new(backend.storage().await, move |_| is_away.load(Ordering::SeqCst).then_some(Fault::Before));
     let effects = Effects::default();
     let counted = effects.clone();
     let host = Host::builder(storage)

@@ -33,7 +33,8 @@ where
     assert!(pending.is_err(), "whoever awaits a stuck process goes on waiting");
     host.shutdown(Duration::from_secs(1)).await;
     // What was recorded before the mistake is kept.
-    let fixed = async |proc: Process, ()| Ok::<_, Failure>(proc.step("before", || async { Ok::<_, Failure>(99) }).await?);
+    let fixed =
+        async |proc: Process, ()| Ok::<_, Failure>(proc.step("before", || async { Ok::<_, Failure>(99) }).await?);
     let host = quick(&backend).await.register(IT, fixed).start().await.unwrap();
     let handle = host.get("it").of(IT);
     handle.resume().await.unwrap();
@@ -205,8 +206,8 @@ async fn a_panic_in_a_step<B: Backend>() {
     let panics = async |proc: Process| {
         before(&proc).await?;
         proc.step("panics", || async {
-            let nothing: Option<()> = None;
-            nothing.expect("something");
+            panic!("something");
+            #[expect(unreachable_code)]
             Ok::<_, Failure>(())
         })
         .await?;
@@ -264,7 +265,10 @@ async fn an_input_of_another_type<B: Backend>() {
     host.spawn(OLD, "k", &"text".to_owned()).await.unwrap();
     let host = quick(&backend).await.register(NEW, async |_, _| Ok(())).start().await.unwrap();
     let reason = until_status(&host.get("k"), Status::Stuck).await.reason.unwrap();
-    assert_eq!(reason.split(": invalid").next().unwrap(), "the input of process \"k\" does not decode: expected u32, found a string");
+    assert_eq!(
+        reason.split(": invalid").next().unwrap(),
+        "the input of process \"k\" does not decode: expected u32, found a string"
+    );
 }
 
 async fn a_panic_hurts_no_neighbour<B: Backend>() {
@@ -296,7 +300,10 @@ async fn an_unknown_kind_waits_and_is_counted<B: Backend>() {
     let handle = host.spawn(IT, "it", &()).await.unwrap();
     let counts = host.processes().count().await.unwrap();
     assert_eq!(counts.len(), 1);
-    assert_eq!((&*counts[0].kind, counts[0].status, counts[0].count, counts[0].served), ("it", Status::Waiting, 1, false));
+    assert_eq!(
+        (&*counts[0].kind, counts[0].status, counts[0].count, counts[0].served),
+        ("it", Status::Waiting, 1, false)
+    );
     let serving = quick(&backend).await.register(IT, async |proc, ()| before(&proc).await).start().await.unwrap();
     assert_eq!(handle.output().await.unwrap(), 1);
     let counts = host.processes().kind(IT).status(Status::Completed).count().await.unwrap();
@@ -369,7 +376,10 @@ async fn a_program_that_dies_again_and_again<B: Backend>() {
             if info.status == Status::Stuck {
                 stuck = info.reason;
             }
-            stuck.is_some() || executions.all().len() == life && handle.value::<u32>("x").await.is_ok() && info.execution == life as i64
+            stuck.is_some()
+                || executions.all().len() == life
+                    && handle.value::<u32>("x").await.is_ok()
+                    && info.execution == life as i64
         })
         .await;
         if let Some(reason) = stuck {
@@ -426,7 +436,9 @@ async fn limits_are_checked_first<B: Backend>() {
     let host = quick(&backend).await.max_payload(100).start().await.unwrap();
     const TEXT: Definition<String, ()> = Definition::new("text");
     const NUMBER: Definition<f64, ()> = Definition::new("number");
-    const LONG: Definition<(), ()> = Definition::new("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx");
+    const LONG: Definition<(), ()> = Definition::new(
+        "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+    );
     let text = |text: &str| text.to_owned();
     for (id, expected) in [
         ("", "the process id is empty"),

@@ -73,7 +73,8 @@ async fn messages_wait_in_their_order<B: Backend>() {
 async fn a_message_is_put_in_once<B: Backend>() {
     const TWO: Definition<(), (u64, u64)> = Definition::new("two");
     let backend = B::new().await;
-    let host = host_with(&backend, TWO, async |proc: Process| Ok((proc.event(PAID).await?, proc.event(PAID).await?))).await;
+    let host =
+        host_with(&backend, TWO, async |proc: Process| Ok((proc.event(PAID).await?, proc.event(PAID).await?))).await;
     let handle = host.spawn(TWO, "t", &()).await.unwrap();
     for _ in 0..3 {
         handle.raise(PAID, &1).id("first").await.unwrap();
@@ -149,7 +150,8 @@ async fn a_receive_that_timed_out_counts_and_one_that_was_dropped_does_not<B: Ba
     })
     .await;
     let handle = host.spawn(MIXED, "m", &()).await.unwrap();
-    until("it timed out", async || handle.status().await.unwrap().waiting_for.is_some_and(|w| w.contains("Paid"))).await;
+    until("it timed out", async || handle.status().await.unwrap().waiting_for.is_some_and(|w| w.contains("Paid")))
+        .await;
     tokio::time::sleep(20 * MS).await;
     for cents in [7, 8] {
         handle.raise(PAID, &cents).await.unwrap();
@@ -525,7 +527,9 @@ async fn spawning_is_idempotent<B: Backend>() {
     let mut spawns = Vec::new();
     for _ in 0..20 {
         let host = host.clone();
-        spawns.push(tokio::spawn(async move { host.spawn(ONE, "o", &vec![1, 2]).await.unwrap().output().await.unwrap() }));
+        spawns.push(tokio::spawn(
+            async move { host.spawn(ONE, "o", &vec![1, 2]).await.unwrap().output().await.unwrap() },
+        ));
     }
     for spawn in spawns {
         assert_eq!(spawn.await.unwrap(), 2);

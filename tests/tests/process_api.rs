@@ -73,9 +73,8 @@ async fn everything(app: Arc<App>, proc: Process, email: String) -> Result<Vec<S
         proc.delay("b", Duration::from_millis(20)).into_future()
     );
     log.push(format!("joined {} {}", a?, b?.on_time()));
-    let mut many: FuturesUnordered<_> = (0..3)
-        .map(|n| proc.step(("many", n), move || async move { Ok::<_, Failure>(n) }).into_future())
-        .collect();
+    let mut many: FuturesUnordered<_> =
+        (0..3).map(|n| proc.step(("many", n), move || async move { Ok::<_, Failure>(n) }).into_future()).collect();
     let mut sum = 0;
     while let Some(n) = many.next().await {
         sum += n?;
@@ -94,7 +93,7 @@ async fn everything(app: Arc<App>, proc: Process, email: String) -> Result<Vec<S
         .race("first")
         .on(proc.event(PAID), |cents| format!("paid {cents}"))
         .on(proc.delay("slow", Duration::from_secs(3600)), |_| "slow".to_owned())
-        .on(proc.step("never", || std::future::pending::<Result<(), Failure>>()), |_| "never".to_owned())
+        .on(proc.step("never", std::future::pending::<Result<(), Failure>>), |_| "never".to_owned())
         .on(proc.step("quick", || async { Ok::<_, Failure>(5) }), |n| format!("quick {}", n.unwrap()))
         .await?;
     log.push(first);
@@ -124,8 +123,19 @@ async fn everything_works<B: Backend>() {
     handle.raise(PAID, &2).id("two").await.unwrap();
     // The third receive times out, so what comes now is for the race, which the quick step wins.
     let expected = [
-        "user 7", "secret 42", "receipt 1", "receipt 2", "key 5", "joined 1 true", "sum 3", "all 3", "paid 1",
-        "paid Some(2)", "paid None", "quick 5", "child 42",
+        "user 7",
+        "secret 42",
+        "receipt 1",
+        "receipt 2",
+        "key 5",
+        "joined 1 true",
+        "sum 3",
+        "all 3",
+        "paid 1",
+        "paid Some(2)",
+        "paid None",
+        "quick 5",
+        "child 42",
     ];
     assert_eq!(handle.output().await.unwrap(), expected);
     assert_eq!(handle.value::<u64>("progress").await.unwrap(), Some(42));

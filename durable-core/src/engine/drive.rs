@@ -169,7 +169,11 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
     }
     if !parks {
         let state = run.state();
-        if state.steps == 0 && state.commits == 0 && !state.waits.is_empty() && core.said_kept_in_memory.insert(&run.kind) {
+        if state.steps == 0
+            && state.commits == 0
+            && !state.waits.is_empty()
+            && core.said_kept_in_memory.insert(&run.kind)
+        {
             tracing::info!(id = %run.id, kind = %run.kind, "kept in memory while it waits: something besides durable operations holds its waker (said once for each kind)");
         }
         return Poll::Ready(None);
@@ -268,7 +272,8 @@ async fn stuck(run: &Arc<Run>, reason: String) {
 }
 
 async fn give_back(run: &Arc<Run>) {
-    let op = Park { run: run.run, claim: run.claim, wake_at: Some(run.core.clock.now()), seen: None, waiting_for: None };
+    let op =
+        Park { run: run.run, claim: run.claim, wake_at: Some(run.core.clock.now()), seen: None, waiting_for: None };
     let _ = run.submit(Op::Park(op)).await;
 }
 

@@ -23,7 +23,10 @@ struct Inner {
 #[derive(Clone)]
 pub(crate) enum Slot {
     /// Claimed; its records are being read.
-    Loading { claim: i64, signalled: bool },
+    Loading {
+        claim: i64,
+        signalled: bool,
+    },
     Live(Arc<Run>),
 }
 

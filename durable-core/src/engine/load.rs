@@ -93,7 +93,9 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: HashMap<RunId, i64
                     }
                 },
                 Ok(None) => core.held.remove(loaded.run, claim),
-                Err(why) => stuck(&core, &epoch, loaded.run, claim, format!("what is stored cannot be read: {why}")).await,
+                Err(why) => {
+                    stuck(&core, &epoch, loaded.run, claim, format!("what is stored cannot be read: {why}")).await
+                }
             }
         }
     }

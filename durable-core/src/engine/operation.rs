@@ -229,7 +229,14 @@ pub(crate) struct Write {
 
 impl Write {
     pub(crate) fn done(payload: impl Into<Box<str>>) -> Self {
-        Self { state: RecordState::Done, payload: payload.into(), attempts: 0, takes: None, effect: None, awaited: None }
+        Self {
+            state: RecordState::Done,
+            payload: payload.into(),
+            attempts: 0,
+            takes: None,
+            effect: None,
+            awaited: None,
+        }
     }
     pub(crate) fn failed(payload: impl Into<Box<str>>) -> Self {
         Self { state: RecordState::Failed, ..Self::done(payload) }

@@ -12,8 +12,8 @@ use super::queue::{Answer, From, Job};
 use super::wake::{Context, RootWake};
 use super::{Core, lock};
 use crate::storage::{
-    EventRow, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope,
-    Status, Target,
+    Ended, EventRow, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId, RunState,
+    Scope, Target,
 };
 
 /// One execution of a process in this program: what the driver, the process's operations and the engine share.
@@ -96,7 +96,7 @@ pub(crate) struct Mail {
     /// Messages not taken.
     pub(crate) events: BTreeMap<i64, EventRow>,
     /// Awaited processes that have ended or are gone.
-    pub(crate) targets: HashMap<RunId, Option<(Status, Option<Box<str>>)>>,
+    pub(crate) targets: HashMap<RunId, Option<Ended>>,
     /// For each event: how many receives have completed, and whether one is under way.
     pub(crate) receives: HashMap<Box<str>, Receives>,
 }

@@ -3,24 +3,22 @@ use std::sync::Mutex;
 use tokio::sync::oneshot;
 
 use super::lock;
-use crate::storage::{RunId, Status};
-
-/// How a run ended, where this instance knows it: its status, and its output or error.
-pub(crate) type Ended = Option<(Status, Option<Box<str>>)>;
+use crate::storage::{Ended, RunId};
 
 /// Everybody in this program who awaits the end of a process, here or on another instance: one poller for all.
 #[derive(Default)]
-pub(crate) struct Watch(Mutex<HashMap<RunId, Vec<oneshot::Sender<Ended>>>>);
+pub(crate) struct Watch(Mutex<HashMap<RunId, Vec<oneshot::Sender<Option<Ended>>>>>);
 
 impl Watch {
-    /// Resolves when the run has ended, was deleted, or should be looked at again.
-    pub(crate) fn watch(&self, run: RunId) -> oneshot::Receiver<Ended> {
+    /// Resolves when the run has ended: with how, if this instance ended it; else it, or that it was deleted, has to be
+    /// looked up.
+    pub(crate) fn watch(&self, run: RunId) -> oneshot::Receiver<Option<Ended>> {
         let (sender, receiver) = oneshot::channel();
         lock(&self.0).entry(run).or_default().push(sender);
         receiver
     }
 
-    pub(crate) fn ended(&self, run: RunId, ended: Ended) {
+    pub(crate) fn ended(&self, run: RunId, ended: Option<Ended>) {
         let waiting = lock(&self.0).remove(&run);
         for sender in waiting.into_iter().flatten() {
             let _ = sender.send(ended.clone());

@@ -9,8 +9,8 @@ use super::held::Slot;
 use super::queue::{From, Job};
 use super::{Backoff, Core};
 use crate::storage::{
-    Batch, Effect, EventRow, Fence, Finish, InstanceId, Op, Outcome, Park, Raise, Raised, Record, RecordOp, RunId, Spawn,
-    StorageError,
+    Batch, Effect, EventRow, Fence, Finish, InstanceId, Op, Outcome, Park, Raise, Raised, Record, RecordOp, RunId,
+    Spawn, StorageError,
 };
 
 pub(super) struct Writer {
@@ -272,7 +272,10 @@ impl Writer {
             run.end(super::run::End::Gone);
         }
         if !strays.is_empty() {
-            tracing::warn!("{} processes are owned by this instance but were not running; taking them up", strays.len());
+            tracing::warn!(
+                "{} processes are owned by this instance but were not running; taking them up",
+                strays.len()
+            );
             self.core.load_and_start(&self.epoch, &strays);
         }
     }

@@ -177,7 +177,8 @@ impl HostBuilder {
         }
         if settings.expiry < settings.heartbeat * 3 {
             let (given, least) = (settings.expiry, settings.heartbeat * 3);
-            let message = format!("an expiry of {given:?} is too short; it must be at least three heartbeats, {least:?}");
+            let message =
+                format!("an expiry of {given:?} is too short; it must be at least three heartbeats, {least:?}");
             return Err(StartError::Setting(message.into()));
         }
         if storage.announces_everything() {

@@ -88,7 +88,12 @@ impl Host {
     ///
     /// # Cancel safety
     /// Dropped before it returns, the process may or may not have been started.
-    pub fn spawn<I, O, E>(&self, definition: Definition<I, O, E>, id: impl Into<String>, input: &I) -> SpawnProcess<O, E>
+    pub fn spawn<I, O, E>(
+        &self,
+        definition: Definition<I, O, E>,
+        id: impl Into<String>,
+        input: &I,
+    ) -> SpawnProcess<O, E>
     where
         I: serde::Serialize,
     {
@@ -115,7 +120,9 @@ impl Host {
     /// at once. Nothing is reported as failed: what had not ended goes on on another instance, or at the next start.
     pub async fn shutdown(&self, grace: Duration) {
         let core = &self.core;
-        core.phase.send_if_modified(|phase| *phase == Phase::Live && std::mem::replace(phase, Phase::Stopping) == Phase::Live);
+        core.phase.send_if_modified(|phase| {
+            *phase == Phase::Live && std::mem::replace(phase, Phase::Stopping) == Phase::Live
+        });
         for run in core.held.runs() {
             run.state().stopping = true;
             run.wake.nudge();
@@ -132,7 +139,10 @@ impl Host {
 
 impl std::fmt::Debug for Host {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Host").field("storage", &self.core.storage.name()).field("in_memory", &self.in_memory()).finish_non_exhaustive()
+        f.debug_struct("Host")
+            .field("storage", &self.core.storage.name())
+            .field("in_memory", &self.in_memory())
+            .finish_non_exhaustive()
     }
 }
 

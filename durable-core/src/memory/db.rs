@@ -3,9 +3,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Weak};
 
 use crate::storage::{
-    Batch, Claimed, Counted, Effect, EventRow, Filter, Finish, Forget, InstanceId, LockState, NewInstance, Op, OpKind,
-    Outcome, Park, Peer, Poll, Polled, ProcessRow, Raise, Raised, Record, RecordKey, RecordOp, RecordState, Result,
-    RunId, RunState, Spawn, Spawned, Status, StorageError, Target,
+    Batch, Claimed, Counted, Effect, Ended, EventRow, Filter, Finish, Forget, InstanceId, LockState, NewInstance, Op,
+    OpKind, Outcome, Park, Peer, Poll, Polled, ProcessRow, Raise, Raised, Record, RecordKey, RecordOp, RecordState,
+    Result, RunId, RunState, Spawn, Spawned, Status, StorageError, Target,
 };
 
 /// The tables.
@@ -137,10 +137,12 @@ impl Db {
         if let Some(mine) = self.processes.get(&spawn.run) {
             return answer(mine);
         }
-        if let Some(existing) = self.current_run(namespace, &spawn.id).and_then(|run| self.processes.get(&run)) {
-            if !(spawn.restart_finished && existing.row.status.is_finished() && existing.row.kind == spawn.kind) {
-                return answer(existing);
-            }
+        let restarts =
+            |there: &Process| spawn.restart_finished && there.row.status.is_finished() && there.row.kind == spawn.kind;
+        if let Some(existing) = self.current_run(namespace, &spawn.id).and_then(|run| self.processes.get(&run))
+            && !restarts(existing)
+        {
+            return answer(existing);
         }
         let row = ProcessRow {
             run: spawn.run,
@@ -223,14 +225,7 @@ impl Db {
         outcome
     }
 
-    #[allow(clippy::type_complexity)]
-    fn wait(
-        &mut self,
-        namespace: &str,
-        run: RunId,
-        id: &str,
-        target: Option<RunId>,
-    ) -> Option<(RunId, Option<(Status, Option<Box<str>>)>)> {
+    fn wait(&mut self, namespace: &str, run: RunId, id: &str, target: Option<RunId>) -> Option<(RunId, Option<Ended>)> {
         let target = target.or_else(|| self.current_run(namespace, id))?;
         let process = self.processes.get(&target)?;
         if process.row.status.is_finished() {
@@ -425,9 +420,10 @@ impl Db {
 
     pub(super) fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Vec<(RunId, i64)> {
         let after = after.unwrap_or(min());
-        let owned = self.processes.range(after..).filter(|(run, process)| {
-            **run != after && process.row.owner == Some(instance)
-        });
+        let owned = self
+            .processes
+            .range(after..)
+            .filter(|(run, process)| **run != after && process.row.owner == Some(instance));
         owned.take(limit).map(|(run, process)| (*run, process.row.claim)).collect()
     }
 
@@ -476,6 +472,9 @@ impl Db {
     }
 
     pub(super) fn release(&mut self, fenced: InstanceId, limit: usize, now: DateTime<Utc>) -> usize {
+        if self.instances.get(&fenced).is_none_or(|instance| !instance.fenced) {
+            return 0;
+        }
         let owned = self.owned(fenced, None, limit);
         for (run, _) in &owned {
             if let Some(process) = self.processes.get_mut(run) {

@@ -13,7 +13,7 @@ use crate::engine::run::{At, Run, WaitFor};
 use crate::error::{OutputError, SpawnError};
 use crate::host::{check_spawn, judge_spawned};
 use crate::payload::{self, EncodeError};
-use crate::storage::{Effect, Op, OpKind, Outcome, RecordKey, RunId, Scope, Spawn, Spawned, Status};
+use crate::storage::{Effect, Ended, Op, OpKind, Outcome, RecordKey, RunId, Scope, Spawn, Spawned, Status};
 
 /// Another process that a process has started. See [`Process::spawn`].
 #[derive(Debug)]
@@ -56,13 +56,17 @@ pub struct SpawnChild<'p, O, E> {
     input: Result<Box<str>, EncodeError>,
     existing_ok: bool,
     restart_finished: bool,
-    #[allow(clippy::type_complexity)]
     types: PhantomData<(&'p (), fn() -> Result<O, E>)>,
 }
 
 impl<'p, O, E> SpawnChild<'p, O, E> {
     #[track_caller]
-    pub(super) fn new(process: &'p Process, kind: &'static str, id: String, input: Result<Box<str>, EncodeError>) -> Self {
+    pub(super) fn new(
+        process: &'p Process,
+        kind: &'static str,
+        id: String,
+        input: Result<Box<str>, EncodeError>,
+    ) -> Self {
         Self {
             run: process.run.clone(),
             scope: process.scope(),
@@ -128,7 +132,15 @@ async fn spawn(
             let take = run.core.may_take(kind);
             // Derived, so that a repetition after a lost answer or a crash recognises the child as its own.
             let child = RunId::new();
-            let spawn = Spawn { run: child, id: id.clone(), kind: kind.into(), input, digest: digest.clone(), take, restart_finished };
+            let spawn = Spawn {
+                run: child,
+                id: id.clone(),
+                kind: kind.into(),
+                input,
+                digest: digest.clone(),
+                take,
+                restart_finished,
+            };
             let write = Write { effect: Some(Effect::Spawn(spawn)), ..Write::done("") };
             match operation.record(write).await? {
                 Outcome::Spawned(spawned) => spawned,
@@ -150,7 +162,6 @@ pub struct AwaitOutput<'p, O, E> {
     pub(super) kind: &'static str,
     pub(super) id: String,
     target: Option<RunId>,
-    #[allow(clippy::type_complexity)]
     types: PhantomData<(&'p (), fn() -> Result<O, E>)>,
 }
 
@@ -177,7 +188,7 @@ pub(super) enum End {
 }
 
 impl End {
-    fn from_row(ended: Option<(Status, Option<Box<str>>)>) -> Result<Self, String> {
+    fn from_row(ended: Option<Ended>) -> Result<Self, String> {
         let Some((status, output)) = ended else { return Ok(Self::NotFound) };
         let json = || match &output {
             Some(text) => RawValue::from_string(text.clone().into()).map_err(|e| e.to_string()),

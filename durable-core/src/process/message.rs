@@ -94,5 +94,7 @@ impl<'p> IntoFuture for RaiseFrom<'p> {
 
 fn from_record(text: &str) -> Option<Raised> {
     let delivered = Raised::Delivered { run: RunId(uuid::Uuid::nil()), number: 0, mine: false };
-    [delivered, Raised::Finished, Raised::NotFound].into_iter().find(|raised| raised.as_json().trim_matches('"') == text)
+    [delivered, Raised::Finished, Raised::NotFound]
+        .into_iter()
+        .find(|raised| raised.as_json().trim_matches('"') == text)
 }

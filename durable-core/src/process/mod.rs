@@ -11,6 +11,8 @@ mod value;
 
 pub use all::All;
 pub use child::{AwaitOutput, Child, SpawnChild};
+#[cfg(feature = "conformance")]
+pub(crate) use delay::latest;
 pub use delay::{Delay, Delayed};
 pub use message::RaiseFrom;
 pub use race::{Race, RaceMember};

@@ -1,4 +1,4 @@
-use super::rows::{InstanceId, OpKind, RecordKey, RecordState, RunId, Status};
+use super::rows::{Ended, InstanceId, OpKind, RecordKey, RecordState, RunId, Status};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
@@ -208,7 +208,7 @@ pub enum Outcome {
     /// See [`Op::Raise`].
     Raised(Raised),
     /// The awaited process: its run, and how it ended if it has. None if there is none of that id.
-    Awaits(Option<(RunId, Option<(Status, Option<Box<str>>)>)>),
+    Awaits(Option<(RunId, Option<Ended>)>),
     /// The run ended; these runs of the same instance awaited it.
     Finished {
         /// Own runs to wake.

@@ -81,7 +81,8 @@ mod tests {
     #[test]
     fn what_is_pending_and_what_is_refused() {
         let known = [ONE, TWO];
-        let versions = |applied: &[Applied]| pending(&known, applied).map(|p| p.iter().map(|m| m.version).collect::<Vec<_>>());
+        let versions =
+            |applied: &[Applied]| pending(&known, applied).map(|p| p.iter().map(|m| m.version).collect::<Vec<_>>());
         assert_eq!(versions(&[]).unwrap(), [1, 2]);
         assert_eq!(versions(&[applied(ONE)]).unwrap(), [2]);
         let newer = |oldest_code| Applied { version: 3, checksum: "x".into(), oldest_code };

@@ -15,7 +15,7 @@ pub use batch::{
 };
 pub use error::StorageError;
 pub use rows::{
-    Counted, EventRow, Filter, InstanceId, Loaded, LockState, NewInstance, OpKind, Peer, Peers, Poll, Polled,
+    Counted, Ended, EventRow, Filter, InstanceId, Loaded, LockState, NewInstance, OpKind, Peer, Peers, Poll, Polled,
     ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope, Status, Target,
 };
 

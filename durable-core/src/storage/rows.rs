@@ -248,13 +248,16 @@ pub struct EventRow {
     pub payload: Box<str>,
 }
 
+/// How a run ended: completed, failed or cancelled; and its output or error, JSON text.
+pub type Ended = (Status, Option<Box<str>>);
+
 /// What became of a process that another one awaits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Target {
     /// The awaited run.
     pub run: RunId,
     /// How it ended; none if it was deleted.
-    pub ended: Option<(Status, Option<Box<str>>)>,
+    pub ended: Option<Ended>,
 }
 
 /// Everything that a run needs in order to go on.

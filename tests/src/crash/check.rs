@@ -46,7 +46,10 @@ pub fn check(lines: &[Line], records: &[Recorded], processes: &[Ended], steps: &
             match claims_of.get(&(&*process.id, *step)) {
                 None => wrong.push(format!("{} {step}: not recorded", process.id)),
                 Some(record) if record.claim > process.claims => {
-                    wrong.push(format!("{} {step}: recorded by execution {} of {}", process.id, record.claim, process.claims));
+                    wrong.push(format!(
+                        "{} {step}: recorded by execution {} of {}",
+                        process.id, record.claim, process.claims
+                    ));
                 }
                 Some(_) => {}
             }
@@ -61,7 +64,10 @@ pub fn check(lines: &[Line], records: &[Recorded], processes: &[Ended], steps: &
         let id = &*line.id;
         let program = *programs.entry((id, line.execution)).or_insert(line.program);
         if program != line.program {
-            wrong.push(format!("{id}: execution {} ran in two programs, {program} and {}", line.execution, line.program));
+            wrong.push(format!(
+                "{id}: execution {} ran in two programs, {program} and {}",
+                line.execution, line.program
+            ));
         }
         match &line.what {
             What::Begin { step, key } => {
@@ -73,7 +79,10 @@ pub fn check(lines: &[Line], records: &[Recorded], processes: &[Ended], steps: &
                 if let Some(record) = claims_of.get(&(id, name))
                     && line.execution > record.claim
                 {
-                    wrong.push(format!("{id} {step}: recorded by execution {}, begun again by {}", record.claim, line.execution));
+                    wrong.push(format!(
+                        "{id} {step}: recorded by execution {}, begun again by {}",
+                        record.claim, line.execution
+                    ));
                 }
                 if let Some(record) = claims_of.get(&(id, name))
                     && attempt > record.attempts + 1

@@ -45,16 +45,8 @@ pub enum Of {
 
 impl Of {
     /// All of them.
-    pub const ALL: [Self; 8] = [
-        Self::Spawn,
-        Self::Record,
-        Self::Pending,
-        Self::Raise,
-        Self::Park,
-        Self::Finish,
-        Self::Claim,
-        Self::Effect,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::Spawn, Self::Record, Self::Pending, Self::Raise, Self::Park, Self::Finish, Self::Claim, Self::Effect];
 
     fn is(self, op: &Op) -> bool {
         match (self, op) {
@@ -147,7 +139,8 @@ impl<S> Deadly<S> {
 
     fn forgets_now(&self, batch: &Batch) -> bool {
         let records = batch.ops.iter().all(|op| Of::Record.is(op));
-        records && self.forgets.is_some_and(|nth| (self.fuse.count.fetch_add(1, Ordering::SeqCst) + 1).is_multiple_of(nth))
+        records
+            && self.forgets.is_some_and(|nth| (self.fuse.count.fetch_add(1, Ordering::SeqCst) + 1).is_multiple_of(nth))
     }
 
     fn pass(&self, batch: &Batch, after: bool) {

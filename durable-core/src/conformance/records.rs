@@ -1,0 +1,264 @@
+//! Records: written once, by the owner, all or nothing, byte for byte.
+
+use super::Subject;
+use super::scene::{Actor, finish, key, left_by, raise, record, spawn};
+use crate::limits;
+use crate::storage::{
+    Op, OpKind, Outcome, RecordKey, RecordOp, RecordState, RunId, Scope, Spawn, Status, Storage, StorageError,
+};
+
+/// What was committed is read, alone and with its run.
+pub async fn a_record_is_there_once_committed<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let run = actor.start("p").await;
+    let op = RecordOp { attempts: 3, state: RecordState::Failed, ..record(run, 1, key("a", "k")) };
+    assert_eq!(storage.record(run, &op.key).await.unwrap(), None);
+    assert_eq!(actor.one(Op::Record(op.clone())).await, Outcome::Recorded);
+    assert_eq!(storage.record(run, &op.key).await.unwrap(), Some(left_by(&op)));
+    assert_eq!(subject.open().await.record(run, &op.key).await.unwrap(), Some(left_by(&op)), "on any connection");
+    assert_eq!(actor.load(run).await.records, [(op.key.clone(), left_by(&op))]);
+    let without = storage.load(&[run], false).await.unwrap().remove(0).state.unwrap().unwrap();
+    assert!(without.records.is_empty());
+}
+
+/// A pending record makes way for the next one.
+pub async fn a_pending_record_is_overwritten<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let run = actor.start("p").await;
+    for (attempts, state) in [(1, RecordState::Pending), (2, RecordState::Pending), (2, RecordState::Done)] {
+        let op = RecordOp { attempts, state, payload: attempts.to_string().into(), ..record(run, 1, key("a", "")) };
+        assert_eq!(actor.one(Op::Record(op.clone())).await, Outcome::Recorded);
+        assert_eq!(storage.record(run, &op.key).await.unwrap(), Some(left_by(&op)));
+    }
+}
+
+/// A final record stays, whoever else writes it; the neighbours in the batch are written.
+pub async fn a_final_record_is_not<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let run = actor.start("p").await;
+    let first = record(run, 1, key("a", ""));
+    actor.one(Op::Record(first.clone())).await;
+    actor.park(run, 1, Some(actor.now().await), None).await;
+    assert_eq!(actor.claim(9).await.len(), 1);
+    let again = RecordOp { payload: "2".into(), ..record(run, 2, key("a", "")) };
+    let other = record(run, 2, key("b", ""));
+    let outcomes = actor.commit(vec![Op::Record(again), Op::Record(other.clone())]).await.unwrap();
+    assert_eq!(outcomes, [Outcome::Lost, Outcome::Recorded]);
+    assert_eq!(storage.record(run, &first.key).await.unwrap(), Some(left_by(&first)));
+    assert_eq!(storage.record(run, &other.key).await.unwrap(), Some(left_by(&other)));
+}
+
+/// A value is overwritten by later claims too.
+pub async fn a_value_is_overwritten<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let run = actor.start("p").await;
+    for claim in 1..=3 {
+        let op = RecordOp { op: OpKind::Value, payload: claim.to_string().into(), ..record(run, claim, key("v", "")) };
+        assert_eq!(actor.one(Op::Record(op.clone())).await, Outcome::Recorded);
+        assert_eq!(storage.record(run, &op.key).await.unwrap(), Some(left_by(&op)));
+        actor.park(run, claim, Some(actor.now().await), None).await;
+        actor.claim(9).await;
+    }
+}
+
+/// A batch whose answer was lost is sent again under a higher generation: the same outcomes, nothing twice.
+pub async fn the_same_batch_again_changes_nothing<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let mut actor = Actor::new(&storage).await;
+    let (a, b, c) = (actor.start("a").await, actor.start("b").await, actor.start("c").await);
+    actor.raise("a", "m1").await;
+    let ops = vec![
+        Op::Spawn(Spawn { take: true, ..spawn("new") }),
+        Op::Raise(raise("a", "m2")),
+        Op::Record(RecordOp { takes: Some(1), ..record(a, 1, key("r", "")) }),
+        Op::Await { run: a, id: "c".into(), target: None },
+        Op::Finish(finish(b, 1, Status::Completed)),
+        Op::Park(crate::storage::Park { run: c, claim: 1, wake_at: None, seen: None, waiting_for: None }),
+    ];
+    let first = actor.commit(ops.clone()).await.unwrap();
+    let before = (actor.load(a).await, actor.row("new").await, actor.row("b").await, actor.row("c").await);
+    storage.refence(actor.id, 1).await.unwrap();
+    actor.generation = 1;
+    let second = actor.commit(ops).await.unwrap();
+    assert_eq!(first, second);
+    let after = (actor.load(a).await, actor.row("new").await, actor.row("b").await, actor.row("c").await);
+    assert_eq!(format!("{before:?}"), format!("{after:?}"));
+}
+
+/// Of a run that another instance owns, or nobody, or that does not exist.
+pub async fn only_the_owner_records<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let (owner, other) = (Actor::new(&storage).await, Actor::new(&storage).await);
+    let run = owner.start("p").await;
+    let op = Op::Record(record(run, 1, key("a", "")));
+    assert_eq!(other.one(op.clone()).await, Outcome::Lost);
+    assert_eq!(other.finish(run, 1, Status::Completed).await, Outcome::Lost);
+    assert_eq!(other.park(run, 1, None, None).await, Outcome::Lost);
+    assert_eq!(other.one(Op::AcceptCancel { run, claim: 1 }).await, Outcome::Lost);
+    owner.park(run, 1, None, None).await;
+    assert_eq!(owner.one(op).await, Outcome::Lost, "given back");
+    assert_eq!(owner.one(Op::Record(record(RunId::new(), 1, key("a", "")))).await, Outcome::Lost);
+    assert!(owner.load(run).await.records.is_empty());
+}
+
+/// An execution that was claimed anew writes no more under its old number.
+pub async fn only_under_the_current_claim<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let run = actor.start("p").await;
+    actor.park(run, 1, Some(actor.now().await), None).await;
+    assert_eq!(actor.claim(9).await[0].claim, 2);
+    assert_eq!(actor.one(Op::Record(record(run, 1, key("a", "")))).await, Outcome::Lost);
+    assert_eq!(actor.finish(run, 1, Status::Completed).await, Outcome::Lost);
+    assert_eq!(actor.one(Op::Record(record(run, 2, key("a", "")))).await, Outcome::Recorded);
+    assert_eq!(actor.row("p").await.status, Status::Running);
+}
+
+/// Scope, name and key are apart, and compared exactly.
+pub async fn names_and_keys_are_not_joined<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let run = actor.start("p").await;
+    let mut keys: Vec<RecordKey> =
+        [("a", "b"), ("ab", ""), ("a", "B"), ("A", "b"), ("a", ""), ("", "ab"), ("á", "b"), ("a%", "_")]
+            .map(|(name, k)| key(name, k))
+            .to_vec();
+    keys.push(RecordKey { scope: Scope::Compensation, ..key("a", "b") });
+    for (n, key) in keys.iter().enumerate() {
+        let op = RecordOp { payload: n.to_string().into(), ..record(run, 1, key.clone()) };
+        assert_eq!(actor.one(Op::Record(op)).await, Outcome::Recorded);
+    }
+    for (n, key) in keys.iter().enumerate() {
+        assert_eq!(&*storage.record(run, key).await.unwrap().unwrap().payload, n.to_string(), "{key}");
+    }
+    assert_eq!(actor.load(run).await.records.len(), keys.len());
+}
+
+/// Payloads are JSON text that nobody reformats.
+pub async fn payloads_come_back_byte_for_byte<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let payloads = [
+        "{ \"b\" : 1,\n\t\"a\":[ ] }",
+        r#"{"a":1,"a":2}"#,
+        r#""\u0000 \ud83d\ude00 'quoted' \"""#,
+        "123456789012345678901234567890.000",
+        "\"😀 é \u{202e}\"",
+        "null",
+        "\"\"",
+    ];
+    for (n, payload) in payloads.iter().enumerate() {
+        let id = format!("p-{n}");
+        let spawn = Spawn { take: true, input: (*payload).into(), ..spawn(&id) };
+        let run = spawn.run;
+        actor.one(Op::Spawn(spawn)).await;
+        actor.one(Op::Raise(crate::storage::Raise { payload: (*payload).into(), ..raise(&id, "m") })).await;
+        actor.one(Op::Record(RecordOp { payload: (*payload).into(), ..record(run, 1, key("a", "")) })).await;
+        let state = actor.load(run).await;
+        assert_eq!(&*state.process.input, *payload);
+        assert_eq!(&*state.events[0].payload, *payload);
+        assert_eq!(&*state.records[0].1.payload, *payload);
+        let end = crate::storage::Finish { output: Some((*payload).into()), ..finish(run, 1, Status::Completed) };
+        actor.one(Op::Finish(end)).await;
+        assert_eq!(actor.row(&id).await.output.as_deref(), Some(*payload));
+    }
+}
+
+/// The longest names, keys and ids, of characters that take two UTF-16 units and four bytes each; and a payload of 1 MiB.
+pub async fn texts_up_to_their_limits<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let long = |units: usize| "😀".repeat(units / 2);
+    let id = long(limits::MAX_ID);
+    let spawn = Spawn { take: true, kind: long(limits::MAX_NAME).into(), ..spawn(&id) };
+    let run = spawn.run;
+    actor.one(Op::Spawn(spawn)).await;
+    let event = crate::storage::Raise { name: long(limits::MAX_NAME).into(), ..raise(&id, &long(limits::MAX_ID)) };
+    assert!(matches!(actor.one(Op::Raise(event)).await, Outcome::Raised(_)));
+    // The engine puts a sign in front of keys that it makes from ids.
+    let key = key(&long(limits::MAX_NAME), &format!("+{}", long(limits::MAX_ID)));
+    let payload = format!("\"{}\"", "x".repeat(limits::DEFAULT_PAYLOAD - 2));
+    let op = RecordOp { payload: payload.into(), ..record(run, 1, key.clone()) };
+    assert_eq!(actor.one(Op::Record(op.clone())).await, Outcome::Recorded);
+    assert_eq!(storage.record(run, &key).await.unwrap(), Some(left_by(&op)));
+    assert_eq!(&*actor.row(&id).await.id, id);
+}
+
+/// A batch that is refused leaves nothing.
+pub async fn a_batch_is_all_or_nothing<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let run = actor.start("p").await;
+    let stale = crate::storage::Batch {
+        fence: crate::storage::Fence { instance: actor.id, generation: -1 },
+        ..actor.batch(vec![
+            Op::Spawn(spawn("new")),
+            Op::Raise(raise("p", "m")),
+            Op::Record(record(run, 1, key("a", ""))),
+            Op::Finish(finish(run, 1, Status::Completed)),
+        ])
+    };
+    assert!(matches!(storage.commit(&stale).await, Err(StorageError::Fenced)));
+    assert_eq!(storage.find(super::scene::NAMESPACE, "new", None).await.unwrap(), None);
+    let state = actor.load(run).await;
+    assert!(state.records.is_empty() && state.events.is_empty());
+    assert_eq!(state.process.status, Status::Running);
+}
+
+/// As many operations as a batch holds by default, of several kinds, each with its own outcome.
+pub async fn a_large_batch<S: Subject>(subject: &S) {
+    const EACH: usize = 250;
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let starts: Vec<Spawn> = (0..EACH).map(|n| Spawn { take: true, ..spawn(&format!("p-{n}")) }).collect();
+    let runs: Vec<RunId> = starts.iter().map(|spawn| spawn.run).collect();
+    let outcomes = actor.commit(starts.into_iter().map(Op::Spawn).collect()).await.unwrap();
+    for (outcome, run) in outcomes.iter().zip(&runs) {
+        assert!(matches!(outcome, Outcome::Spawned(spawned) if spawned.run == *run && !spawned.existed));
+    }
+    let mut ops = Vec::new();
+    for (n, run) in runs.iter().enumerate() {
+        ops.push(Op::Record(record(*run, 1, key("a", &n.to_string()))));
+        ops.push(Op::Raise(raise(&format!("p-{n}"), "m")));
+        ops.push(Op::Finish(finish(*run, 1, Status::Failed)));
+    }
+    let outcomes = actor.commit(ops).await.unwrap();
+    for (n, three) in outcomes.chunks(3).enumerate() {
+        assert_eq!(three[0], Outcome::Recorded);
+        assert!(matches!(three[1], Outcome::Raised(crate::storage::Raised::Delivered { run, .. }) if run == runs[n]));
+        assert!(matches!(three[2], Outcome::Finished { .. }));
+    }
+}
+
+/// A load may answer for a part of the runs, whole ones; asked again it answers for the others.
+pub async fn a_load_may_be_bounded<S: Subject>(subject: &S) {
+    const RUNS: usize = 6;
+    const RECORDS: usize = 1500;
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let mut runs = Vec::new();
+    for n in 0..RUNS {
+        let run = actor.start(&format!("p-{n}")).await;
+        let ops = (0..RECORDS).map(|n| Op::Record(record(run, 1, key("step", &n.to_string())))).collect();
+        actor.commit(ops).await.unwrap();
+        runs.push(run);
+    }
+    let mut left = runs.clone();
+    while !left.is_empty() {
+        let loaded = storage.load(&left, true).await.unwrap();
+        assert!(!loaded.is_empty());
+        for loaded in loaded {
+            let before = left.len();
+            left.retain(|run| *run != loaded.run);
+            assert_eq!(left.len() + 1, before);
+            assert_eq!(loaded.state.unwrap().unwrap().records.len(), RECORDS);
+        }
+    }
+    let gone = RunId::new();
+    assert!(storage.load(&[gone], true).await.unwrap().remove(0).state.unwrap().is_none());
+    assert!(storage.load(&[], true).await.unwrap().is_empty());
+}

@@ -1,0 +1,77 @@
+use durable_sqlite::{Attempt, Cancelled, Definition, Process, ProcessError, StepError};
+use serde::{Deserialize, Serialize};
+
+use crate::bank::{Bank, BankError, Call};
+
+/// How many accounts there are; the last one is closed.
+pub const ACCOUNTS: u32 = 20;
+/// What each account has at first, in cents.
+pub const OPENING: i64 = 20_000;
+
+/// The accounts and what they have at first.
+pub fn accounts() -> impl Iterator<Item = (u32, i64, bool)> {
+    (0..ACCOUNTS).map(|account| (account, OPENING, account + 1 == ACCOUNTS))
+}
+
+/// The id of the n-th transfer.
+pub fn id(n: u32) -> String {
+    format!("transfer-{n:03}")
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Transfer {
+    pub from: u32,
+    pub to: u32,
+    pub cents: i64,
+}
+
+impl Transfer {
+    /// The n-th one of the demo: every tenth goes to the closed account, some ask for more than anybody has.
+    pub fn number(n: u32) -> Self {
+        let from = n % (ACCOUNTS - 1);
+        let to = if n % 10 == 3 { ACCOUNTS - 1 } else { (from + 1 + n % 7) % (ACCOUNTS - 1) };
+        let cents = if n % 17 == 5 { OPENING * 100 } else { i64::from(100 + n * 37 % 900) };
+        Self { from, to, cents }
+    }
+}
+
+/// Why a transfer did not happen.
+#[derive(Clone, Debug, Serialize, Deserialize, thiserror::Error)]
+pub enum TransferError {
+    #[error(transparent)]
+    Bank(#[from] StepError<BankError>),
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
+}
+
+impl ProcessError for TransferError {
+    fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Cancelled(_) | Self::Bank(StepError::Cancelled(_)))
+    }
+}
+
+pub const TRANSFER: Definition<Transfer, (), TransferError> = Definition::new("transfer");
+
+/// Holds the money on both accounts, then completes both; whatever fails in between, it gives back what it holds.
+pub async fn transfer(bank: std::sync::Arc<Bank>, proc: Process, transfer: Transfer) -> Result<(), TransferError> {
+    let Transfer { from, to, cents } = transfer;
+    let call = |step| Call { id: proc.id().to_owned(), execution: proc.execution(), step };
+    let mut held = Vec::new();
+    let result = async {
+        for (step, account, cents) in [("StartTransfer1", from, -cents), ("StartTransfer2", to, cents)] {
+            held.push(proc.step(step, |attempt: Attempt| bank.hold(call(step), attempt, account, cents)).await?);
+        }
+        for (step, hold) in ["CompleteTransfer1", "CompleteTransfer2"].into_iter().zip(&held) {
+            proc.step(step, |attempt: Attempt| bank.complete(call(step), attempt, *hold)).await?;
+        }
+        Ok(())
+    }
+    .await;
+    if result.is_err() {
+        let undo = proc.compensation();
+        for (step, hold) in ["RollbackTransfer1", "RollbackTransfer2"].into_iter().zip(&held) {
+            undo.step(step, |attempt: Attempt| bank.roll_back(call(step), attempt, *hold)).await?;
+        }
+    }
+    result
+}

@@ -1,0 +1,35 @@
+//! Every storage does what a storage must.
+
+mod memory {
+    use durable_core::conformance::Subject;
+    use durable_tests::{Backend, InMemory, Memory};
+
+    struct Tested(InMemory);
+    impl Subject for Tested {
+        type Storage = Memory;
+        async fn new() -> Self {
+            Self(InMemory::new().await)
+        }
+        async fn open(&self) -> Memory {
+            self.0.storage().await
+        }
+    }
+    durable_core::conformance!(Tested);
+}
+
+mod sqlite {
+    use durable_core::conformance::Subject;
+    use durable_tests::{Backend, Sqlite, SqliteFile};
+
+    struct Tested(SqliteFile);
+    impl Subject for Tested {
+        type Storage = Sqlite;
+        async fn new() -> Self {
+            Self(SqliteFile::new().await)
+        }
+        async fn open(&self) -> Sqlite {
+            self.0.storage().await
+        }
+    }
+    durable_core::conformance!(Tested);
+}
