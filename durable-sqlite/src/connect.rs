@@ -70,8 +70,7 @@ impl Open {
         } else {
             SqliteConnectOptions::new().filename(&self.url)
         };
-        if options.get_filename().as_os_str().to_string_lossy().contains(":memory:") || self.url.contains("mode=memory")
-        {
+        if self.url.contains(":memory:") || self.url.contains("mode=memory") {
             return Err(StorageError::schema(
                 "a SQLite database in memory does not outlive the program; give a file, or use `memory::Memory` in tests",
             ));

@@ -1,0 +1,291 @@
+//! What is SQLite's own: files that are not what they should be, schemas of other versions, locks that others hold, rows
+//! that others wrote.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use durable_core::storage::{Storage, StorageError};
+use durable_core::*;
+use durable_tests::*;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::{ConnectOptions, Executor, Row};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const GO: Event<u32> = Event::new("Go");
+const IT: Definition<u32, u32> = Definition::new("it");
+
+async fn it(proc: Process, input: u32) -> Result<u32, Failure> {
+    let first = proc.step("first", || async { Ok::<_, Failure>(input) }).await?;
+    let second = proc.event(GO).await?;
+    Ok(proc.step("last", || async { Ok::<_, Failure>(first + second) }).await?)
+}
+
+async fn connect(path: &str) -> SqliteConnection {
+    SqliteConnectOptions::new().filename(path).busy_timeout(Duration::from_secs(10)).connect().await.unwrap()
+}
+
+async fn open_error(path: &str) -> StorageError {
+    Sqlite::open(path).await.unwrap_err()
+}
+
+fn test(test: impl Future<Output = ()>) {
+    durable_tests::run(test);
+}
+
+#[test]
+fn places_where_there_is_no_database() {
+    test(async {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let error = open_error(&path("no/such/folder/a.db")).await;
+        assert!(matches!(error, StorageError::Unavailable(_)), "{error:?}");
+        assert!(error.to_string().contains("does the folder exist"), "{error}");
+        std::fs::write(path("text.db"), "this is not a database, though it is long enough to be one".repeat(100))
+            .unwrap();
+        let error = open_error(&path("text.db")).await;
+        assert!(matches!(error, StorageError::Schema(_)), "{error:?}");
+        assert!(error.to_string().contains("text.db") && error.to_string().contains("not a"), "{error}");
+        let error = open_error("postgres://user:secret@host/db").await.to_string();
+        assert!(error.contains("\"postgres\" is not SQLite's") && !error.contains("secret"), "{error}");
+        for memory in ["sqlite::memory:", ":memory:", "sqlite:x?mode=memory"] {
+            let error = open_error(memory).await.to_string();
+            assert!(error.contains("does not outlive the program"), "{memory}: {error}");
+        }
+        for address in [path("a.db"), format!("sqlite://{}", path("b.db")), format!("sqlite:{}", path("c.db"))] {
+            Sqlite::open(&*address).await.unwrap();
+        }
+        assert!(["a.db", "b.db", "c.db"].iter().all(|name| Path::new(&path(name)).exists()));
+    });
+}
+
+#[test]
+fn schemas_of_other_versions() {
+    test(async {
+        let file = SqliteFile::new().await;
+        let error = Sqlite::open(file.path()).verify_only().await.unwrap_err().to_string();
+        assert!(!Path::new(&file.path()).exists(), "{error}");
+        let storage = Sqlite::open(file.path()).await.unwrap();
+        drop(storage);
+        Sqlite::open(file.path()).verify_only().await.unwrap();
+        let mut connection = connect(&file.path()).await;
+        // An additive migration of a later version: this code may go on.
+        let insert = "INSERT INTO durable_migrations VALUES (2, 'later', 'x', 1, 'now')";
+        connection.execute(insert).await.unwrap();
+        Sqlite::open(file.path()).await.unwrap();
+        connection.execute("UPDATE durable_migrations SET oldest_code = 2 WHERE version = 2").await.unwrap();
+        for error in [open_error(&file.path()).await, Sqlite::open(file.path()).verify_only().await.unwrap_err()] {
+            assert!(error.to_string().contains("deploy a newer version of the service"), "{error}");
+        }
+        connection.execute("DELETE FROM durable_migrations WHERE version = 2").await.unwrap();
+        connection.execute("UPDATE durable_migrations SET checksum = 'other'").await.unwrap();
+        let error = open_error(&file.path()).await.to_string();
+        assert!(error.contains("changed by other hands"), "{error}");
+        // A database of the service's own, without our tables.
+        let file = SqliteFile::new().await;
+        let options = SqliteConnectOptions::new().filename(file.path()).create_if_missing(true);
+        let mut connection = options.connect().await.unwrap();
+        connection.execute("CREATE TABLE orders (id INTEGER)").await.unwrap();
+        let error = Sqlite::open(file.path()).verify_only().await.unwrap_err().to_string();
+        assert!(error.contains("lacks migration 1") && error.contains("schema_sql"), "{error}");
+        connection.execute(sqlx::AssertSqlSafe(durable_sqlite::schema_sql())).await.unwrap();
+        Sqlite::open(file.path()).verify_only().await.unwrap();
+    });
+}
+
+#[test]
+fn several_that_migrate_at_the_same_time() {
+    test(async {
+        for _ in 0..5 {
+            let file = SqliteFile::new().await;
+            let opens = (0..6).map(|_| tokio::spawn(std::future::IntoFuture::into_future(Sqlite::open(file.path()))));
+            for open in opens.collect::<Vec<_>>() {
+                open.await.unwrap().unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn it_is_set_to_lose_nothing() {
+    test(async {
+        let file = SqliteFile::new().await;
+        let _storage = Sqlite::open(file.path()).await.unwrap();
+        let mut connection = connect(&file.path()).await;
+        let mode: String = connection.fetch_one("PRAGMA journal_mode").await.unwrap().get(0);
+        assert_eq!(mode, "wal");
+        let plan = connection
+            .fetch_all("SELECT name FROM sqlite_schema WHERE name NOT LIKE 'durable_%' AND name NOT LIKE 'sqlite_%'");
+        assert!(plan.await.unwrap().is_empty(), "every table is named so that it stays out of the service's way");
+    });
+}
+
+/// A row that somebody changed by hand makes its own process stuck, and nobody else's.
+#[test]
+fn rows_that_were_changed_by_hand() {
+    test(async {
+        let backend = SqliteFile::new().await;
+        let host = quick(&backend).await.register(IT, it).start().await.unwrap();
+        let changes = [
+            (
+                "state",
+                "UPDATE durable_steps SET state = 'odd' WHERE run = ?",
+                "state holds \"odd\", which this version does not know",
+            ),
+            ("op", "UPDATE durable_steps SET op = 'odd' WHERE run = ?", "op holds \"odd\""),
+            ("scope", "UPDATE durable_steps SET scope = 7 WHERE run = ?", "scope holds \"7\""),
+            ("payload", "UPDATE durable_steps SET payload = '{' WHERE run = ?", "1 bytes that are not JSON"),
+            ("type", "UPDATE durable_steps SET claim = 'x' WHERE run = ?", "mismatched types"),
+            ("blob", "UPDATE durable_steps SET payload = x'ff' WHERE run = ?", "mismatched types"),
+            ("input", "UPDATE durable_processes SET input = '[]' WHERE run = ?", "expected u32, found an array of 0"),
+        ];
+        let mut handles = Vec::new();
+        for (name, ..) in changes {
+            handles.push(host.spawn(IT, name, &1).await.unwrap());
+        }
+        let sound = host.spawn(IT, "sound", &1).await.unwrap();
+        until("all are parked", async || host.in_memory() == 0).await;
+        let mut connection = connect(&backend.path()).await;
+        for ((_, sql, _), handle) in changes.iter().zip(&handles) {
+            let run = handle.run().unwrap().to_string();
+            sqlx::query(*sql).bind(run).execute(&mut connection).await.unwrap();
+        }
+        for handle in handles.iter().chain([&sound]) {
+            handle.raise(GO, &2).await.unwrap();
+        }
+        for ((name, _, expected), handle) in changes.iter().zip(&handles) {
+            let reason = until_status(handle, Status::Stuck).await.reason.unwrap();
+            assert!(reason.contains(expected), "{name}: {reason}");
+        }
+        assert_eq!(sound.output().await.unwrap(), 3);
+        // A status that nobody knows: told when it is asked for, and no panic.
+        sqlx::query("UPDATE durable_processes SET status = 'odd' WHERE id = 'sound'")
+            .execute(&mut connection)
+            .await
+            .unwrap();
+        let error = sound.status().await.unwrap_err().to_string();
+        assert!(error.contains("status holds \"odd\""), "{error}");
+    });
+}
+
+/// Another program that holds the write lock: everybody waits, nobody is taken for dead, nothing fails.
+#[test]
+fn somebody_else_holds_the_write_lock() {
+    test(async {
+        let backend = SqliteFile::new().await;
+        let hosts = [
+            quick(&backend).await.register(IT, it).start().await.unwrap(),
+            quick(&backend).await.register(IT, it).start().await.unwrap(),
+        ];
+        let mut handles = Vec::new();
+        for n in 0..10 {
+            handles.push(hosts[n % 2].spawn(IT, format!("it-{n}"), &1).await.unwrap());
+        }
+        let before = instances(&backend).await;
+        let mut connection = connect(&backend.path()).await;
+        connection.execute("BEGIN IMMEDIATE").await.unwrap();
+        let raising: Vec<_> = handles
+            .iter()
+            .map(|handle| {
+                let handle = handle.clone();
+                tokio::spawn(async move { handle.raise(GO, &1).await })
+            })
+            .collect();
+        // Longer than the expiry.
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        connection.execute("ROLLBACK").await.unwrap();
+        for raised in raising {
+            raised.await.unwrap().unwrap();
+        }
+        for handle in &handles {
+            assert_eq!(handle.output().await.unwrap(), 2);
+        }
+        assert_eq!(instances(&backend).await, before, "somebody was taken for dead");
+    });
+}
+
+/// Work from another program is noticed within a second, and an idle host is idle.
+#[test]
+fn other_programs_are_noticed() {
+    test(async {
+        let backend = SqliteFile::new().await;
+        let _host = Host::builder(backend.storage().await).register(IT, it).start().await.unwrap();
+        let other = Host::builder(backend.storage().await).start().await.unwrap();
+        // Long enough for the looks to become rare.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let handle = other.spawn(IT, "it", &1).await.unwrap();
+        let spawned = Instant::now();
+        until("it runs", async || handle.status().await.unwrap().execution == 1).await;
+        assert!(spawned.elapsed() < Duration::from_secs(10), "{:?}", spawned.elapsed());
+        handle.raise(GO, &1).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 2);
+    });
+}
+
+/// A disk that is full: calls from outside are told, nothing is lost, and it goes on once there is room.
+#[test]
+fn a_full_disk() {
+    test(async {
+        let Some(disk) = SmallDisk::new("2m") else {
+            println!("not run: a full disk (mounting a small file system needs root)");
+            return;
+        };
+        let path = disk.0.path().join("full.db");
+        let storage = Sqlite::open(path.to_str().unwrap()).await.unwrap();
+        let builder = Host::builder(storage).call_timeout(Duration::from_millis(1500));
+        let host = builder.register(IT, it).start().await.unwrap();
+        let first = host.spawn(IT, "first", &1).await.unwrap();
+        let filler = disk.0.path().join("filler");
+        let mut size = 2 * 1024 * 1024;
+        while size > 0 {
+            // As much as there is.
+            use std::io::Write;
+            let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&filler).unwrap();
+            if file.write_all(&vec![0; size]).is_err() {
+                size /= 2;
+            }
+        }
+        let mut told = None;
+        for n in 0..200 {
+            if let Err(error) = host.spawn(IT, format!("it-{n}"), &n).await {
+                told = Some((n, error.to_string()));
+                break;
+            }
+        }
+        let (n, error) = told.expect("the disk is never full");
+        assert!(error.contains("full") && error.contains("may be made again"), "{error}");
+        std::fs::remove_file(&filler).unwrap();
+        host.spawn(IT, format!("it-{n}"), &n).await.unwrap();
+        first.raise(GO, &1).await.unwrap();
+        assert_eq!(first.output().await.unwrap(), 2);
+        for m in 0..=n {
+            let handle = host.get(format!("it-{m}")).of(IT);
+            handle.raise(GO, &1).await.unwrap();
+            assert_eq!(handle.output().await.unwrap(), m + 1);
+        }
+    });
+}
+
+/// A file system in memory of a given size, unmounted when dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new(size: &str) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(folder.path());
+        mount.stderr(std::process::Stdio::null()).status().ok()?.success().then_some(Self(folder))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+/// The instances that the others know.
+async fn instances(backend: &SqliteFile) -> Vec<String> {
+    let peers = backend.storage().await.peers("default", InstanceId::new()).await.unwrap().peers;
+    let mut ids: Vec<_> = peers.iter().map(|peer| peer.instance.to_string()).collect();
+    ids.sort();
+    ids
+}
