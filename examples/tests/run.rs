@@ -97,15 +97,15 @@ fn user_registration() {
     let (_folder, database) = folder();
     let db = database.to_str().unwrap();
     let mut first = Running::start("user_registration", &["ann@example.org", "--db", db, "--reads-after", "100000"]);
-    first.until("to ann@example.org: your secret is 6036");
+    first.until("to ann@example.org: your secret is 5890");
     until_recorded(&database, 2);
     let printed = first.kill();
-    assert_eq!(printed, ["registered ann@example.org as user 95036", "to ann@example.org: your secret is 6036"]);
+    assert_eq!(printed, ["registered ann@example.org as user 76890", "to ann@example.org: your secret is 5890"]);
     let second = Running::start("user_registration", &["ann@example.org", "--db", db, "--reads-after", "10"]);
-    assert_eq!(second.end(), ["user 95036 is active", "registration of user 95036 is complete"]);
+    assert_eq!(second.end(), ["user 76890 is active", "registration of user 76890 is complete"]);
     // Once more: it has ended, and only its output is read.
     let third = Running::start("user_registration", &["ann@example.org", "--db", db, "--reads-after", "10"]);
-    assert_eq!(third.end(), ["registration of user 95036 is complete"]);
+    assert_eq!(third.end(), ["registration of user 76890 is complete"]);
 }
 
 #[test]

@@ -231,7 +231,9 @@ async fn a_zombie_writes_nothing<B: Backend>() {
     }
     assert!(matches!(storage.refence(zombie, 1).await, Err(StorageError::Fenced)));
     let info = handle.status().await.unwrap();
-    assert_eq!((info.status, info.cancel_requested_at), (Status::Running, None));
+    // The other instance may have handed the process back by now.
+    assert!(matches!(info.status, Status::Running | Status::Waiting), "{info:?}");
+    assert_eq!(info.cancel_requested_at, None);
 }
 
 async fn what_nobody_holds_is_taken_up<B: Backend>() {
