@@ -20,6 +20,19 @@ struct Inner {
     reserved: usize,
 }
 
+/// Places for processes that an operation may bring into memory; given back when dropped.
+pub(crate) struct Places {
+    held: Arc<Held>,
+    pub(crate) count: usize,
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        let mut inner = lock(&self.held.inner);
+        inner.reserved = inner.reserved.saturating_sub(self.count);
+    }
+}
+
 #[derive(Clone)]
 pub(crate) enum Slot {
     /// Claimed; its records are being read.
@@ -40,17 +53,12 @@ impl Slot {
 }
 
 impl Held {
-    /// Reserves up to `wanted` places below `max` and says how many.
-    pub(crate) fn reserve(&self, wanted: usize, max: usize) -> usize {
+    /// Reserves up to `wanted` places below `max`; none if there is none.
+    pub(crate) fn reserve(self: &Arc<Self>, wanted: usize, max: usize) -> Option<Places> {
         let mut inner = lock(&self.inner);
-        let free = max.saturating_sub(inner.slots.len() + inner.reserved).min(wanted);
-        inner.reserved += free;
-        free
-    }
-
-    pub(crate) fn unreserve(&self, places: usize) {
-        let mut inner = lock(&self.inner);
-        inner.reserved = inner.reserved.saturating_sub(places);
+        let count = max.saturating_sub(inner.slots.len() + inner.reserved).min(wanted);
+        inner.reserved += count;
+        (count > 0).then(|| Places { held: self.clone(), count })
     }
 
     pub(crate) fn len(&self) -> usize {

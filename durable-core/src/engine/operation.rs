@@ -5,6 +5,7 @@ use std::future::{Pending, pending, poll_fn};
 use std::sync::Arc;
 use std::task::Poll;
 
+use super::held::Places;
 use super::run::{At, Run, State, Usage, WaitFor};
 use crate::error::Cancelled;
 use crate::limits;
@@ -169,7 +170,7 @@ impl Operation {
         if write.state != RecordState::Pending && self.run.state().cancelled(scope) != Some(false) {
             return self.wait(WaitFor::Engine, None, |_, _| None).await;
         }
-        let Write { state, payload, attempts, takes, effect, awaited } = write;
+        let Write { state, payload, attempts, takes, effect, awaited, places } = write;
         if payload.len() > self.run.core.settings.max_payload && effect.is_none() {
             let (given, allowed) = (payload.len(), self.run.core.settings.max_payload);
             let error = limits::LimitError::Payload { what: "result", given, allowed };
@@ -188,7 +189,7 @@ impl Operation {
             awaited,
         };
         self.run.state().names.entry(self.key.clone()).or_default().recording = true;
-        Ok(self.run.commit(Op::Record(op)).await)
+        Ok(self.run.commit(Op::Record(op), places).await)
     }
 
     /// The operation returns what is recorded.
@@ -225,6 +226,7 @@ pub(crate) struct Write {
     pub(crate) takes: Option<i64>,
     pub(crate) effect: Option<Effect>,
     pub(crate) awaited: Option<RunId>,
+    pub(crate) places: Option<Places>,
 }
 
 impl Write {
@@ -236,6 +238,7 @@ impl Write {
             takes: None,
             effect: None,
             awaited: None,
+            places: None,
         }
     }
     pub(crate) fn failed(payload: impl Into<Box<str>>) -> Self {

@@ -81,7 +81,7 @@ async fn act(core: &Arc<Core>, epoch: &Arc<Epoch>, polled: &Polled, turn: usize)
             Some(Slot::Live(live)) if live.state().mail.seen >= *signals => {
                 // Read already; say so, or every look would find it again.
                 let op = Op::Seen { run: *run, claim: live.claim, signals: *signals };
-                core.queue.push(Job { op, from: From::Epoch(epoch.instance), reply: None });
+                core.queue.push(Job { op, from: From::Epoch(epoch.instance), reply: None, places: None });
             }
             Some(_) => {
                 worked = true;
@@ -99,15 +99,15 @@ async fn act(core: &Arc<Core>, epoch: &Arc<Epoch>, polled: &Polled, turn: usize)
     let first = turn % due.len();
     due.rotate_left(first);
     for (kind, _) in due {
-        let room = core.held.reserve(core.settings.claim, core.settings.max_processes);
-        if room == 0 {
+        let Some(places) = core.held.reserve(core.settings.claim, core.settings.max_processes) else {
             core.press();
             break;
-        }
+        };
+        let room = places.count;
         let span = tracing::info_span!("claim", kind = %kind, limit = room);
         let (reply, answer) = oneshot::channel();
         let op = Op::Claim { kind: kind.clone(), limit: room };
-        core.queue.push(Job { op, from: From::Epoch(epoch.instance), reply: Some(reply) });
+        core.queue.push(Job { op, from: From::Epoch(epoch.instance), reply: Some(reply), places: Some(places) });
         if let Ok(Ok(Outcome::Claimed(claimed))) = answer.await {
             span.in_scope(|| tracing::debug!(count = claimed.len(), "claimed"));
             worked |= !claimed.is_empty();

@@ -3,6 +3,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{Notify, oneshot};
 
+use super::held::Places;
 use super::lock;
 use super::run::Run;
 use crate::storage::{Effect, InstanceId, Op, Outcome, Raise, Spawn};
@@ -17,6 +18,8 @@ pub(crate) struct Job {
     pub(crate) from: From,
     /// Who is told. A caller that has gone away changes nothing: the operation happens all the same.
     pub(crate) reply: Option<oneshot::Sender<Answer>>,
+    /// Room for what it may bring into memory.
+    pub(crate) places: Option<Places>,
 }
 
 pub(crate) enum From {

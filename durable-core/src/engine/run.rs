@@ -8,6 +8,7 @@ use std::task::{Context as TaskContext, Waker};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
+use super::held::Places;
 use super::queue::{Answer, From, Job};
 use super::wake::{Context, RootWake};
 use super::{Core, lock};
@@ -246,8 +247,8 @@ impl Run {
 
     /// Queues an operation and waits for its outcome. Never returns if this execution ends first, nor if the database
     /// refuses the operation for good: the process is stuck then.
-    pub(crate) async fn commit(self: &Arc<Self>, op: Op) -> Outcome {
-        let answer = self.submit(op);
+    pub(crate) async fn commit(self: &Arc<Self>, op: Op, places: Option<Places>) -> Outcome {
+        let answer = self.submit_with(op, places);
         let counted = Counted::new(self);
         let answer = answer.await;
         drop(counted);
@@ -263,8 +264,12 @@ impl Run {
 
     /// Queues an operation.
     pub(crate) fn submit(self: &Arc<Self>, op: Op) -> oneshot::Receiver<Answer> {
+        self.submit_with(op, None)
+    }
+
+    fn submit_with(self: &Arc<Self>, op: Op, places: Option<Places>) -> oneshot::Receiver<Answer> {
         let (reply, answer) = oneshot::channel();
-        self.core.queue.push(Job { op, from: From::Run(self.clone()), reply: Some(reply) });
+        self.core.queue.push(Job { op, from: From::Run(self.clone()), reply: Some(reply), places });
         answer
     }
 

@@ -63,10 +63,11 @@ impl Writer {
                 continue;
             }
             let (ops, mut rest): (Vec<Op>, Vec<_>) =
-                jobs.into_iter().map(|Job { op, from, reply }| (op, (from, reply))).unzip();
+                jobs.into_iter().map(|Job { op, from, reply, places }| (op, (from, reply, places))).unzip();
             let mut batch = Batch { fence: self.fence(), namespace: self.core.namespace.clone(), ops };
             let result = self.commit_known(&mut batch, &mut rest).await;
-            let mut jobs = batch.ops.into_iter().zip(rest).map(|(op, (from, reply))| Job { op, from, reply });
+            let mut jobs =
+                batch.ops.into_iter().zip(rest).map(|(op, (from, reply, places))| Job { op, from, reply, places });
             match result {
                 Ok(outcomes) => {
                     for (job, outcome) in jobs.zip(outcomes) {
@@ -149,25 +150,12 @@ impl Writer {
 
     fn refuse(&self, job: Job, why: &str) {
         tracing::error!("the storage refuses an operation: {why}");
-        self.unreserve(&job.op);
         job.answer(Err(why.into()));
-    }
-
-    fn unreserve(&self, op: &Op) {
-        match op {
-            Op::Spawn(Spawn { take: true, .. })
-            | Op::Record(RecordOp { effect: Some(Effect::Spawn(Spawn { take: true, .. })), .. }) => {
-                self.core.held.unreserve(1);
-            }
-            Op::Claim { limit, .. } => self.core.held.unreserve(*limit),
-            _ => {}
-        }
     }
 
     /// What an outcome means for this instance, before whoever asked is told.
     fn resolve(&mut self, job: Job, outcome: Outcome) {
-        let Job { op, from, reply } = job;
-        self.unreserve(&op);
+        let Job { op, from, reply, places } = job;
         match (op, &outcome) {
             (Op::Record(record), Outcome::Lost) => {
                 tracing::warn!(run = %record.run, "the record {} was refused: the run is not owned under claim {}, or another claim wrote it", record.key, record.claim);
@@ -216,6 +204,8 @@ impl Writer {
             }
             _ => {}
         }
+        // Behind the entry of what was started: no place may be free in between.
+        drop(places);
         if let Some(reply) = reply {
             let _ = reply.send(Ok(outcome));
         }

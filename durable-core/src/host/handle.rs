@@ -289,7 +289,7 @@ impl<O, E> Handle<O, E> {
         if limits::check("process id", &self.id, limits::MAX_ID).is_err() {
             return Err(self.not_found());
         }
-        match self.core.ask(op).await? {
+        match self.core.ask(op, None).await? {
             Outcome::Asked { before: Some((_, status)), .. } => Ok(status),
             Outcome::Asked { before: None, .. } => Err(self.not_found()),
             _ => Err(HandleError::Unavailable(self.core.strange_answer())),
@@ -329,7 +329,7 @@ impl IntoFuture for Send {
             let event_id = id.unwrap_or_else(|| Uuid::now_v7().simple().to_string());
             let payload = check_message(&core, &process, event, &event_id, payload)?;
             let raise = Raise { id: process.clone(), name: event.into(), event_id: event_id.into(), payload };
-            match core.ask(Op::Raise(raise)).await? {
+            match core.ask(Op::Raise(raise), None).await? {
                 Outcome::Raised(Raised::Delivered { .. }) => Ok(()),
                 Outcome::Raised(Raised::Finished) => Err(RaiseError::Finished { id: process }),
                 Outcome::Raised(Raised::NotFound) => Err(RaiseError::NotFound { id: process }),

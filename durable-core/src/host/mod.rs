@@ -17,6 +17,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::definition::Definition;
+use crate::engine::held::Places;
 use crate::engine::queue::{Answer, From, Job};
 use crate::engine::run::End;
 use crate::engine::wake::Context;
@@ -149,14 +150,15 @@ impl std::fmt::Debug for Host {
 impl Core {
     /// Whether a new process of this kind starts here at once: the kind is registered and there is room, which is
     /// reserved.
-    pub(crate) fn may_take(&self, kind: &str) -> bool {
-        self.kinds.contains_key(kind) && !self.is_stopping() && self.held.reserve(1, self.settings.max_processes) == 1
+    pub(crate) fn may_take(&self, kind: &str) -> Option<Places> {
+        let runs_here = self.kinds.contains_key(kind) && !self.is_stopping();
+        runs_here.then(|| self.held.reserve(1, self.settings.max_processes)).flatten()
     }
 
     /// Has an operation committed, for a call from outside a process.
-    pub(crate) async fn ask(&self, op: Op) -> Result<Outcome, Unavailable> {
+    pub(crate) async fn ask(&self, op: Op, places: Option<Places>) -> Result<Outcome, Unavailable> {
         let (reply, answer) = oneshot::channel::<Answer>();
-        self.queue.push(Job { op, from: From::Host, reply: Some(reply) });
+        self.queue.push(Job { op, from: From::Host, reply: Some(reply), places });
         let answer = async {
             match answer.await {
                 Ok(Ok(outcome)) => Ok(outcome),

@@ -51,17 +51,17 @@ impl<O: 'static, E: 'static> IntoFuture for SpawnProcess<O, E> {
             let input = check_spawn(&core, kind, &id, input)?;
             let id: Box<str> = id.into();
             let digest = payload::digest(&input);
-            let take = core.may_take(kind);
+            let places = core.may_take(kind);
             let spawn = Spawn {
                 run: RunId::new(),
                 id: id.clone(),
                 kind: kind.into(),
                 input,
                 digest: digest.clone(),
-                take,
+                take: places.is_some(),
                 restart_finished,
             };
-            let Outcome::Spawned(spawned) = core.ask(Op::Spawn(spawn)).await? else {
+            let Outcome::Spawned(spawned) = core.ask(Op::Spawn(spawn), places).await? else {
                 return Err(SpawnError::Unavailable(core.strange_answer()));
             };
             judge_spawned(&spawned, &id, kind, &digest, existing_ok)?;

@@ -129,8 +129,8 @@ async fn spawn(
             Err(why) => return operation.undecodable(&why).await,
         },
         Begun::Open(_) => {
-            let take = run.core.may_take(kind);
-            // Derived, so that a repetition after a lost answer or a crash recognises the child as its own.
+            let places = run.core.may_take(kind);
+            // Made once, outside whatever is retried: by it a repetition recognises its own success.
             let child = RunId::new();
             let spawn = Spawn {
                 run: child,
@@ -138,10 +138,10 @@ async fn spawn(
                 kind: kind.into(),
                 input,
                 digest: digest.clone(),
-                take,
+                take: places.is_some(),
                 restart_finished,
             };
-            let write = Write { effect: Some(Effect::Spawn(spawn)), ..Write::done("") };
+            let write = Write { effect: Some(Effect::Spawn(spawn)), places, ..Write::done("") };
             match operation.record(write).await? {
                 Outcome::Spawned(spawned) => spawned,
                 other => return operation.undecodable(&format!("the storage answered {other:?}")).await,
@@ -255,7 +255,7 @@ impl<O, E> AwaitOutput<'_, O, E> {
     /// Waits until the process has ended. Writes no record; says which waiter row is to go with it.
     pub(super) async fn ended(&self, operation: &Operation) -> Result<(End, Option<RunId>), crate::Cancelled> {
         let (id, target) = (self.id.as_str().into(), self.target);
-        let (target, ended) = match self.run.commit(Op::Await { run: self.run.run, id, target }).await {
+        let (target, ended) = match self.run.commit(Op::Await { run: self.run.run, id, target }, None).await {
             Outcome::Awaits(Some((target, ended))) => (target, ended),
             _ => return Ok((End::NotFound, None)),
         };
