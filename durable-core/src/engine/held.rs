@@ -69,13 +69,19 @@ impl Held {
         lock(&self.inner).slots.get(&run).cloned()
     }
 
-    /// False if the run is held already.
+    /// Makes the entry of a claim, in place of that of an earlier one, whose driver may not have left yet although it has
+    /// been given back. False if the claim is here already.
     pub(crate) fn begin_loading(&self, run: RunId, claim: i64) -> bool {
-        let mut inner = lock(&self.inner);
-        if inner.slots.contains_key(&run) {
-            return false;
+        let before = {
+            let mut inner = lock(&self.inner);
+            if inner.slots.get(&run).is_some_and(|slot| slot.claim() >= claim) {
+                return false;
+            }
+            inner.slots.insert(run, Slot::Loading { claim, signalled: false })
+        };
+        if let Some(Slot::Live(stale)) = before {
+            stale.end(End::Gone);
         }
-        inner.slots.insert(run, Slot::Loading { claim, signalled: false });
         true
     }
 
@@ -120,20 +126,18 @@ impl Held {
         lock(&self.inner).slots.retain(|_, slot| matches!(slot, Slot::Live(_)));
     }
 
-    /// Against what the database says this instance owns: what nobody holds, and what is held without being owned.
+    /// Against what the database says this instance owns: what nobody holds under its claim, and what is held without
+    /// being owned.
     pub(crate) fn compare(&self, owned: &[(RunId, i64)]) -> (Vec<(RunId, i64)>, Vec<Arc<Run>>) {
-        let owned: HashMap<RunId, i64> = owned.iter().copied().collect();
         let inner = lock(&self.inner);
-        let strays =
-            owned.iter().filter(|(run, _)| !inner.slots.contains_key(run)).map(|(run, claim)| (*run, *claim)).collect();
-        let lost = inner
-            .slots
-            .iter()
-            .filter_map(|(run, slot)| match slot {
-                Slot::Live(live) if owned.get(run) != Some(&live.claim) => Some(live.clone()),
-                _ => None,
-            })
-            .collect();
+        let held = |run: &RunId, claim: i64| inner.slots.get(run).is_some_and(|slot| slot.claim() == claim);
+        let strays = owned.iter().filter(|(run, claim)| !held(run, *claim)).copied().collect();
+        let owned: HashMap<RunId, i64> = owned.iter().copied().collect();
+        let lost = |(run, slot): (&RunId, &Slot)| match slot {
+            Slot::Live(live) if owned.get(run) != Some(&live.claim) => Some(live.clone()),
+            _ => None,
+        };
+        let lost = inner.slots.iter().filter_map(lost).collect();
         (strays, lost)
     }
 
