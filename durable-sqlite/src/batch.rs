@@ -3,7 +3,7 @@
 
 use durable_core::storage::{
     Batch, Claimed, Effect, Finish, Forget, Op, Outcome, Park, Raise, Raised, RecordOp, Result, RunId, Spawn, Spawned,
-    StorageError,
+    Status, StorageError,
 };
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use std::collections::{HashMap, HashSet};
@@ -21,6 +21,8 @@ const FENCED: &str =
 const ANYBODY: &str = "EXISTS (SELECT 1 FROM durable_waiters)";
 // `+owner` in the statements keeps SQLite from going through all that the instance owns: rows are found by their run.
 const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
+/// Both lists are used positively: a status that this version does not know is neither.
+const FINISHED: &str = "('completed', 'failed', 'cancelled')";
 
 /// A batch on its way.
 pub(crate) struct Plan<'b> {
@@ -47,7 +49,7 @@ enum Part {
     Claimed { at: usize, answers: usize },
 }
 
-/// Commits a batch.
+/// Commits a batch. An error says that nothing was written, or, as [`StorageError::Unknown`], that it may have been.
 pub(crate) async fn commit(connection: &mut SqliteConnection, batch: &Batch) -> Result<Vec<Outcome>> {
     if let Some(outcomes) = commit_records(connection, batch).await? {
         return Ok(outcomes);
@@ -58,7 +60,8 @@ pub(crate) async fn commit(connection: &mut SqliteConnection, batch: &Batch) -> 
     if answers.get(fence).is_none_or(|answer| answer.rows.is_empty()) {
         return Err(StorageError::Fenced);
     }
-    read(connection, batch, parts, &mut answers).await
+    // From here on it is committed; whatever goes wrong with the answers does not undo it.
+    read(connection, batch, parts, &mut answers).await.map_err(|error| StorageError::unknown(error.to_string()))
 }
 
 /// A batch of nothing but records is one statement, which is a transaction of its own. None if it is not such a batch,
@@ -158,7 +161,7 @@ impl<'b> Plan<'b> {
                     "UPDATE durable_processes SET current = 0 WHERE {FENCED} AND run IN (
                          SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p
                              ON p.namespace = ? AND p.id = j.value->>1 AND p.current = 1
-                         WHERE j.value->>6 = 1 AND p.status NOT IN {UNFINISHED} AND p.kind = j.value->>2
+                         WHERE j.value->>6 = 1 AND p.status IN {FINISHED} AND p.kind = j.value->>2
                              AND NOT EXISTS (SELECT 1 FROM durable_processes q WHERE q.run = j.value->>0) AND {})",
                     owner("j")
                 ),
@@ -477,13 +480,13 @@ impl<'b> Plan<'b> {
             &format!(
                 "DELETE FROM durable_waiters WHERE {FENCED} AND {ANYBODY} AND waiter IN (
                      SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
-                     WHERE p.status NOT IN {UNFINISHED})"
+                     WHERE p.status IN {FINISHED})"
             ),
             [instance.clone(), generation.clone(), rows.clone()],
         );
         let targets = format!(
             "SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
-             WHERE p.status NOT IN {UNFINISHED}"
+             WHERE p.status IN {FINISHED}"
         );
         let wakes = self.wake_waiters(&targets, vec![rows]);
         self.parts.push(Part::Finishes { at, finished, wakes });
@@ -535,6 +538,9 @@ impl<'b> Plan<'b> {
 
     /// What people order. Rare, so one by one.
     fn orders(&mut self) {
+        let orders = |op: &Op| matches!(op, Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. });
+        // Their number makes the text, so it is not worth keeping.
+        self.script.once = self.batch.ops.iter().any(orders);
         for (at, op) in self.ops() {
             match op {
                 Op::Cancel { id } => {
@@ -654,10 +660,12 @@ impl<'b> Plan<'b> {
         );
         self.script.add(
             &format!(
-                "DELETE FROM durable_steps WHERE {FENCED} AND (run, scope, name, key) IN (
-                     SELECT p.run, j.value->>1, j.value->>2, j.value->>3 FROM jsonb_each(?) j CROSS JOIN {of})"
+                // Only what this order has put into the audit: a record that was made since an earlier attempt stays.
+                "DELETE FROM durable_steps WHERE {FENCED} AND (run, scope, name, key, claim, recorded_at) IN (
+                     SELECT a.run, a.scope, a.name, a.key, a.claim, a.recorded_at
+                     FROM jsonb_each(?) j CROSS JOIN durable_audit a ON a.audit = j.value->>0)"
             ),
-            [instance, generation, rows, self.namespace.clone(), id.into()],
+            [instance, generation, rows],
         );
     }
 
@@ -670,7 +678,7 @@ impl<'b> Plan<'b> {
         let runs = format!(
             "SELECT r.run FROM ({} UNION ALL {}) r WHERE EXISTS (SELECT 1 FROM durable_processes q
                  WHERE q.namespace = ? AND q.id = ? AND q.current = 1
-                     AND (q.status NOT IN {UNFINISHED} OR q.status = 'stuck'))",
+                     AND (q.status IN {FINISHED} OR q.status = 'stuck'))",
             of_id(0),
             of_id(1)
         );
@@ -711,7 +719,8 @@ fn record_row<'r, const N: usize>(record: &'r RecordOp, more: [Cell<'r>; N]) -> 
     row.into_iter().chain(more)
 }
 
-/// The answers to outcomes, in the order of the batch.
+/// The answers to outcomes, in the order of the batch. It is committed by now: a row of another process that cannot be
+/// understood is told to whoever asked about that process, and to nobody else.
 async fn read(
     connection: &mut SqliteConnection,
     batch: &Batch,
@@ -720,54 +729,33 @@ async fn read(
 ) -> Result<Vec<Outcome>> {
     let mut outcomes: Vec<Option<Outcome>> = vec![None; batch.ops.len()];
     let mut lost: HashSet<usize> = HashSet::new();
-    let rows = |answers: &mut [Answer], at: usize| {
-        answers.get_mut(at).map(|a| std::mem::take(&mut a.rows)).unwrap_or_default()
-    };
+    let mut rows = |at: usize| answers.get_mut(at).map(std::mem::take).unwrap_or_default();
     for part in parts {
         match part {
             Part::Spawns { at, existing } => {
-                let mut others = HashMap::new();
-                for row in rows(answers, existing) {
-                    let there = Spawned {
-                        run: run(&row, 1)?,
-                        existed: true,
-                        kind: boxed(get(&row, 2)?),
-                        digest: boxed(get(&row, 3)?),
-                    };
-                    others.insert(key(&row)?, there);
-                }
-                for (nth, at) in at.into_iter().enumerate() {
-                    let spawned = match (others.remove(&nth), &batch.ops[at]) {
-                        (Some(there), _) => there,
-                        (None, Op::Spawn(spawn) | Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. })) => {
-                            Spawned {
-                                run: spawn.run,
-                                existed: false,
-                                kind: spawn.kind.clone(),
-                                digest: spawn.digest.clone(),
-                            }
-                        }
-                        _ => continue,
-                    };
-                    outcomes[at] = Some(Outcome::Spawned(spawned));
-                }
+                let others = by_key(&rows(existing).rows, |row| {
+                    let (run, kind, digest) = (run(row, 1)?, boxed(get(row, 2)?), boxed(get(row, 3)?));
+                    Ok(Outcome::Spawned(Spawned { run, existed: true, kind, digest }))
+                })?;
+                answer(&mut outcomes, at, others, |at| match &batch.ops[at] {
+                    Op::Spawn(spawn) | Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. }) => {
+                        let (run, kind, digest) = (spawn.run, spawn.kind.clone(), spawn.digest.clone());
+                        Outcome::Spawned(Spawned { run, existed: false, kind, digest })
+                    }
+                    _ => Outcome::Lost,
+                });
             }
             Part::Raises { at, answers: statement } => {
-                let mut delivered = HashMap::new();
-                for row in rows(answers, statement) {
-                    let raised = match get::<Option<i64>>(&row, 2)? {
-                        Some(number) => Raised::Delivered { run: run(&row, 1)?, number, mine: get(&row, 3)? },
+                let delivered = by_key(&rows(statement).rows, |row| {
+                    Ok(Outcome::Raised(match get::<Option<i64>>(row, 2)? {
+                        Some(number) => Raised::Delivered { run: run(row, 1)?, number, mine: get(row, 3)? },
                         None => Raised::Finished,
-                    };
-                    delivered.insert(key(&row)?, raised);
-                }
-                for (nth, at) in at.into_iter().enumerate() {
-                    outcomes[at] = Some(Outcome::Raised(delivered.remove(&nth).unwrap_or(Raised::NotFound)));
-                }
+                    }))
+                })?;
+                answer(&mut outcomes, at, delivered, |_| Outcome::Raised(Raised::NotFound));
             }
             Part::Records { at, written, rows: sent } => {
-                let complete = answers.get(written).is_some_and(|answer| answer.changes == at.len() as u64);
-                if !complete {
+                if rows(written).changes != at.len() as u64 {
                     lost.extend(lost_records(connection, &at, sent).await?);
                 }
                 for at in at {
@@ -775,63 +763,64 @@ async fn read(
                 }
             }
             Part::Awaits { at, answers: statement } => {
-                let mut targets = HashMap::new();
-                for row in rows(answers, statement) {
-                    let status = status(get(&row, 2)?)?;
-                    let ended = if status.is_finished() {
-                        Some((status, get::<Option<&str>>(&row, 3)?.map(boxed)))
-                    } else {
-                        None
-                    };
-                    targets.insert(key(&row)?, (run(&row, 1)?, ended));
-                }
-                for (nth, at) in at.into_iter().enumerate() {
-                    outcomes[at] = Some(Outcome::Awaits(targets.remove(&nth)));
-                }
+                let targets = by_key(&rows(statement).rows, |row| {
+                    let status = status(get(row, 2)?)?;
+                    let output = get::<Option<&str>>(row, 3)?.map(boxed);
+                    Ok(Outcome::Awaits(Some((run(row, 1)?, status.is_finished().then_some((status, output))))))
+                })?;
+                answer(&mut outcomes, at, targets, |_| Outcome::Awaits(None));
             }
             Part::Owned { at, answers: statement } => {
-                let owned = rows(answers, statement).iter().map(|row| run(row, 0)).collect::<Result<HashSet<_>>>()?;
+                let owned: HashSet<RunId> = rows(statement).rows.iter().filter_map(|row| run(row, 0).ok()).collect();
                 for (at, run) in at {
                     outcomes[at] = Some(if owned.contains(&run) { Outcome::Recorded } else { Outcome::Lost });
                 }
             }
             Part::Finishes { at, finished, wakes } => {
-                let complete = answers.get(finished).is_some_and(|answer| answer.changes == at.len() as u64);
-                let mut wakes = mine(&rows(answers, wakes))?;
+                let complete = rows(finished).changes == at.len() as u64;
+                let mut wakes = mine(&rows(wakes).rows);
+                // Where not all were finished now, some may have been by an earlier attempt of this batch.
+                let states = if complete { HashMap::new() } else { states(connection, batch).await? };
                 for at in at {
                     let Op::Finish(finish) = &batch.ops[at] else { continue };
-                    // Where not all were finished now, some may have been by an earlier attempt of this batch.
-                    let done = complete || finished_before(connection, finish).await?;
-                    outcomes[at] = Some(if done {
-                        Outcome::Finished { wakes: std::mem::take(&mut wakes) }
-                    } else {
-                        Outcome::Lost
+                    let before = states.get(&finish.run).is_some_and(|state| {
+                        state.claim == finish.claim && state.status == finish.status.as_str() && !state.owned
                     });
+                    let wakes = std::mem::take(&mut wakes);
+                    outcomes[at] = Some(if complete || before { Outcome::Finished { wakes } } else { Outcome::Lost });
                 }
             }
             Part::Parks { at, parked } => {
-                let complete = answers.get(parked).is_some_and(|answer| answer.changes == at.len() as u64);
+                let complete = rows(parked).changes == at.len() as u64;
+                let states = if complete { HashMap::new() } else { states(connection, batch).await? };
                 for at in at {
                     let Op::Park(park) = &batch.ops[at] else { continue };
-                    outcomes[at] =
-                        Some(if complete { Outcome::Recorded } else { parked_before(connection, batch, park).await? });
+                    outcomes[at] = Some(match states.get(&park.run) {
+                        _ if complete => Outcome::Recorded,
+                        Some(state) if state.mine && state.claim == park.claim => Outcome::Signalled(state.signals),
+                        Some(state) if state.calm >= park.claim => Outcome::Recorded,
+                        _ => Outcome::Lost,
+                    });
                 }
             }
             Part::Asked { at, before, wakes } => {
-                let before = match rows(answers, before).first() {
-                    Some(row) => Some((run(row, 0)?, status(get(row, 1)?)?)),
-                    None => None,
-                };
-                let mut mine_to_wake = Vec::new();
-                for statement in wakes {
-                    mine_to_wake.extend(mine(&rows(answers, statement))?);
-                }
-                outcomes[at] = Some(Outcome::Asked { before, wakes: mine_to_wake });
+                let before: Result<Option<(RunId, Status)>> =
+                    rows(before).rows.first().map(|row| Ok((run(row, 0)?, status(get(row, 1)?)?))).transpose();
+                let wakes = wakes.into_iter().flat_map(|statement| mine(&rows(statement).rows)).collect();
+                outcomes[at] = Some(match before {
+                    Ok(before) => Outcome::Asked { before, wakes, again: false },
+                    Err(why) => Outcome::Unreadable(why.to_string()),
+                });
             }
             Part::Claimed { at, answers: statement } => {
-                let claimed = |row: &SqliteRow| Ok(Claimed { run: run(row, 0)?, claim: get(row, 1)? });
-                outcomes[at] =
-                    Some(Outcome::Claimed(rows(answers, statement).iter().map(claimed).collect::<Result<_>>()?));
+                let claimed = |row: &SqliteRow| match (run(row, 0), get(row, 1)) {
+                    (Ok(run), Ok(claim)) => Some(Claimed { run, claim }),
+                    (Err(why), _) | (_, Err(why)) => {
+                        tracing::error!("a process that was claimed cannot be run: {why}");
+                        None
+                    }
+                };
+                outcomes[at] = Some(Outcome::Claimed(rows(statement).rows.iter().filter_map(claimed).collect()));
             }
         }
     }
@@ -842,20 +831,34 @@ async fn read(
     outcomes.into_iter().map(|outcome| outcome.ok_or_else(missing)).collect()
 }
 
+/// The outcomes that rows stand for, by their places in the JSON array.
+fn by_key(rows: &[SqliteRow], outcome: impl Fn(&SqliteRow) -> Result<Outcome>) -> Result<HashMap<usize, Outcome>> {
+    let one =
+        |row: &SqliteRow| Ok((key(row)?, outcome(row).unwrap_or_else(|why| Outcome::Unreadable(why.to_string()))));
+    rows.iter().map(one).collect()
+}
+
+/// Notes the outcomes of the operations at these places; `absent` is that of one that no row stands for.
+fn answer(
+    outcomes: &mut [Option<Outcome>],
+    at: Vec<usize>,
+    mut rows: HashMap<usize, Outcome>,
+    absent: impl Fn(usize) -> Outcome,
+) {
+    for (nth, at) in at.into_iter().enumerate() {
+        outcomes[at] = Some(rows.remove(&nth).unwrap_or_else(|| absent(at)));
+    }
+}
+
 /// The place in the JSON array that a row answers.
 fn key(row: &SqliteRow) -> Result<usize> {
     usize::try_from(get::<i64>(row, 0)?).map_err(StorageError::schema)
 }
 
 /// The runs of rows that say that they are the instance's.
-fn mine(rows: &[SqliteRow]) -> Result<Vec<RunId>> {
-    let mut mine = Vec::new();
-    for row in rows {
-        if get::<bool>(row, 1)? {
-            mine.push(run(row, 0)?);
-        }
-    }
-    Ok(mine)
+fn mine(rows: &[SqliteRow]) -> Vec<RunId> {
+    let mine = |row: &SqliteRow| get::<bool>(row, 1).ok().filter(|mine| *mine).and_then(|_| run(row, 0).ok());
+    rows.iter().filter_map(mine).collect()
 }
 
 /// Those of the records that are not in the database as they were sent. Only this instance writes records of its runs,
@@ -875,31 +878,37 @@ async fn lost_records(connection: &mut SqliteConnection, at: &[usize], rows: Arg
     Ok(lost)
 }
 
-async fn finished_before(connection: &mut SqliteConnection, finish: &Finish) -> Result<bool> {
-    let mut script = Script::default();
-    script.add(
-        "SELECT 1 FROM durable_processes WHERE run = ? AND claim = ? AND status = ? AND owner IS NULL",
-        [finish.run.to_string().into(), finish.claim.into(), finish.status.as_str().into()],
-    );
-    Ok(script.run(connection).await?.iter().any(|answer| !answer.rows.is_empty()))
+/// How a run stands that was not changed as it should have been.
+struct State {
+    status: String,
+    claim: i64,
+    calm: i64,
+    signals: i64,
+    owned: bool,
+    /// Owned by the batch's instance.
+    mine: bool,
 }
 
-async fn parked_before(connection: &mut SqliteConnection, batch: &Batch, park: &Park) -> Result<Outcome> {
+/// How the runs of a batch's ends and parks stand.
+async fn states(connection: &mut SqliteConnection, batch: &Batch) -> Result<HashMap<RunId, State>> {
+    let mut runs = Rows::default();
+    for op in &batch.ops {
+        if let Op::Finish(Finish { run, .. }) | Op::Park(Park { run, .. }) = op {
+            runs.push(cells![run.0]);
+        }
+    }
     let mut script = Script::default();
     script.add(
-        "SELECT signals, calm_claim, claim, owner IS NOT NULL AND owner = ? FROM durable_processes WHERE run = ?",
-        [batch.fence.instance.to_string().into(), park.run.to_string().into()],
+        "SELECT p.run, p.status, p.claim, p.calm_claim, p.signals, p.owner IS NOT NULL, p.owner IS NOT NULL AND p.owner = ?
+         FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0",
+        [batch.fence.instance.to_string().into(), runs.arg()],
     );
-    let answers = script.run(connection).await?;
-    let Some(row) = answers.iter().flat_map(|answer| &answer.rows).next() else { return Ok(Outcome::Lost) };
-    let (signals, calm, claim, mine) = (get(row, 0)?, get::<i64>(row, 1)?, get::<i64>(row, 2)?, get::<bool>(row, 3)?);
-    Ok(if mine && claim == park.claim {
-        Outcome::Signalled(signals)
-    } else if calm >= park.claim {
-        Outcome::Recorded
-    } else {
-        Outcome::Lost
-    })
+    let state = |row: &SqliteRow| {
+        let status = get(row, 1)?;
+        let (claim, calm, signals) = (get(row, 2)?, get(row, 3)?, get(row, 4)?);
+        Ok((run(row, 0)?, State { status, claim, calm, signals, owned: get(row, 5)?, mine: get(row, 6)? }))
+    };
+    script.run(connection).await?.iter().flat_map(|answer| &answer.rows).map(state).collect()
 }
 
 #[cfg(test)]

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use crate::Sqlite;
-use crate::errors::sort;
+use crate::errors::reading;
+use crate::lend::Single;
 use crate::life::Lives;
 use crate::migrate;
 use crate::store::{Shared, Watcher, is_busy};
@@ -82,7 +83,7 @@ impl Open {
             .foreign_keys(false)
             .statement_cache_capacity(256)
             // A transaction's rows must fit, or the database's thread would wait for this program in the middle of it.
-            .row_buffer_size(8192)
+            .row_buffer_size(65_536)
             .log_statements(tracing::log::LevelFilter::Trace)
             .log_slow_statements(tracing::log::LevelFilter::Debug, Duration::from_secs(1)))
     }
@@ -107,6 +108,9 @@ impl Open {
         let explain = |error: sqlx::Error| explain(&path, error);
         // The file is only ever opened by SQLite: closing it by other means would drop SQLite's own locks on it.
         let mut writer = connect(&options).await.map_err(explain)?;
+        // One name for all programs, whatever links they came by, and whatever folder this one changes to.
+        let path = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
+        let options = options.filename(&path);
         let version: String =
             sqlx::query("SELECT sqlite_version()").fetch_one(&mut writer).await.map_err(explain)?.get(0);
         if !is_recent(&version) {
@@ -132,15 +136,20 @@ impl Open {
             .connect_with(options.clone().busy_timeout(Duration::from_secs(5)))
             .await
             .map_err(explain)?;
+        let browsers = SqlitePoolOptions::new()
+            .max_connections(2)
+            .min_connections(0)
+            .connect_lazy_with(options.clone().busy_timeout(Duration::from_secs(5)));
         let watcher = connect(&options).await.map_err(explain)?;
         Ok(Sqlite(Arc::new(Shared {
             lives: Lives::beside(&path),
             wal: with_suffix(&path, "-wal"),
             options,
-            writer: Mutex::new(writer),
+            writer: Single::new(writer),
             readers,
+            browsers,
             watcher: Mutex::new(Watcher::new(watcher)),
-            heart_waits: AtomicBool::new(false),
+            hearts_waiting: AtomicUsize::new(0),
         })))
     }
 }
@@ -197,7 +206,7 @@ fn explain(path: &Path, error: sqlx::Error) -> StorageError {
         Some(READ_ONLY) => StorageError::unavailable(format!(
             "{shown} cannot be written ({error}); the file and its folder must be writable for SQLite's journal"
         )),
-        _ => match sort(error) {
+        _ => match reading(error) {
             StorageError::Schema(message) => StorageError::schema(format!("{shown}: {message}")),
             other => other,
         },

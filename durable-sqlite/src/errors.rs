@@ -1,21 +1,22 @@
 use durable_core::storage::StorageError;
 use sqlx::Error;
 
-/// Sorts a driver's error by what the caller may do next.
+/// Sorts a driver's error by what the caller may do next. `committing`: it came from a commit, or from a statement that
+/// commits by itself.
 ///
-/// SQLite runs inside this program: a call whose answer is an error has not committed, except where the error came
-/// from the commit itself or from the file, when only a look can tell.
-pub(crate) fn sort(error: Error) -> StorageError {
-    const FULL: i32 = 13;
-    const CONSTRAINT: i32 = 19;
-    const TOO_BIG: i32 = 18;
-    const MISMATCH: i32 = 20;
-    const CORRUPT: i32 = 11;
-    const NOT_A_DB: i32 = 26;
+/// SQLite runs inside this program: what failed before its commit has not happened. Of a commit that failed while it
+/// wrote, only a look can tell.
+pub(crate) fn sort(error: Error, committing: bool) -> StorageError {
     const BUSY: i32 = 5;
     const LOCKED: i32 = 6;
     const READ_ONLY: i32 = 8;
+    const CORRUPT: i32 = 11;
+    const FULL: i32 = 13;
     const CANT_OPEN: i32 = 14;
+    const TOO_BIG: i32 = 18;
+    const CONSTRAINT: i32 = 19;
+    const MISMATCH: i32 = 20;
+    const NOT_A_DB: i32 = 26;
     let Some(code) = code(&error) else {
         return match &error {
             Error::PoolTimedOut | Error::PoolClosed => StorageError::unavailable(error),
@@ -29,10 +30,17 @@ pub(crate) fn sort(error: Error) -> StorageError {
     match code & 0xff {
         BUSY | LOCKED | FULL | READ_ONLY | CANT_OPEN => StorageError::unavailable(error),
         CONSTRAINT | TOO_BIG | MISMATCH => StorageError::refused(error),
-        CORRUPT => StorageError::schema(format!("the database file is damaged: {error}")),
+        CORRUPT => StorageError::unavailable(format!("the database file is damaged: {error}")),
         NOT_A_DB => StorageError::schema(format!("the file is not a SQLite database: {error}")),
-        _ => StorageError::unknown(error),
+        _ if committing => StorageError::unknown(error),
+        // A table that somebody has dropped, no memory, a file that cannot be read: it may pass.
+        _ => StorageError::unavailable(error),
     }
+}
+
+/// An error of a call that writes nothing by itself.
+pub(crate) fn reading(error: Error) -> StorageError {
+    sort(error, false)
 }
 
 /// SQLite's extended result code.

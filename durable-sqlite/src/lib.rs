@@ -38,6 +38,7 @@ mod batch;
 mod cells;
 mod connect;
 mod errors;
+mod lend;
 mod life;
 mod migrate;
 mod rows;

@@ -3,7 +3,7 @@ use durable_core::storage::{Result, StorageError};
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
-use crate::errors::sort;
+use crate::errors::reading;
 use crate::rows::get;
 use crate::script::NOW;
 
@@ -41,11 +41,11 @@ fn record(migration: &Migration) -> String {
 /// What the database remembers; none if it has no table of migrations.
 async fn applied(connection: &mut SqliteConnection) -> Result<Option<Vec<Applied>>> {
     let table = sqlx::query("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'durable_migrations'");
-    if connection.fetch_optional(table).await.map_err(sort)?.is_none() {
+    if connection.fetch_optional(table).await.map_err(reading)?.is_none() {
         return Ok(None);
     }
     let rows = sqlx::query("SELECT version, checksum, oldest_code FROM durable_migrations ORDER BY version");
-    let rows = connection.fetch_all(rows).await.map_err(sort)?;
+    let rows = connection.fetch_all(rows).await.map_err(reading)?;
     let applied = |row| Ok(Applied { version: get(row, 0)?, checksum: get(row, 1)?, oldest_code: get(row, 2)? });
     rows.iter().map(applied).collect::<Result<_>>().map(Some)
 }
@@ -71,20 +71,20 @@ pub(crate) async fn migrate(connection: &mut SqliteConnection) -> Result<()> {
     {
         return Ok(());
     }
-    connection.execute("BEGIN IMMEDIATE").await.map_err(sort)?;
+    connection.execute("BEGIN IMMEDIATE").await.map_err(reading)?;
     let result = apply(connection).await;
     let end = if result.is_ok() { "COMMIT" } else { "ROLLBACK" };
-    let ended = connection.execute(end).await.map_err(sort);
+    let ended = connection.execute(end).await.map_err(reading);
     result.and(ended.map(|_| ()))
 }
 
 async fn apply(connection: &mut SqliteConnection) -> Result<()> {
-    connection.execute(TABLE).await.map_err(sort)?;
+    connection.execute(TABLE).await.map_err(reading)?;
     let applied = applied(connection).await?.unwrap_or_default();
     for migration in pending(MIGRATIONS, &applied)? {
         tracing::info!(version = migration.version, name = migration.name, "migrating");
-        connection.execute(migration.sql).await.map_err(sort)?;
-        connection.execute(AssertSqlSafe(record(migration))).await.map_err(sort)?;
+        connection.execute(migration.sql).await.map_err(reading)?;
+        connection.execute(AssertSqlSafe(record(migration))).await.map_err(reading)?;
     }
     Ok(())
 }

@@ -50,6 +50,8 @@ pub(crate) struct Script {
     sql: String,
     args: Vec<Arg>,
     statements: usize,
+    /// The same text is not run again: its statements are not kept.
+    pub(crate) once: bool,
     /// Where each statement, and its arguments, begin.
     #[cfg(test)]
     begins: Vec<(usize, usize)>,
@@ -90,7 +92,8 @@ impl Script {
         plans
     }
 
-    /// Runs it. After an error nothing of it is left: what it began is rolled back.
+    /// Runs it. After an error nothing of it is left: what it began is rolled back. **Dropped before it returns, it may
+    /// leave a transaction open**: the connection must go with it ([`Lent`](crate::lend::Lent)).
     pub(crate) async fn run(self, connection: &mut SqliteConnection) -> Result<Vec<Answer>> {
         let mut arguments = SqliteArguments::default();
         for arg in self.args {
@@ -102,7 +105,7 @@ impl Script {
             added.map_err(StorageError::refused)?;
         }
         // The text is put together from constants of this crate; what users give is bound.
-        let query = sqlx::query_with(AssertSqlSafe(self.sql), arguments);
+        let query = sqlx::query_with(AssertSqlSafe(self.sql), arguments).persistent(!self.once);
         let mut answers = Vec::with_capacity(self.statements);
         let result: std::result::Result<(), sqlx::Error> = async {
             let mut stream = (&mut *connection).fetch_many(query);
@@ -122,7 +125,9 @@ impl Script {
         if let Err(error) = result {
             // Fails where nothing was begun or the error has rolled back already: either is what is wanted.
             let _ = connection.execute("ROLLBACK").await;
-            return Err(sort(error));
+            // The last statement is the commit, or commits by itself.
+            let committing = answers.len() + 1 >= self.statements;
+            return Err(sort(error, committing));
         }
         Ok(answers)
     }

@@ -6,18 +6,19 @@ use durable_core::storage::{
 };
 use serde_json::json;
 use sqlx::SqlitePool;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteRow};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::Mutex;
 
 use crate::Sqlite;
 use crate::batch;
 use crate::connect::connect;
-use crate::errors::sort;
+use crate::errors::reading;
+use crate::lend::Single;
 use crate::life::{Life, Lives};
 use crate::rows::{self, boxed, get, id, time};
 use crate::script::{Answer, Arg, NOW, Script};
@@ -26,14 +27,16 @@ use crate::script::{Answer, Arg, NOW, Script};
 pub(crate) struct Shared {
     pub(crate) options: SqliteConnectOptions,
     /// The one connection that writes, in the order of those who wait for it.
-    pub(crate) writer: Mutex<SqliteConnection>,
+    pub(crate) writer: Single,
     pub(crate) readers: SqlitePool,
+    /// For lists and counts, which may take long: they must not keep the engine from reading.
+    pub(crate) browsers: SqlitePool,
     pub(crate) watcher: Mutex<Watcher>,
     pub(crate) wal: PathBuf,
     pub(crate) lives: Lives,
-    /// A heartbeat of this program waits for the write lock: batches let it pass. Shared because the heartbeat has a
+    /// How many heartbeats of this program wait for the write lock: batches let them pass. Shared because a heartbeat has a
     /// connection and a thread of its own.
-    pub(crate) heart_waits: AtomicBool,
+    pub(crate) hearts_waiting: AtomicUsize,
 }
 
 /// Notices other connections' commits.
@@ -72,32 +75,50 @@ impl Shared {
     /// Runs a script that writes. A lock that another program holds is waited for, in short tries: SQLite's own waiting
     /// sleeps longer and longer and is not fair.
     async fn write(&self, script: impl Fn() -> Script) -> Result<Vec<Answer>> {
-        let mut connection = self.writer.lock().await;
-        self.let_the_heart_pass().await;
-        patiently(script, &mut connection).await
+        let mut lent = self.writer.lend(&self.options).await?;
+        self.let_hearts_pass().await;
+        let result = patiently(script, &mut lent.connection).await;
+        lent.done(result)
     }
 
-    async fn let_the_heart_pass(&self) {
+    async fn let_hearts_pass(&self) {
         let since = Instant::now();
-        while self.heart_waits.load(Ordering::Acquire) && since.elapsed() < Duration::from_millis(100) {
+        while self.hearts_waiting.load(Ordering::Acquire) > 0 && since.elapsed() < Duration::from_millis(100) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
-    /// Runs a script that reads one snapshot.
+    /// Runs statements that read one snapshot.
     async fn read(&self, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
-        let mut script = Script::default();
-        script.add("BEGIN", []);
-        for (sql, args) in statements {
-            script.add(&sql, args);
-        }
-        script.add("COMMIT", []);
-        let mut connection = self.readers.acquire().await.map_err(sort)?;
-        let mut answers = script.run(&mut connection).await?;
-        answers.pop();
-        answers.remove(0);
-        Ok(answers)
+        read(&self.readers, statements).await
     }
+
+    /// Runs a statement that may go through many rows.
+    async fn browse(&self, statement: (String, Vec<Arg>)) -> Result<Vec<Answer>> {
+        read(&self.browsers, [statement]).await
+    }
+}
+
+async fn read(pool: &SqlitePool, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
+    let mut statements: Vec<_> = statements.into_iter().collect();
+    let mut connection = pool.acquire().await.map_err(reading)?;
+    let mut script = Script::default();
+    if let [(sql, args)] = &mut statements[..] {
+        // One statement is a snapshot by itself, and leaves nothing open if its reader goes away.
+        script.add(sql, std::mem::take(args));
+        return script.run(&mut connection).await;
+    }
+    script.add("BEGIN", []);
+    for (sql, args) in statements {
+        script.add(&sql, args);
+    }
+    script.add("COMMIT", []);
+    // In a task of its own: its reader may go away, its transaction must not stay.
+    let read = tokio::spawn(async move { script.run(&mut connection).await });
+    let mut answers = read.await.map_err(StorageError::unavailable)??;
+    answers.pop();
+    answers.remove(0);
+    Ok(answers)
 }
 
 /// How long a call waits for a lock that another program holds, before it says that the storage is not available.
@@ -127,7 +148,7 @@ impl Storage for Sqlite {
 
     async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
         let life = self.0.lives.begin(instance.id)?;
-        let mut connection = connect(&self.0.options).await.map_err(sort)?;
+        let mut connection = connect(&self.0.options).await.map_err(reading)?;
         let of = instance.id.to_string();
         let kinds = json!(instance.kinds).to_string();
         let script = || {
@@ -150,7 +171,8 @@ impl Storage for Sqlite {
         };
         let answers = patiently(script, &mut connection).await?;
         let now = now_in(&answers)?;
-        let heart = SqliteHeart { shared: self.0.clone(), connection, instance: of, _life: life };
+        let heart =
+            SqliteHeart { shared: self.0.clone(), connection: Single::new(connection), instance: of, _life: life };
         Ok((Box::new(heart), now))
     }
 
@@ -170,13 +192,13 @@ impl Storage for Sqlite {
     }
 
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
-        let mut connection = self.0.writer.lock().await;
-        self.0.let_the_heart_pass().await;
+        let mut lent = self.0.writer.lend(&self.0.options).await?;
+        self.0.let_hearts_pass().await;
         let since = Instant::now();
         loop {
-            match batch::commit(&mut connection, batch).await {
+            match batch::commit(&mut lent.connection, batch).await {
                 Err(StorageError::Unavailable(why)) if is_busy(&*why) && since.elapsed() < PATIENCE => {}
-                answer => return answer,
+                answer => return lent.done(answer),
             }
         }
     }
@@ -191,13 +213,20 @@ impl Storage for Sqlite {
             let limit = if runs.len() > 1 { ROWS as i64 + 1 } else { -1 };
             let of = |columns: &str, table: &str, alias: &str, and: &str, order: &str| {
                 let sql = format!(
-                    "SELECT {columns} FROM json_each(?) j CROSS JOIN {table} {alias} ON {alias}.run = j.value {and} ORDER BY {order} LIMIT ?"
+                    "SELECT {columns} FROM json_each(?) j CROSS JOIN {table} {alias} ON run = j.value {and} ORDER BY {order} LIMIT ?"
                 );
                 (sql, vec![list.clone(), limit.into()])
             };
             let mut statements = vec![
                 of(rows::PROCESS, "durable_processes", "p", "", "j.key"),
-                of(rows::EVENT, "durable_events", "e", "AND e.taken_at IS NULL", "j.key, e.number"),
+                // Not those that were ever taken: the index has the others alone.
+                of(
+                    rows::EVENT,
+                    "durable_events",
+                    "e INDEXED BY durable_events_waiting",
+                    "AND e.taken_at IS NULL",
+                    "j.key, e.number",
+                ),
                 (
                     "SELECT w.waiter, w.target, t.status, t.output FROM json_each(?) j
                          CROSS JOIN durable_waiters w ON w.waiter = j.value
@@ -224,7 +253,7 @@ impl Storage for Sqlite {
         let sql = "SELECT run, claim FROM durable_processes WHERE owner = ? AND run > ? ORDER BY run LIMIT ?";
         let args = vec![instance.to_string().into(), after.into(), limit_arg(limit)];
         let answers = self.0.read([(sql.to_owned(), args)]).await?;
-        all(&answers).map(|row| Ok((rows::run(row, 0)?, get(row, 1)?))).collect()
+        Ok(all(&answers).filter_map(|row| readable(rows::run(row, 0)).zip(get(row, 1).ok())).collect())
     }
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
@@ -257,12 +286,13 @@ impl Storage for Sqlite {
             match get::<&str>(row, 0)? {
                 "now" => polled.now = time("now", get(row, 2)?)?,
                 "due" => {
+                    // A time that somebody has written in another form is due: the claim clears it away.
                     if let Some(at) = get::<Option<&str>>(row, 2)? {
-                        polled.due.push((boxed(get(row, 1)?), time("wake_at", at)?));
+                        polled.due.push((boxed(get(row, 1)?), time("wake_at", at).unwrap_or(polled.now)));
                     }
                 }
-                "signalled" => polled.signalled.push((rows::run(row, 1)?, get(row, 3)?)),
-                _ => polled.ended.push(rows::run(row, 1)?),
+                "signalled" => polled.signalled.extend(readable(rows::run(row, 1)).zip(get(row, 3).ok())),
+                _ => polled.ended.extend(readable(rows::run(row, 1))),
             }
         }
         Ok(polled)
@@ -296,13 +326,14 @@ impl Storage for Sqlite {
             ])
             .await?;
         let now = now_in(&answers)?;
-        let peer = |row| {
+        let peer = |row: &SqliteRow| {
             let instance = id("instance", get::<&str>(row, 0)?)?;
             // Looked at after the heartbeat was read: one that began to live since then has another heartbeat.
             let lock = self.0.lives.look(instance);
             Ok(Peer { instance, heartbeat_at: time("heartbeat_at", get(row, 1)?)?, lock, fenced: get(row, 2)? })
         };
-        let peers = answers.iter().skip(1).flat_map(|answer| &answer.rows).map(peer).collect::<Result<_>>()?;
+        let peers =
+            answers.iter().skip(1).flat_map(|answer| &answer.rows).filter_map(|row| readable(peer(row))).collect();
         Ok(Peers { now, peers })
     }
 
@@ -400,8 +431,8 @@ impl Storage for Sqlite {
         args.push(limit_arg(filter.limit));
         let sql =
             format!("SELECT {} FROM durable_processes p WHERE {conditions} ORDER BY p.run LIMIT ?", rows::PROCESS);
-        let answers = self.0.read([(sql, args)]).await?;
-        all(&answers).map(rows::process).collect()
+        let answers = self.0.browse((sql, args)).await?;
+        Ok(all(&answers).filter_map(|row| readable(rows::process(row))).collect())
     }
 
     async fn count(&self, namespace: &str, filter: &Filter) -> Result<Vec<Counted>> {
@@ -413,12 +444,12 @@ impl Storage for Sqlite {
                  WHERE i.namespace = ? AND f.fenced_at IS NULL AND k.value = p.kind)
              FROM durable_processes p WHERE {conditions} GROUP BY p.kind, p.status ORDER BY p.kind, p.status"
         );
-        let answers = self.0.read([(sql, args)]).await?;
-        let counted = |row| {
+        let answers = self.0.browse((sql, args)).await?;
+        let counted = |row: &SqliteRow| {
             let count = u64::try_from(get::<i64>(row, 2)?).map_err(StorageError::schema)?;
             Ok(Counted { kind: boxed(get(row, 0)?), status: rows::status(get(row, 1)?)?, count, served: get(row, 3)? })
         };
-        all(&answers).map(counted).collect()
+        Ok(all(&answers).filter_map(|row| readable(counted(row))).collect())
     }
 }
 
@@ -449,7 +480,12 @@ impl Sqlite {
     }
 }
 
-fn all(answers: &[Answer]) -> impl Iterator<Item = &sqlx::sqlite::SqliteRow> {
+/// A row that cannot be understood is left out, and told: it must not hide the others.
+fn readable<T>(row: Result<T>) -> Option<T> {
+    row.inspect_err(|why| tracing::error!("a row is left out: {why}")).ok()
+}
+
+fn all(answers: &[Answer]) -> impl Iterator<Item = &SqliteRow> {
     answers.iter().flat_map(|answer| &answer.rows)
 }
 
@@ -514,7 +550,8 @@ fn loaded(runs: &[RunId], answers: &[Answer]) -> Result<Vec<Loaded>> {
         sort(row, rows::event(row).map(Part::Event))?;
     }
     for row in &targets.rows {
-        sort(row, target(row).map(Part::Target))?;
+        // One that cannot be understood has not ended, as far as those go that await it.
+        sort(row, Ok(Part::Target(readable(target(row)).flatten())))?;
     }
     for row in rest.iter().flat_map(|answer| &answer.rows) {
         sort(row, rows::record(row).map(Part::Record))?;
@@ -536,7 +573,7 @@ enum Part {
     Record((RecordKey, Record)),
 }
 
-fn target(row: &sqlx::sqlite::SqliteRow) -> Result<Option<Target>> {
+fn target(row: &SqliteRow) -> Result<Option<Target>> {
     let run = rows::run(row, 1)?;
     let Some(status) = get::<Option<&str>>(row, 2)? else { return Ok(Some(Target { run, ended: None })) };
     let status = rows::status(status)?;
@@ -548,7 +585,7 @@ fn target(row: &sqlx::sqlite::SqliteRow) -> Result<Option<Target>> {
 /// pass.
 struct SqliteHeart {
     shared: Arc<Shared>,
-    connection: SqliteConnection,
+    connection: Single,
     instance: String,
     _life: Life,
 }
@@ -568,10 +605,11 @@ impl Heart for SqliteHeart {
             );
             script
         };
-        let waiting = Waiting::begin(&self.shared.heart_waits);
-        let answers = patiently(script, &mut self.connection).await;
+        let mut lent = self.connection.lend(&self.shared.options).await?;
+        let waiting = Waiting::begin(&self.shared.hearts_waiting);
+        let result = patiently(script, &mut lent.connection).await;
         drop(waiting);
-        let answers = answers?;
+        let answers = lent.done(result)?;
         if all(&answers).next().is_none() {
             return Err(StorageError::Fenced);
         }
@@ -579,18 +617,18 @@ impl Heart for SqliteHeart {
     }
 }
 
-/// The heart waits for the write lock while this lives.
-struct Waiting<'s>(&'s AtomicBool);
+/// A heart waits for the write lock while this lives.
+struct Waiting<'s>(&'s AtomicUsize);
 
 impl<'s> Waiting<'s> {
-    fn begin(flag: &'s AtomicBool) -> Self {
-        flag.store(true, Ordering::Release);
-        Self(flag)
+    fn begin(hearts: &'s AtomicUsize) -> Self {
+        hearts.fetch_add(1, Ordering::AcqRel);
+        Self(hearts)
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }

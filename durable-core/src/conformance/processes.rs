@@ -129,7 +129,7 @@ pub async fn cancelling<S: Subject>(subject: &S) {
     let storage = subject.open().await;
     let (actor, other) = (Actor::new(&storage).await, Actor::new(&storage).await);
     let cancel = async |id: &str| match actor.one(Op::Cancel { id: id.into() }).await {
-        Outcome::Asked { before, wakes } => (before.map(|(_, status)| status), wakes),
+        Outcome::Asked { before, wakes, .. } => (before.map(|(_, status)| status), wakes),
         outcome => panic!("{outcome:?}"),
     };
     assert_eq!(cancel("nobody").await, (None, vec![]));
@@ -171,11 +171,11 @@ pub async fn resuming_and_forgetting<S: Subject>(subject: &S) {
             actor.one(Op::Record(record(run, 1, key(name, "")))).await;
         }
         let untimely = actor.one(Op::Resume { id: id.into(), forget: forget() }).await;
-        assert_eq!(untimely, Outcome::Asked { before: Some((run, Status::Running)), wakes: vec![] });
+        assert_eq!(untimely, Outcome::Asked { before: Some((run, Status::Running)), wakes: vec![], again: false });
         assert_eq!(actor.load(run).await.records.len(), 2);
         actor.finish(run, 1, status).await;
         let asked = actor.one(Op::Resume { id: id.into(), forget: forget() }).await;
-        assert_eq!(asked, Outcome::Asked { before: Some((run, status)), wakes: vec![] });
+        assert_eq!(asked, Outcome::Asked { before: Some((run, status)), wakes: vec![], again: false });
         let state = actor.load(run).await;
         assert_eq!(state.records.iter().map(|(key, _)| &*key.name).collect::<Vec<_>>(), ["a"]);
         let row = state.process;
@@ -183,7 +183,7 @@ pub async fn resuming_and_forgetting<S: Subject>(subject: &S) {
         assert_eq!(actor.claim(9).await.len(), 1);
     }
     let nobody = actor.one(Op::Resume { id: "nobody".into(), forget: vec![] }).await;
-    assert_eq!(nobody, Outcome::Asked { before: None, wakes: vec![] });
+    assert_eq!(nobody, Outcome::Asked { before: None, wakes: vec![], again: false });
 }
 
 /// All runs, and nothing else; those that await it are woken and find it gone.
@@ -203,13 +203,16 @@ pub async fn deleting<S: Subject>(subject: &S) {
     actor.one(Op::Await { run: neighbour, id: "p".into(), target: None }).await;
     actor.finish(second.run, 1, Status::Stuck).await;
     let deleted = delete("p").await;
-    assert_eq!(deleted, Outcome::Asked { before: Some((second.run, Status::Stuck)), wakes: vec![neighbour] });
+    assert_eq!(
+        deleted,
+        Outcome::Asked { before: Some((second.run, Status::Stuck)), wakes: vec![neighbour], again: false }
+    );
     assert!(load(&storage, first).await.is_none() && load(&storage, second.run).await.is_none());
     assert_eq!(storage.find(NAMESPACE, "p", None).await.unwrap(), None);
     assert_eq!(storage.record(first, &key("a", "")).await.unwrap(), None);
     let targets = actor.load(neighbour).await.targets;
     assert_eq!(targets.iter().map(|t| (t.run, t.ended.clone())).collect::<Vec<_>>(), [(second.run, None)]);
-    assert_eq!(delete("p").await, Outcome::Asked { before: None, wakes: vec![] });
+    assert_eq!(delete("p").await, Outcome::Asked { before: None, wakes: vec![], again: false });
     let again = spawn("p");
     assert_eq!(actor.one(Op::Spawn(again.clone())).await, Outcome::Spawned(spawned(&again, false)));
 }

@@ -119,6 +119,10 @@ fn turn(
         if run.wake.take_woken() {
             *sleep = None;
             let Some(user) = future.as_mut() else { continue };
+            {
+                let mut state = run.state();
+                state.polled = (state.mail.seen, state.cancel);
+            }
             let _context = Context { run: run.serial, step: false }.enter();
             let _span = span.enter();
             let mut user_cx = TaskContext::from_waker(&run.root);
@@ -152,7 +156,10 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         let state = run.state();
         let due = state.waits.iter().filter_map(|wait| wait.due).min();
         let waits = !state.waits.is_empty() && !state.waits.iter().any(|w| matches!(w.what, WaitFor::Engine));
-        (due, quiet && waits && state.steps == 0 && state.commits == 0, state.pressed)
+        // A signal that came since the last poll is on its way to the process; so is a cancellation.
+        let up_to_date = state.polled.1 == state.cancel && matches!(state.cancel, Cancel::No | Cancel::Recorded);
+        let parks = quiet && waits && up_to_date && state.steps == 0 && state.commits == 0;
+        (due, parks, state.pressed)
     };
     let armed = sleep.get_or_insert_with(|| {
         let quiet = Instant::now() + if parks { core.settings.quiet_time } else { LOOK_AGAIN };
@@ -166,6 +173,17 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
     if due.is_some_and(|due| due <= core.clock.now()) {
         run.notify();
         return Poll::Ready(None);
+    }
+    if !parks && run.has_foreign_wakers() {
+        // Some may belong to operations that are gone. Those that live leave theirs again.
+        let idle = {
+            let state = run.state();
+            state.steps == 0 && state.commits == 0
+        };
+        if idle {
+            run.notify();
+            return Poll::Ready(None);
+        }
     }
     if !parks {
         let state = run.state();
@@ -190,7 +208,7 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         run: run.run,
         claim: run.claim,
         wake_at: due,
-        seen: Some(state.mail.seen),
+        seen: Some(state.polled.0),
         waiting_for: Some(waits.join(", ").into()),
     }))
 }

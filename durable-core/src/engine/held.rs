@@ -85,10 +85,17 @@ impl Held {
         true
     }
 
-    /// Says whether it was signalled while it was loading.
-    pub(crate) fn live(&self, run: Arc<Run>) -> bool {
-        let before = lock(&self.inner).slots.insert(run.run, Slot::Live(run));
-        matches!(before, Some(Slot::Loading { signalled: true, .. }))
+    /// Puts a run into the place that its claim has, or that a new process finds empty, and says whether it was signalled
+    /// while it was loading. None if the place is another claim's: the run must not run.
+    pub(crate) fn live(&self, run: Arc<Run>) -> Option<bool> {
+        let mut inner = lock(&self.inner);
+        let signalled = match inner.slots.get(&run.run) {
+            None if run.claim == 1 => false,
+            Some(Slot::Loading { claim, signalled }) if *claim == run.claim => *signalled,
+            _ => return None,
+        };
+        inner.slots.insert(run.run, Slot::Live(run));
+        Some(signalled)
     }
 
     pub(crate) fn signalled_while_loading(&self, run: RunId) {

@@ -43,8 +43,14 @@ impl Core {
         if self.is_stopping() {
             run.state().stopping = true;
         }
-        if self.held.live(run.clone()) {
-            self.post.fetch([run.run]);
+        match self.held.live(run.clone()) {
+            // A newer claim has taken its place, or its epoch is over.
+            None => return,
+            Some(signalled) => {
+                if signalled {
+                    self.post.fetch([run.run]);
+                }
+            }
         }
         if epoch.is_over() {
             run.end(super::run::End::Gone);
@@ -70,12 +76,19 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: HashMap<RunId, i64
             Ok(loaded) => loaded,
             Err(error) => {
                 core.note_trouble(&error.to_string());
-                if backoff.pause(&epoch, "reading claimed processes", &error).await.is_err() {
-                    return;
+                if backoff.pause(&epoch, "reading claimed processes", &error).await.is_ok() {
+                    continue;
                 }
-                continue;
+                Vec::new()
             }
         };
+        if epoch.is_over() {
+            // Somebody else's by now.
+            for (run, claim) in claims {
+                core.held.remove(run, claim);
+            }
+            return;
+        }
         for loaded in loaded {
             let Some(claim) = claims.remove(&loaded.run) else { continue };
             match loaded.state {

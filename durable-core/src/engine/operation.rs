@@ -89,6 +89,7 @@ impl Operation {
             }
             let cancelled = state.cancelled(scope);
             let name = state.names.entry(key.clone()).or_default();
+            name.asked = true;
             match name.usage {
                 // Two at once: a value's second user waits for the first, anything else is a mistake.
                 Usage::Busy(_) if op == OpKind::Value => return None,
@@ -171,7 +172,10 @@ impl Operation {
             return self.wait(WaitFor::Engine, None, |_, _| None).await;
         }
         let Write { state, payload, attempts, takes, effect, awaited, places } = write;
-        if payload.len() > self.run.core.settings.max_payload && effect.is_none() {
+        // What the engine wraps (a message, an output) was within the limit when it was given.
+        let own =
+            matches!(self.op, OpKind::Step | OpKind::Value | OpKind::Transaction) && state != RecordState::Pending;
+        if own && payload.len() > self.run.core.settings.max_payload {
             let (given, allowed) = (payload.len(), self.run.core.settings.max_payload);
             let error = limits::LimitError::Payload { what: "result", given, allowed };
             return self.stuck(format!("the {} {}: {error}", self.op, self.key)).await;
@@ -196,6 +200,7 @@ impl Operation {
     pub(crate) fn done(mut self) {
         self.busy = false;
         self.run.state().finish_record(&self.key, self.at);
+        self.run.name_changed();
     }
 }
 
@@ -212,6 +217,7 @@ impl Drop for Operation {
             name.usage = Usage::Free;
         }
         drop(state);
+        self.run.name_changed();
         if !ending && self.op != OpKind::Value && super::wake::Context::current().run == self.run.serial {
             tracing::debug!(id = %self.run.id, run = %self.run.run, "the {} {} at {} was dropped unfinished", self.op, self.key, self.at);
         }
@@ -280,6 +286,9 @@ pub(crate) async fn wait_until<T>(
 ) -> T {
     let mut noted = Noted { run, id: None };
     poll_fn(|cx| {
+        if !run.polled_here() {
+            return Poll::Pending;
+        }
         let now = run.core.clock.now();
         let mut state = run.state();
         if !state.is_ending()

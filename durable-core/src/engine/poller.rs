@@ -99,6 +99,9 @@ async fn act(core: &Arc<Core>, epoch: &Arc<Epoch>, polled: &Polled, turn: usize)
     let first = turn % due.len();
     due.rotate_left(first);
     for (kind, _) in due {
+        if core.is_stopping() || epoch.is_over() {
+            break;
+        }
         let Some(places) = core.held.reserve(core.settings.claim, core.settings.max_processes) else {
             core.press();
             break;

@@ -51,36 +51,71 @@ impl Job {
 
 /// The operations of all processes of an instance, in the order in which they came.
 pub(crate) struct Queue {
-    /// None once the host is dead.
-    jobs: Mutex<Option<VecDeque<Job>>>,
+    inner: Mutex<Inner>,
     filled: Notify,
+}
+
+#[derive(Default)]
+struct Inner {
+    jobs: VecDeque<Job>,
+    /// The instance that is written for: what belongs to another one is dropped, which tells whoever waits.
+    serving: Option<InstanceId>,
+    /// The host is dead.
+    closed: bool,
+}
+
+impl Inner {
+    fn admits(&self, job: &Job) -> bool {
+        !self.closed && job.from.instance().is_none_or(|instance| Some(instance) == self.serving)
+    }
 }
 
 impl Queue {
     pub(crate) fn new() -> Self {
-        Self { jobs: Mutex::new(Some(VecDeque::new())), filled: Notify::new() }
+        Self { inner: Mutex::default(), filled: Notify::new() }
     }
 
     pub(crate) fn push(&self, job: Job) {
-        // Of a dead host: dropped, outside the lock, which tells whoever waits.
-        let _refused = match &mut *lock(&self.jobs) {
-            Some(jobs) => {
-                jobs.push_back(job);
+        let refused = {
+            let mut inner = lock(&self.inner);
+            if inner.admits(&job) {
+                inner.jobs.push_back(job);
                 None
+            } else {
+                Some(job)
             }
-            None => Some(job),
         };
+        // Outside the lock: its end wakes whoever waits for it.
+        drop(refused);
         self.filled.notify_one();
+    }
+
+    /// From now on only this instance's operations are taken, and calls from outside, which wait for one. What an
+    /// earlier instance left is dropped, and so is whatever of it comes later.
+    pub(crate) fn serve(&self, instance: Option<InstanceId>) {
+        let mut dropped = VecDeque::new();
+        {
+            let mut inner = lock(&self.inner);
+            inner.serving = instance;
+            let (stay, go) = std::mem::take(&mut inner.jobs).into_iter().partition(|job| inner.admits(job));
+            inner.jobs = stay;
+            dropped.extend::<VecDeque<Job>>(go);
+        }
+        drop(dropped);
     }
 
     /// Drops everything, and from now on whatever comes.
     pub(crate) fn close(&self) {
-        let jobs = lock(&self.jobs).take();
+        let jobs = {
+            let mut inner = lock(&self.inner);
+            inner.closed = true;
+            std::mem::take(&mut inner.jobs)
+        };
         drop(jobs);
     }
 
     pub(crate) fn len(&self) -> usize {
-        lock(&self.jobs).as_ref().map_or(0, VecDeque::len)
+        lock(&self.inner).jobs.len()
     }
 
     /// Waits until there is something.
@@ -90,58 +125,47 @@ impl Queue {
         }
     }
 
-    /// The next batch of an instance: what is queued, in order, as far as the bounds and the rule of one operation for
-    /// each row allow. What an earlier instance left is dropped.
-    pub(crate) fn take(&self, instance: InstanceId, max_ops: usize, max_bytes: usize) -> Vec<Job> {
-        let mut stale = Vec::new();
-        let mut taken = Vec::new();
-        if let Some(jobs) = &mut *lock(&self.jobs) {
-            taken.reserve(jobs.len().min(max_ops));
-            let mut rows = Rows::default();
-            let mut bytes = 0;
-            while let Some(job) = jobs.front() {
-                if job.from.instance().is_some_and(|other| other != instance) {
-                    stale.extend(jobs.pop_front());
-                    continue;
-                }
-                bytes += size(&job.op);
-                let full = taken.len() == max_ops || (bytes > max_bytes && !taken.is_empty());
-                if full || !rows.admit(&job.op) {
-                    break;
-                }
-                taken.extend(jobs.pop_front());
+    /// The next batch: what is queued, in order, as far as the bounds and the rule of one operation for each row allow.
+    pub(crate) fn take(&self, max_ops: usize, max_bytes: usize) -> Vec<Job> {
+        let jobs = &mut lock(&self.inner).jobs;
+        let mut taken = Vec::with_capacity(jobs.len().min(max_ops));
+        let mut rows = Rows::default();
+        let mut bytes = 0;
+        while let Some(job) = jobs.front() {
+            bytes += size(&job.op);
+            let full = taken.len() == max_ops || (bytes > max_bytes && !taken.is_empty());
+            if full || !rows.admit(&job.op) {
+                break;
             }
+            taken.extend(jobs.pop_front());
         }
-        drop(stale);
         taken
     }
 
-    /// Puts jobs back in front, in their order.
+    /// Puts calls from outside back in front, in their order, for the next instance. A start among them may have
+    /// happened, and may be another instance's by then: it is not taken any more.
     pub(crate) fn put_back(&self, back: Vec<Job>) {
-        if let Some(jobs) = &mut *lock(&self.jobs) {
-            for job in back.into_iter().rev() {
-                jobs.push_front(job);
+        for mut job in back.into_iter().rev() {
+            if let Op::Spawn(spawn) = &mut job.op {
+                spawn.take = false;
+                job.places = None;
+            }
+            let mut inner = lock(&self.inner);
+            if inner.admits(&job) {
+                inner.jobs.push_front(job);
             }
         }
         self.filled.notify_one();
-    }
-
-    /// Drops everything that belongs to an epoch that is over; the calls from outside stay.
-    pub(crate) fn forget_epoch(&self) {
-        let mut dropped = VecDeque::new();
-        if let Some(jobs) = &mut *lock(&self.jobs) {
-            let (stay, go) = std::mem::take(jobs).into_iter().partition(|job| job.from.instance().is_none());
-            *jobs = stay;
-            dropped = go;
-        }
-        // Their senders wake whoever waits: outside the lock.
-        drop(dropped);
     }
 }
 
 /// Which rows a batch touches so far, as hashes: two that collide merely wait for the next batch.
 #[derive(Default)]
-struct Rows(HashSet<u64>);
+struct Rows {
+    seen: HashSet<u64>,
+    /// What people order: written one by one, so there are few in a batch.
+    orders: usize,
+}
 
 /// What kind of row a hash stands for.
 #[derive(Hash)]
@@ -167,8 +191,8 @@ impl Rows {
             Op::Raise(raise) => self.raise(raise),
             Op::Record(record) => {
                 // Storages apply records before parks and finishes: one behind its run's park would overtake it.
-                if self.0.contains(&Self::hash((Row::Process, record.run)))
-                    || !self.0.insert(Self::hash((Row::Record, (record.run, &record.key))))
+                if self.seen.contains(&Self::hash((Row::Process, record.run)))
+                    || !self.seen.insert(Self::hash((Row::Record, (record.run, &record.key))))
                 {
                     return false;
                 }
@@ -178,21 +202,25 @@ impl Rows {
                     None => true,
                 }
             }
-            Op::Await { run, .. } => !self.0.contains(&Self::hash((Row::Process, run))),
-            Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => self.0.insert(Self::hash((Row::Process, run))),
-            Op::Finish(finish) => self.0.insert(Self::hash((Row::Process, finish.run))),
-            Op::Park(park) => self.0.insert(Self::hash((Row::Process, park.run))),
-            Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } => self.0.insert(Self::hash((Row::Id, id))),
-            Op::Claim { .. } => self.0.insert(Self::hash((Row::Claim, ()))),
+            Op::Await { run, .. } => !self.seen.contains(&Self::hash((Row::Process, run))),
+            Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => self.seen.insert(Self::hash((Row::Process, run))),
+            Op::Finish(finish) => self.seen.insert(Self::hash((Row::Process, finish.run))),
+            Op::Park(park) => self.seen.insert(Self::hash((Row::Process, park.run))),
+            Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } => {
+                const MOST: usize = 30;
+                self.orders += 1;
+                self.orders <= MOST && self.seen.insert(Self::hash((Row::Id, id)))
+            }
+            Op::Claim { .. } => self.seen.insert(Self::hash((Row::Claim, ()))),
         }
     }
 
     fn spawn(&mut self, spawn: &Spawn) -> bool {
-        self.0.insert(Self::hash((Row::Id, &spawn.id)))
+        self.seen.insert(Self::hash((Row::Id, &spawn.id)))
     }
 
     fn raise(&mut self, raise: &Raise) -> bool {
-        self.0.insert(Self::hash((Row::Event, (&raise.id, &raise.event_id))))
+        self.seen.insert(Self::hash((Row::Event, (&raise.id, &raise.event_id))))
     }
 }
 

@@ -1,10 +1,12 @@
 use chrono::{DateTime, Utc};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::future::Future;
 use std::panic::Location;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Context as TaskContext, Waker};
+use std::task::{Context as TaskContext, Poll, Waker};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -41,6 +43,9 @@ pub(crate) struct State {
     pub(crate) names: HashMap<RecordKey, NameState>,
     pub(crate) mail: Mail,
     pub(crate) cancel: Cancel,
+    /// What the process's code has had the chance to see: the signals and the cancellation as they were when its future
+    /// was last polled.
+    pub(crate) polled: (i64, Cancel),
     /// Why the future must be dropped.
     pub(crate) end: Option<End>,
     /// Its end is in the database.
@@ -65,6 +70,8 @@ pub(crate) struct NameState {
     /// What stands in the database; its payload is let go once it was returned.
     pub(crate) record: Option<Record>,
     pub(crate) usage: Usage,
+    /// This execution has asked for it.
+    pub(crate) asked: bool,
     /// A record of it waits to be committed.
     pub(crate) recording: bool,
 }
@@ -203,6 +210,11 @@ impl Run {
         self.root.wake_by_ref();
     }
 
+    /// Whether operations were polled by other wakers than the process's own.
+    pub(crate) fn has_foreign_wakers(&self) -> bool {
+        !self.state().foreign.is_empty()
+    }
+
     /// Whether only the engine can wake the process's future: `wake` and `root` hold the only references.
     pub(crate) fn only_we_can_wake(&self) -> bool {
         Arc::strong_count(&self.wake) == 2 && self.state().foreign.is_empty()
@@ -248,12 +260,17 @@ impl Run {
     /// Queues an operation and waits for its outcome. Never returns if this execution ends first, nor if the database
     /// refuses the operation for good: the process is stuck then.
     pub(crate) async fn commit(self: &Arc<Self>, op: Op, places: Option<Places>) -> Outcome {
-        let answer = self.submit_with(op, places);
+        let mut answer = self.submit_with(op, places);
         let counted = Counted::new(self);
-        let answer = answer.await;
+        let answer = std::future::poll_fn(|cx| match self.polled_here() {
+            true => Pin::new(&mut answer).poll(cx),
+            false => Poll::Pending,
+        })
+        .await;
         drop(counted);
         match answer {
             Ok(Ok(Outcome::Lost)) => self.end(End::Gone),
+            Ok(Ok(Outcome::Unreadable(why))) => self.fault(format_args!("another process cannot be read: {why}")),
             Ok(Ok(outcome)) => return outcome,
             Ok(Err(refused)) => self.fault(format_args!("the database refuses a record: {refused}")),
             // The epoch is over: the driver knows.
@@ -275,10 +292,30 @@ impl Run {
 
     /// A record was committed.
     pub(crate) fn recorded(&self, key: &RecordKey, record: Record) {
-        let mut state = self.state();
-        let name = state.names.entry(key.clone()).or_default();
-        name.recording = false;
-        name.record = Some(record);
+        {
+            let mut state = self.state();
+            let name = state.names.entry(key.clone()).or_default();
+            name.recording = false;
+            name.record = Some(record);
+        }
+        self.name_changed();
+    }
+
+    /// Wakes operations that wait for a name: to be recorded, or to be free.
+    pub(crate) fn name_changed(&self) {
+        let waited_for = self.state().waits.iter().any(|wait| matches!(wait.what, WaitFor::Engine));
+        if waited_for {
+            self.notify();
+        }
+    }
+
+    /// Whether code of this run's own future polls; code of another task is refused, wherever it began.
+    pub(crate) fn polled_here(&self) -> bool {
+        let here = Context::current().run == self.serial;
+        if !here {
+            self.fault("a durable operation that had begun was polled on in another task; await it where it began");
+        }
+        here
     }
 
     /// A message was committed by this instance. False if others before it are missing: they must be read.
@@ -335,9 +372,8 @@ impl Run {
     /// The records that this execution never asked for, in words.
     pub(crate) fn unasked(&self) -> Option<Box<str>> {
         let state = self.state();
-        let unasked = |(key, name): (&RecordKey, &NameState)| {
-            (name.usage == Usage::Free && name.record.is_some()).then(|| key.to_string())
-        };
+        let unasked =
+            |(key, name): (&RecordKey, &NameState)| (!name.asked && name.record.is_some()).then(|| key.to_string());
         let mut names: Vec<String> = state.names.iter().filter_map(unasked).collect();
         names.sort();
         let more = names.len().saturating_sub(20);

@@ -57,10 +57,12 @@ enum Ended {
 
 async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended {
     let mut tasks = JoinSet::new();
-    let writer = tokio::spawn(Writer::new(core.clone(), epoch.clone()).write());
+    core.queue.serve(Some(epoch.instance));
+    let mut writer = tokio::spawn(Writer::new(core.clone(), epoch.clone()).write());
     tasks.spawn(poller::poll(core.clone(), epoch.clone()));
     tasks.spawn(takeover::watch_peers(core.clone(), epoch.clone()));
     tasks.spawn(post::deliver(core.clone(), epoch.clone()));
+    let mut writes = true;
     // A task that ends with a panic must not leave an instance that only looks alive.
     let fenced = tokio::select! {
         () = epoch.over() => true,
@@ -68,30 +70,40 @@ async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended
             tracing::error!("a part of the engine ended unexpectedly: {ended:?}");
             true
         }
+        ended = &mut writer => {
+            writes = false;
+            if let Err(error) = ended {
+                tracing::error!("the writer ended unexpectedly: {error}");
+            }
+            true
+        }
         () = stopped(core) => false,
     };
-    if fenced {
-        epoch.end();
-        core.held.drop_all();
-        core.queue.forget_epoch();
-        // The writer may be waiting for the database; what it gets back into the queue must be there first.
-        let _ = writer.await;
-        while tasks.join_next().await.is_some() {}
-        core.held.empty().await;
-        core.queue.forget_epoch();
-        heart.stop().await;
-        return if core.phase() == Phase::Live { Ended::Fenced } else { Ended::Stop };
-    }
     if core.phase() == Phase::Dead {
         epoch.end();
         writer.abort();
         core.held.drop_all();
         return Ended::Stop;
     }
+    if fenced {
+        epoch.end();
+        core.held.drop_all();
+        // Nobody writes for this instance any more: who waits for it, or comes to, is told at once.
+        core.queue.serve(None);
+        // The writer may be waiting for the database; what it gets back into the queue must be there first.
+        if writes {
+            let _ = writer.await;
+        }
+        while tasks.join_next().await.is_some() {}
+        core.held.empty().await;
+        heart.stop().await;
+        return if core.phase() == Phase::Live { Ended::Fenced } else { Ended::Stop };
+    }
     // All has been given back; what is queued still goes out.
     epoch.drain();
     let _ = writer.await;
     epoch.end();
+    core.queue.serve(None);
     while tasks.join_next().await.is_some() {}
     heart.stop().await;
     if let Err(error) = core.storage.retire(epoch.instance).await {

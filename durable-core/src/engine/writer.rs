@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 
 use super::epoch::Epoch;
 use super::held::Slot;
@@ -17,9 +18,8 @@ pub(super) struct Writer {
     core: Arc<Core>,
     epoch: Arc<Epoch>,
     generation: i64,
-    /// What this instance owns has to be compared with what it holds.
-    reconcile: bool,
-    reconciled: tokio::time::Instant,
+    /// When what this instance owns is compared with what it holds.
+    compare_at: Instant,
 }
 
 /// The epoch is over: the instance was fenced, or the host is gone.
@@ -27,7 +27,8 @@ pub(super) struct Over;
 
 impl Writer {
     pub(super) fn new(core: Arc<Core>, epoch: Arc<Epoch>) -> Self {
-        Self { core, epoch, generation: 0, reconcile: false, reconciled: tokio::time::Instant::now() }
+        let compare_at = Instant::now() + core.settings.reconcile_every;
+        Self { core, epoch, generation: 0, compare_at }
     }
 
     /// Writes until the epoch is over.
@@ -40,15 +41,15 @@ impl Writer {
                 () = core.queue.filled() => {}
                 // What is queued goes before the end.
                 () = self.epoch.draining() => return,
-                () = tokio::time::sleep_until(self.reconciled + core.settings.reconcile_every) => self.reconcile = true,
+                () = tokio::time::sleep_until(self.compare_at) => {}
             }
-            let jobs = core.queue.take(self.epoch.instance, core.settings.batch_ops, core.settings.batch_bytes);
+            let jobs = core.queue.take(core.settings.batch_ops, core.settings.batch_bytes);
             if let Err(Over) = self.commit(jobs).await {
                 self.epoch.end();
                 return;
             }
-            if self.reconcile {
-                self.reconcile = false;
+            // However much is queued: what nobody holds must not wait for a quiet moment.
+            if Instant::now() >= self.compare_at {
                 self.compare().await;
             }
         }
@@ -69,8 +70,19 @@ impl Writer {
             let mut jobs =
                 batch.ops.into_iter().zip(rest).map(|(op, (from, reply, places))| Job { op, from, reply, places });
             match result {
+                Ok(outcomes) if outcomes.len() != batch_len(&jobs) => {
+                    tracing::error!(
+                        "the storage answered {} outcomes to {} operations",
+                        outcomes.len(),
+                        batch_len(&jobs)
+                    );
+                    return Err(Over);
+                }
                 Ok(outcomes) => {
-                    for (job, outcome) in jobs.zip(outcomes) {
+                    // Starts first, as the storage applies them: a message to one that is new is for a run that is here.
+                    let mut resolved: Vec<(Job, Outcome)> = jobs.zip(outcomes).collect();
+                    resolved.sort_by_key(|(job, _)| !is_start(&job.op));
+                    for (job, outcome) in resolved {
                         self.resolve(job, outcome);
                     }
                 }
@@ -108,8 +120,17 @@ impl Writer {
     /// attempt claimed is found by comparing.
     async fn commit_known<T>(&mut self, batch: &mut Batch, rest: &mut Vec<T>) -> Result<Vec<Outcome>, StorageError> {
         let mut backoff = Backoff::new();
+        let mut again = false;
         loop {
             match self.core.storage.commit(batch).await {
+                Ok(mut outcomes) if again => {
+                    for outcome in &mut outcomes {
+                        if let Outcome::Asked { again, .. } = outcome {
+                            *again = true;
+                        }
+                    }
+                    return Ok(outcomes);
+                }
                 Err(StorageError::Unavailable(why)) => {
                     self.core.note_trouble(&why.to_string());
                     backoff.pause(&self.epoch, "a batch", &why).await?;
@@ -117,11 +138,14 @@ impl Writer {
                 Err(StorageError::Unknown(why)) => {
                     self.core.note_trouble(&why.to_string());
                     tracing::warn!("the answer to a batch of {} was lost ({why}); fencing it off", batch.ops.len());
+                    if std::mem::replace(&mut again, true) {
+                        backoff.pause(&self.epoch, "a batch", &why).await?;
+                    }
                     self.refence().await?;
                     batch.fence = self.fence();
                     let claims: Vec<bool> = batch.ops.iter().map(|op| matches!(op, Op::Claim { .. })).collect();
                     if claims.contains(&true) {
-                        self.reconcile = true;
+                        self.compare_at = Instant::now();
                         let mut keep = claims.iter().map(|claim| !claim);
                         batch.ops.retain(|_| keep.next().unwrap_or(true));
                         let mut keep = claims.iter().map(|claim| !claim);
@@ -159,7 +183,7 @@ impl Writer {
         match (op, &outcome) {
             (Op::Record(record), Outcome::Lost) => {
                 tracing::warn!(run = %record.run, "the record {} was refused: the run is not owned under claim {}, or another claim wrote it", record.key, record.claim);
-                self.reconcile = true;
+                self.compare_at = Instant::now();
             }
             (Op::Record(mut record), outcome) => {
                 match (record.effect.take(), outcome) {
@@ -191,7 +215,7 @@ impl Writer {
                 self.wake(wakes);
             }
             (Op::Park(Park { wake_at: Some(wake_at), .. }), Outcome::Recorded) => self.core.poke_before(wake_at),
-            (Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. }, Outcome::Asked { before, wakes }) => {
+            (Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. }, Outcome::Asked { before, wakes, .. }) => {
                 self.wake(wakes);
                 if let Some((run, _)) = before {
                     self.core.watch.ended(*run, None);
@@ -233,7 +257,8 @@ impl Writer {
                             self.core.post.fetch([run]);
                         }
                     }
-                    Some(Slot::Loading { .. }) | None => self.core.held.signalled_while_loading(run),
+                    // It may go live at this moment: whichever comes second sees to it that the message is read.
+                    Some(Slot::Loading { .. }) | None => self.wake(&[run]),
                 }
             }
             Raised::Delivered { mine: false, .. } => self.core.poke(),
@@ -251,11 +276,11 @@ impl Writer {
     /// Compares what the instance owns with what it holds: adopts what no run holds, drops what it does not own.
     /// Between two batches, so nothing is on its way.
     async fn compare(&mut self) {
-        self.reconciled = tokio::time::Instant::now();
         let Some(owned) = self.owned(self.epoch.instance).await else {
-            self.reconcile = true;
+            self.compare_at = Instant::now() + Duration::from_secs(1);
             return;
         };
+        self.compare_at = Instant::now() + self.core.settings.reconcile_every;
         let (strays, lost) = self.core.held.compare(&owned);
         for run in lost {
             tracing::warn!(id = %run.id, run = %run.run, "held here but not owned by this instance; dropped");
@@ -282,6 +307,10 @@ impl Writer {
             }
         }
     }
+}
+
+fn is_start(op: &Op) -> bool {
+    matches!(op, Op::Spawn(_) | Op::Record(RecordOp { effect: Some(Effect::Spawn(_)), .. }))
 }
 
 fn batch_len(jobs: &impl ExactSizeIterator) -> usize {

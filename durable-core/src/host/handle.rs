@@ -243,8 +243,12 @@ impl<O, E> Handle<O, E> {
     /// # Errors
     /// It does not exist, has ended already, or there was no answer.
     pub async fn cancel(&self) -> Result<(), HandleError> {
-        let status = self.order(Op::Cancel { id: self.id.clone() }).await?;
-        self.only_if(status, !status.is_finished(), "only a process that has not ended can be cancelled")
+        let allowed = "only a process that has not ended can be cancelled";
+        self.order(Op::Cancel { id: self.id.clone() }, allowed, |before, again| match before {
+            Status::Cancelled => again,
+            status => !status.is_finished(),
+        })
+        .await
     }
 
     /// Lets a stuck or failed process go on where it was: what it recorded stays, unless it is told to
@@ -261,9 +265,11 @@ impl<O, E> Handle<O, E> {
     /// # Errors
     /// It does not exist, has neither ended nor is stuck, or there was no answer.
     pub async fn delete(&self) -> Result<(), HandleError> {
-        let status = self.order(Op::Delete { id: self.id.clone() }).await?;
         let allowed = "only a process that has ended or is stuck can be deleted; cancel it first";
-        self.only_if(status, status.is_finished() || status == Status::Stuck, allowed)
+        self.order(Op::Delete { id: self.id.clone() }, allowed, |before, _| {
+            before.is_finished() || before == Status::Stuck
+        })
+        .await
     }
 
     /// The last committed value that the process wrote with [`get`](crate::Process::get) or
@@ -284,20 +290,27 @@ impl<O, E> Handle<O, E> {
         })
     }
 
-    /// Has an order carried out and says where the process stood before.
-    async fn order(&self, op: Op) -> Result<Status, HandleError> {
+    /// Has an order carried out. `done` judges by where the process stood before, and by whether an earlier attempt,
+    /// whose answer was lost, may have brought it there.
+    async fn order(
+        &self,
+        op: Op,
+        allowed: &'static str,
+        done: impl FnOnce(Status, bool) -> bool,
+    ) -> Result<(), HandleError> {
         if limits::check("process id", &self.id, limits::MAX_ID).is_err() {
             return Err(self.not_found());
         }
+        let deletes = matches!(op, Op::Delete { .. });
         match self.core.ask(op, None).await? {
-            Outcome::Asked { before: Some((_, status)), .. } => Ok(status),
+            Outcome::Asked { before: Some((_, status)), again, .. } if done(status, again) => Ok(()),
+            Outcome::Asked { before: Some((_, status)), .. } => {
+                Err(HandleError::Status { id: self.id.clone(), status, allowed })
+            }
+            Outcome::Asked { before: None, again: true, .. } if deletes => Ok(()),
             Outcome::Asked { before: None, .. } => Err(self.not_found()),
             _ => Err(HandleError::Unavailable(self.core.strange_answer())),
         }
-    }
-
-    fn only_if(&self, status: Status, done: bool, allowed: &'static str) -> Result<(), HandleError> {
-        if done { Ok(()) } else { Err(HandleError::Status { id: self.id.clone(), status, allowed }) }
     }
 }
 
@@ -370,9 +383,14 @@ impl IntoFuture for Resume {
                     keys.push(Forget { key, audit: Uuid::now_v7() });
                 }
             }
-            let status = handle.order(Op::Resume { id: handle.id.clone(), forget: keys }).await?;
-            let done = matches!(status, Status::Stuck | Status::Failed);
-            handle.only_if(status, done, "only a stuck or failed process can be resumed")
+            let op = Op::Resume { id: handle.id.clone(), forget: keys };
+            let allowed = "only a stuck or failed process can be resumed";
+            handle
+                .order(op, allowed, |before, again| match before {
+                    Status::Stuck | Status::Failed => true,
+                    _ => again,
+                })
+                .await
         })
     }
 }

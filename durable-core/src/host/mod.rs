@@ -134,7 +134,12 @@ impl Host {
                 run.end(End::Release);
             }
         }
-        dead.await;
+        // Giving back what was under way needs the storage. If that stays away, the end is a crash, and is treated so.
+        if tokio::time::timeout(core.settings.call_timeout, dead).await.is_err() {
+            tracing::warn!("the storage did not answer at the shutdown; another instance will take over");
+            core.phase.send_replace(Phase::Dead);
+            core.held.drop_all();
+        }
     }
 }
 
@@ -161,6 +166,7 @@ impl Core {
         self.queue.push(Job { op, from: From::Host, reply: Some(reply), places });
         let answer = async {
             match answer.await {
+                Ok(Ok(Outcome::Unreadable(why))) => Err(Unavailable::Refused(why.into())),
                 Ok(Ok(outcome)) => Ok(outcome),
                 Ok(Err(refused)) => Err(Unavailable::Refused(refused)),
                 Err(_) => Err(Unavailable::Stopped),

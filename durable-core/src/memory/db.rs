@@ -323,7 +323,7 @@ impl Db {
                 }
             }
         }
-        Outcome::Asked { before, wakes }
+        Outcome::Asked { before, wakes, again: false }
     }
 
     fn resume(&mut self, namespace: &str, id: &str, forget: &[Forget], now: DateTime<Utc>) -> Outcome {
@@ -345,7 +345,7 @@ impl Db {
                 }
             }
         }
-        Outcome::Asked { before, wakes: Vec::new() }
+        Outcome::Asked { before, wakes: Vec::new(), again: false }
     }
 
     fn delete(&mut self, me: InstanceId, namespace: &str, id: &str, now: DateTime<Utc>) -> Outcome {
@@ -366,7 +366,7 @@ impl Db {
             }
             self.current.remove(&(namespace.into(), id.into()));
         }
-        Outcome::Asked { before, wakes }
+        Outcome::Asked { before, wakes, again: false }
     }
 
     fn claim(&mut self, me: InstanceId, namespace: &str, kind: &str, limit: usize, now: DateTime<Utc>) -> Vec<Claimed> {

@@ -410,6 +410,9 @@ where
         }
     });
     let ended = poll_fn(|cx| {
+        if !run.polled_here() {
+            return Poll::Pending;
+        }
         {
             let mut state = run.state();
             if state.is_ending() {

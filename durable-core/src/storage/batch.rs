@@ -224,7 +224,13 @@ pub enum Outcome {
         before: Option<(RunId, Status)>,
         /// Own runs to wake.
         wakes: Vec<RunId>,
+        /// Always false from a storage. The engine sets it where an earlier attempt, whose answer was lost, may have
+        /// done it already: `before` may be its doing then.
+        again: bool,
     },
+    /// What the operation needs to know of another process is not in a form that this version understands: why. Nothing
+    /// was done for it; the neighbours were.
+    Unreadable(String),
     /// The processes that are the instance's from now on.
     Claimed(Vec<Claimed>),
 }
