@@ -18,6 +18,8 @@ pub enum Fault {
     Lost,
     /// The answer is lost, and it happens later: when the engine has gone on, or never.
     Late,
+    /// It happens, the answer is lost, and by the time that the engine asks again the instance has been fenced.
+    LostAndFenced,
     /// The database refuses it for good.
     Refused,
 }
@@ -90,6 +92,16 @@ impl<S: Storage> Storage for Faulty<S> {
             Some(Fault::Before) => Err(StorageError::unavailable("no connection")),
             Some(Fault::Lost) => {
                 self.inner.commit(batch).await?;
+                Err(lost())
+            }
+            Some(Fault::LostAndFenced) => {
+                self.inner.commit(batch).await?;
+                let peers = self.inner.peers(&batch.namespace, InstanceId::new()).await?.peers;
+                let me = peers.iter().find(|peer| peer.instance == batch.fence.instance).unwrap();
+                // Unless a heartbeat has come in between.
+                if !self.inner.fence(me).await? {
+                    return Err(StorageError::unavailable("try again"));
+                }
                 Err(lost())
             }
             Some(Fault::Late) => {

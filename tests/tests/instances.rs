@@ -41,7 +41,71 @@ on_each_backend!(
     there_is_no_more_in_memory_than_allowed,
     a_message_races_with_parking,
     two_race_for_each_process,
+    shutdowns_that_come_at_any_moment,
+    fences_that_come_at_any_moment,
 );
+
+const SECOND: Definition<u32, u32> = Definition::new("second");
+
+async fn quick_work(proc: Process, input: u32) -> Result<u32, Failure> {
+    Ok(proc.step("a", || async { Ok::<_, Failure>(input) }).await?)
+}
+
+/// While two kinds are due and claims are on their way.
+async fn shutdowns_that_come_at_any_moment<B: Backend>() {
+    const MANY: u32 = 40;
+    let backend = B::new().await;
+    let client = quick(&backend).await.start().await.unwrap();
+    for n in 0..MANY {
+        client.spawn(WORK, format!("w-{n}"), &n).await.unwrap();
+        client.spawn(SECOND, format!("s-{n}"), &n).await.unwrap();
+    }
+    for round in 0..25 {
+        let builder = quick(&backend).await.max_processes(3).register(WORK, quick_work).register(SECOND, quick_work);
+        let host = builder.start().await.unwrap();
+        tokio::time::sleep(Duration::from_micros(round * 300)).await;
+        host.shutdown(Duration::from_secs(5)).await;
+    }
+    let _host = quick(&backend).await.register(WORK, quick_work).register(SECOND, quick_work).start().await.unwrap();
+    for n in 0..MANY {
+        assert_eq!(client.get(format!("w-{n}")).of(WORK).output().await.unwrap(), n);
+        assert_eq!(client.get(format!("s-{n}")).of(SECOND).output().await.unwrap(), n);
+    }
+}
+
+/// Wrong suspicions again and again, while everything is under way: the host goes on as a new instance each time.
+async fn fences_that_come_at_any_moment<B: Backend>() {
+    const MANY: u32 = 200;
+    let backend = B::new().await;
+    let storage = backend.storage().await;
+    let builder = quick(&backend).await.max_crashes(1000).register(WORK, quick_work).register(SECOND, quick_work);
+    let host = builder.start().await.unwrap();
+    let spawning = {
+        let host = host.clone();
+        tokio::spawn(async move {
+            for n in 0..MANY {
+                host.spawn(WORK, format!("w-{n}"), &n).await.unwrap();
+                host.spawn(SECOND, format!("s-{n}"), &n).await.unwrap();
+            }
+        })
+    };
+    let mut fenced = 0;
+    while fenced < 8 && !spawning.is_finished() {
+        for peer in instances(&storage).await {
+            if !peer.fenced && storage.fence(&peer).await.unwrap() {
+                fenced += 1;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    spawning.await.unwrap();
+    assert!(fenced > 0);
+    for n in 0..MANY {
+        assert_eq!(host.get(format!("w-{n}")).of(WORK).output().await.unwrap(), n);
+        assert_eq!(host.get(format!("s-{n}")).of(SECOND).output().await.unwrap(), n);
+    }
+    host.shutdown(Duration::from_secs(5)).await;
+}
 
 async fn work_is_shared<B: Backend>() {
     let backend = B::new().await;

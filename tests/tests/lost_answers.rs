@@ -111,7 +111,67 @@ each_operation! {
     an_accepted_cancellation: |op| matches!(op, Op::AcceptCancel { .. }),
 }
 
-on_each_backend!(what_the_database_refuses_is_found, a_storage_that_stays_away);
+on_each_backend!(
+    what_the_database_refuses_is_found,
+    a_storage_that_stays_away,
+    orders_that_are_sent_again,
+    a_start_that_another_instance_took,
+);
+
+/// An order whose answer is lost is carried out once, and its caller is told so.
+async fn orders_that_are_sent_again<B: Backend>() {
+    const FAILS: Definition<u32, u32> = Definition::new("fails");
+    let order = |op: &Op| matches!(op, Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. });
+    let backend = B::new().await;
+    let mut sent = std::collections::HashSet::new();
+    let storage = Faulty::new(backend.storage().await, move |batch| {
+        let text = format!("{:?}", batch.ops.iter().filter(|op| order(op)).collect::<Vec<_>>());
+        (batch.ops.iter().any(order) && sent.insert(text)).then_some(Fault::Lost)
+    });
+    let fails = async |proc: Process, n: u32| {
+        proc.step("once", || async { Err::<(), _>(Failure::new("no")) }).await?;
+        Ok::<_, Failure>(n)
+    };
+    let host = Host::builder(storage).register(FAILS, fails).start().await.unwrap();
+    let failed = host.spawn(FAILS, "failed", &1).await.unwrap();
+    failed.output().await.unwrap_err();
+    failed.resume().await.unwrap();
+    until("it has failed again", async || failed.status().await.unwrap().execution == 2).await;
+    until_status(&failed, Status::Failed).await;
+    failed.delete().await.unwrap();
+    assert!(failed.status().await.is_err());
+    // Of a kind that nobody runs here: cancelled at once.
+    let new = host.spawn(IT, "new", &1).await.unwrap();
+    new.cancel().await.unwrap();
+    assert_eq!(new.status().await.unwrap().status, Status::Cancelled);
+    assert!(new.cancel().await.is_err(), "it has ended");
+}
+
+/// The answer to a start is lost, and the instance with it: another one has run the process by the time that the start
+/// is sent again. Whoever sends it again does not run it, too.
+async fn a_start_that_another_instance_took<B: Backend>() {
+    let backend = B::new().await;
+    let effects = Effects::default();
+    let step = |effects: Effects| {
+        move |proc: Process, input: u32| {
+            let effects = effects.clone();
+            async move {
+                proc.step("a", || async { Ok::<_, Failure>(effects.add("a")) }).await?;
+                proc.event(GO).await?;
+                Ok::<_, Failure>(input.to_string())
+            }
+        }
+    };
+    let other = quick(&backend).await.register(IT, step(effects.clone())).start().await.unwrap();
+    let storage = Faulty::once(backend.storage().await, Fault::LostAndFenced, |op| matches!(op, Op::Spawn(_)));
+    let host = Host::builder(storage).register(IT, step(effects.clone())).start().await.unwrap();
+    let handle = host.spawn(IT, "it", &1).await.unwrap();
+    until("it has run", async || !effects.all().is_empty()).await;
+    handle.raise(GO, &1).await.unwrap();
+    assert_eq!(handle.output().await.unwrap(), "1");
+    assert_eq!(effects.all(), ["a"]);
+    drop(other);
+}
 
 /// One operation that the database refuses for good does not fail its neighbours.
 async fn what_the_database_refuses_is_found<B: Backend>() {

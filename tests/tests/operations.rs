@@ -40,6 +40,10 @@ on_each_backend!(
     a_race_has_one_winner,
     a_step_that_loses_is_signalled,
     a_dropped_step_is_attempted_again,
+    an_operation_dropped_while_it_is_recorded,
+    two_that_ask_for_one_value,
+    a_message_as_large_as_allowed,
+    wakers_of_operations_that_are_gone,
     spawning_is_idempotent,
     restarting_makes_a_new_run,
     processes_talk_to_processes,
@@ -508,6 +512,107 @@ async fn a_dropped_step_is_attempted_again<B: Backend>() {
     })
     .await;
     assert_eq!(host.spawn(DROPPED, "d", &()).await.unwrap().output().await.unwrap(), (1, true));
+}
+
+async fn an_operation_dropped_while_it_is_recorded<B: Backend>() {
+    const DROPPED: Definition<(), u32> = Definition::new("dropped");
+    let backend = B::new().await;
+    let effects = Effects::default();
+    let counted = effects.clone();
+    let host =
+        host_with(&backend, DROPPED, move |proc: Process| {
+            let effects = counted.clone();
+            async move {
+                for n in 0..40 {
+                    let step = |proc: &Process| {
+                        let effects = effects.clone();
+                        let proc = proc.clone();
+                        async move {
+                            proc.step(("step", n), || async { Ok::<_, Failure>(effects.add(n.to_string())) }).await
+                        }
+                    };
+                    // Polled until the effect has happened: then its record is on its way, and it is dropped.
+                    {
+                        let mut first = std::pin::pin!(step(&proc));
+                        while effects.count(&n.to_string()) == 0 {
+                            let _ = futures_util::poll!(first.as_mut());
+                            tokio::task::yield_now().await;
+                        }
+                    }
+                    // The next use returns that record, and does not hang.
+                    step(&proc).await?;
+                }
+                Ok(7)
+            }
+        })
+        .await;
+    assert_eq!(host.spawn(DROPPED, "d", &()).await.unwrap().output().await.unwrap(), 7);
+    assert_eq!(effects.all().len(), 40, "each once");
+}
+
+async fn two_that_ask_for_one_value<B: Backend>() {
+    const TWO: Definition<(), (u32, u32, Vec<u32>)> = Definition::new("two");
+    let backend = B::new().await;
+    let host = host_with(&backend, TWO, async |proc: Process| {
+        let get = |n| std::future::IntoFuture::into_future(proc.get("v", move || n));
+        let (a, b) = tokio::join!(get(1), get(2));
+        let (a, b) = (a?, b?);
+        let get = |n| std::future::IntoFuture::into_future(proc.get("w", move || n));
+        let mut all: futures_util::stream::FuturesUnordered<_> = (10..14).map(get).collect();
+        let mut rest = Vec::new();
+        while let Some(value) = futures_util::StreamExt::next(&mut all).await {
+            rest.push(value?);
+        }
+        Ok((a, b, rest))
+    })
+    .await;
+    let (a, b, rest) = host.spawn(TWO, "t", &()).await.unwrap().output().await.unwrap();
+    assert_eq!(a, b);
+    assert_eq!(rest, vec![rest[0]; 4]);
+}
+
+async fn a_message_as_large_as_allowed<B: Backend>() {
+    const LARGE: Definition<(), usize> = Definition::new("large");
+    const TEXT: Event<String> = Event::new("Text");
+    const MOST: usize = 1000;
+    let backend = B::new().await;
+    let large = async |proc: Process, ()| {
+        let text = proc.event(TEXT).await?;
+        let raced = proc.race("race").on(proc.event(TEXT), |text| text).await?;
+        Ok::<_, Failure>(text.len() + raced.len())
+    };
+    let host = quick(&backend).await.max_payload(MOST).register(LARGE, large).start().await.unwrap();
+    let handle = host.spawn(LARGE, "l", &()).await.unwrap();
+    for _ in 0..2 {
+        handle.raise(TEXT, &"x".repeat(MOST - 2)).await.unwrap();
+    }
+    assert_eq!(handle.output().await.unwrap(), 2 * (MOST - 2));
+}
+
+async fn wakers_of_operations_that_are_gone<B: Backend>() {
+    const GONE: Definition<(), u64> = Definition::new("gone");
+    let backend = B::new().await;
+    let host = host_with(&backend, GONE, async |proc: Process| {
+        {
+            let step = |n| {
+                let step = proc.step(("step", n), move || async move {
+                    tokio::time::sleep(MS).await;
+                    Ok::<_, Failure>(n)
+                });
+                std::future::IntoFuture::into_future(step)
+            };
+            let mut all: futures_util::stream::FuturesUnordered<_> = (0..5).map(step).collect();
+            while let Some(result) = futures_util::StreamExt::next(&mut all).await {
+                result?;
+            }
+        }
+        Ok(proc.event(PAID).await?)
+    })
+    .await;
+    let handle = host.spawn(GONE, "g", &()).await.unwrap();
+    until("it is parked", async || host.in_memory() == 0).await;
+    handle.raise(PAID, &3).await.unwrap();
+    assert_eq!(handle.output().await.unwrap(), 3);
 }
 
 async fn spawning_is_idempotent<B: Backend>() {

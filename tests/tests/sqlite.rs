@@ -166,6 +166,97 @@ fn rows_that_were_changed_by_hand() {
     });
 }
 
+/// Orders about a process that cannot be read, and a time in another form: told to whoever asks, and nobody else is hurt.
+#[test]
+fn a_row_that_cannot_be_read_hurts_nobody_else() {
+    test(async {
+        const WAITS: Definition<String, ()> = Definition::new("waits");
+        let backend = SqliteFile::new().await;
+        let waits = async |proc: Process, id: String| {
+            let _ = proc.output(IT, id).await;
+            Ok::<_, Failure>(())
+        };
+        let host = quick(&backend).await.register(IT, it).register(WAITS, waits).start().await.unwrap();
+        let odd = host.spawn(IT, "odd", &1).await.unwrap();
+        let waiter = host.spawn(WAITS, "waiter", &"odd".to_owned()).await.unwrap();
+        until("all are parked", async || host.in_memory() == 0).await;
+        let mut connection = connect(&backend.path()).await;
+        connection.execute("UPDATE durable_processes SET status = 'odd' WHERE id = 'odd'").await.unwrap();
+        for told in [odd.cancel().await, odd.resume().await, odd.delete().await] {
+            let error = told.unwrap_err().to_string();
+            assert!(error.contains("status holds \"odd\""), "{error}");
+        }
+        let late = host.spawn(WAITS, "late", &"odd".to_owned()).await.unwrap();
+        let reason = until_status(&late, Status::Stuck).await.reason.unwrap();
+        assert!(reason.contains("status holds \"odd\""), "{reason}");
+        // Who waited before goes on waiting, and the host with it.
+        assert_eq!(waiter.status().await.unwrap().status, Status::Waiting);
+        let handle = host.spawn(IT, "sound", &1).await.unwrap();
+        until("it is parked", async || host.in_memory() == 0).await;
+        let by_hand = "UPDATE durable_processes SET wake_at = datetime('now') WHERE id = 'sound'";
+        connection.execute(by_hand).await.unwrap();
+        until("it is claimed", async || handle.status().await.is_ok_and(|info| info.execution == 2)).await;
+        handle.raise(GO, &1).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 2);
+        assert!(host.processes().list(10).await.unwrap().iter().all(|info| &*info.id != "odd"));
+    });
+}
+
+/// Calls that are dropped at any moment leave no transaction open and no write lock behind.
+#[test]
+fn dropped_calls_leave_nothing_open() {
+    test(async {
+        use durable_core::storage::{Batch, Fence, NewInstance, Op, Spawn};
+        let backend = SqliteFile::new().await;
+        let storage = backend.storage().await;
+        let id = InstanceId::new();
+        let new = NewInstance { id, namespace: "default".into(), label: "test".into(), kinds: vec![] };
+        let (_heart, _) = storage.enlist(&new).await.unwrap();
+        let mut other = connect(&backend.path()).await;
+        for n in 0..60_u64 {
+            // Somebody else holds the lock in every other round: the call is dropped while it waits.
+            if n % 2 == 0 {
+                other.execute("BEGIN IMMEDIATE").await.unwrap();
+            }
+            let spawn = |m: u64| {
+                Op::Spawn(Spawn {
+                    run: RunId::new(),
+                    id: format!("p-{n}-{m}").into(),
+                    kind: "it".into(),
+                    input: "1".into(),
+                    digest: "d".into(),
+                    take: false,
+                    restart_finished: false,
+                })
+            };
+            let batch = Batch {
+                fence: Fence { instance: id, generation: 0 },
+                namespace: "default".into(),
+                ops: (0..50).map(spawn).collect(),
+            };
+            let call = {
+                let storage = storage.clone();
+                tokio::spawn(async move { storage.commit(&batch).await })
+            };
+            tokio::time::sleep(Duration::from_micros(n * 23 % 1500)).await;
+            call.abort();
+            let _ = call.await;
+            if n % 2 == 0 {
+                other.execute("ROLLBACK").await.unwrap();
+            }
+            // Another connection gets the lock; each batch is there as a whole or not at all.
+            other.execute("BEGIN IMMEDIATE").await.unwrap();
+            let sql = "SELECT count(*) FROM durable_processes WHERE id LIKE 'p-' || ? || '-%'";
+            let row = sqlx::query(sql).bind(n as i64).fetch_one(&mut other).await.unwrap();
+            assert!([0, 50].contains(&row.get::<i64, _>(0)));
+            other.execute("COMMIT").await.unwrap();
+        }
+        // And the storage itself goes on.
+        assert!(storage.find("default", "nobody", None).await.unwrap().is_none());
+        storage.refence(id, 1).await.unwrap();
+    });
+}
+
 /// Another program that holds the write lock: everybody waits, nobody is taken for dead, nothing fails.
 #[test]
 fn somebody_else_holds_the_write_lock() {

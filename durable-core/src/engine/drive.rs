@@ -162,7 +162,8 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         (due, parks, state.pressed)
     };
     let armed = sleep.get_or_insert_with(|| {
-        let quiet = Instant::now() + if parks { core.settings.quiet_time } else { LOOK_AGAIN };
+        let quiet =
+            Instant::now() + if parks || run.has_foreign_to_ask() { core.settings.quiet_time } else { LOOK_AGAIN };
         let due = due.map(|due| core.clock.instant(due));
         Box::pin(tokio::time::sleep_until(due.map_or(quiet, |due| due.min(quiet))))
     });
@@ -174,16 +175,9 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         run.notify();
         return Poll::Ready(None);
     }
-    if !parks && run.has_foreign_wakers() {
-        // Some may belong to operations that are gone. Those that live leave theirs again.
-        let idle = {
-            let state = run.state();
-            state.steps == 0 && state.commits == 0
-        };
-        if idle {
-            run.notify();
-            return Poll::Ready(None);
-        }
+    if !parks && run.has_foreign_to_ask() {
+        run.ask_foreign();
+        return Poll::Ready(None);
     }
     if !parks {
         let state = run.state();

@@ -62,6 +62,8 @@ pub(crate) struct State {
     next_wait: u32,
     /// Wakers of operations that are not polled by the process's future itself.
     foreign: Vec<Waker>,
+    /// They have been asked, since the last time that something happened, whether they are still there.
+    foreign_asked: bool,
 }
 
 /// What this execution knows of a name.
@@ -203,6 +205,11 @@ impl Run {
 
     /// Makes the process's future look again, and everything in it that is polled by another waker.
     pub(crate) fn notify(&self) {
+        self.state().foreign_asked = false;
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
         let foreign = std::mem::take(&mut self.state().foreign);
         for waker in foreign {
             waker.wake();
@@ -210,9 +217,16 @@ impl Run {
         self.root.wake_by_ref();
     }
 
-    /// Whether operations were polled by other wakers than the process's own.
-    pub(crate) fn has_foreign_wakers(&self) -> bool {
-        !self.state().foreign.is_empty()
+    /// Whether there are wakers that may belong to operations that are gone, which has not been asked yet.
+    pub(crate) fn has_foreign_to_ask(&self) -> bool {
+        let state = self.state();
+        !state.foreign_asked && !state.foreign.is_empty() && state.steps == 0 && state.commits == 0
+    }
+
+    /// Lets go of all of them; those that live leave theirs again when they are polled.
+    pub(crate) fn ask_foreign(&self) {
+        self.state().foreign_asked = true;
+        self.wake_all();
     }
 
     /// Whether only the engine can wake the process's future: `wake` and `root` hold the only references.
