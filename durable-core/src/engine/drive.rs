@@ -38,13 +38,25 @@ pub(super) async fn drive(run: Arc<Run>, input: Box<str>) {
     run.wake.nudge();
     let turn = loop {
         match poll_fn(|cx| turn(&run, &span, &mut future, &mut sleep, cx)).await {
-            Turn::Quiet(park) => match park_quiet(&run, park).await {
+            Turn::Quiet(park) => match Box::pin(park_quiet(&run, park)).await {
                 Parked::Yes => break None,
                 Parked::No => {}
             },
             turn => break Some(turn),
         }
     };
+    // On the heap, and so is the park: a process that waits need not carry the room for its end.
+    Box::pin(leave(run, span, turn, future, sleep)).await;
+}
+
+/// Ends the execution, however it came to its end.
+async fn leave(
+    run: Arc<Run>,
+    span: tracing::Span,
+    turn: Option<Turn>,
+    future: Option<UserFuture>,
+    sleep: Option<Pin<Box<Sleep>>>,
+) {
     // Whatever happens next, no code of the process runs any more.
     let fault = drop_quietly(&run, future);
     drop(sleep);

@@ -417,6 +417,10 @@ impl State {
     pub(crate) fn add_wait(&mut self, what: WaitFor, due: Option<DateTime<Utc>>) -> u32 {
         let id = self.next_wait;
         self.next_wait = self.next_wait.wrapping_add(1);
+        if self.waits.is_empty() {
+            // Most processes wait for one thing.
+            self.waits.reserve_exact(1);
+        }
         self.waits.push(Wait { id, due, what });
         id
     }
