@@ -23,6 +23,11 @@ impl<'c> From<&'c Box<str>> for Cell<'c> {
         Self::Text(text)
     }
 }
+impl<'c> From<&'c Arc<str>> for Cell<'c> {
+    fn from(text: &'c Arc<str>) -> Self {
+        Self::Text(text)
+    }
+}
 impl From<String> for Cell<'_> {
     fn from(text: String) -> Self {
         Self::Owned(text)

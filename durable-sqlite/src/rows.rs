@@ -80,8 +80,8 @@ pub(crate) fn record(row: &SqliteRow) -> Result<(RecordKey, Record)> {
     let (op, state) = (get::<&str>(row, 4)?, get::<&str>(row, 5)?);
     let key = RecordKey {
         scope: Scope::from_number(scope).ok_or_else(|| bad("scope", &scope.to_string()))?,
-        name: boxed(get(row, 2)?),
-        key: boxed(get(row, 3)?),
+        name: get::<&str>(row, 2)?.into(),
+        key: get::<&str>(row, 3)?.into(),
     };
     let record = Record {
         op: OpKind::parse(op).ok_or_else(|| bad("op", op))?,
@@ -97,5 +97,5 @@ pub(crate) fn record(row: &SqliteRow) -> Result<(RecordKey, Record)> {
 pub(crate) const EVENT: &str = "e.run, e.number, e.name, e.payload";
 
 pub(crate) fn event(row: &SqliteRow) -> Result<EventRow> {
-    Ok(EventRow { number: get(row, 1)?, name: boxed(get(row, 2)?), payload: boxed(get(row, 3)?) })
+    Ok(EventRow { number: get(row, 1)?, name: get::<&str>(row, 2)?.into(), payload: boxed(get(row, 3)?) })
 }

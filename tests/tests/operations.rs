@@ -523,6 +523,7 @@ async fn an_operation_dropped_while_it_is_recorded<B: Backend>() {
         host_with(&backend, DROPPED, move |proc: Process| {
             let effects = counted.clone();
             async move {
+                let mut dropped = 0;
                 for n in 0..40 {
                     let step = |proc: &Process| {
                         let effects = effects.clone();
@@ -532,21 +533,26 @@ async fn an_operation_dropped_while_it_is_recorded<B: Backend>() {
                         }
                     };
                     // Polled until the effect has happened: then its record is on its way, and it is dropped.
+                    let mut returned = false;
                     {
                         let mut first = std::pin::pin!(step(&proc));
                         while effects.count(&n.to_string()) == 0 {
-                            let _ = futures_util::poll!(first.as_mut());
+                            returned |= futures_util::poll!(first.as_mut()).is_ready();
                             tokio::task::yield_now().await;
                         }
                     }
-                    // The next use returns that record, and does not hang.
-                    step(&proc).await?;
+                    // The writer may have been faster than the poll that sent the record.
+                    if !returned {
+                        dropped += 1;
+                        // The next use returns that record, and does not hang.
+                        step(&proc).await?;
+                    }
                 }
-                Ok(7)
+                Ok(dropped)
             }
         })
         .await;
-    assert_eq!(host.spawn(DROPPED, "d", &()).await.unwrap().output().await.unwrap(), 7);
+    assert!(host.spawn(DROPPED, "d", &()).await.unwrap().output().await.unwrap() > 0);
     assert_eq!(effects.all().len(), 40, "each once");
 }
 

@@ -16,7 +16,7 @@ pub(crate) struct Held {
 
 #[derive(Default)]
 struct Inner {
-    slots: HashMap<RunId, Slot>,
+    slots: HashMap<RunId, Slot, foldhash::fast::RandomState>,
     reserved: usize,
 }
 

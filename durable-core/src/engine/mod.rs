@@ -6,6 +6,7 @@ pub(crate) mod epoch;
 mod heart;
 pub(crate) mod held;
 mod load;
+mod names;
 pub(crate) mod operation;
 mod poller;
 mod post;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use super::held::Places;
-use super::run::{At, Run, State, Usage, WaitFor};
+use super::names::Usage;
+use super::run::{At, Run, State, WaitFor};
 use crate::error::Cancelled;
 use crate::limits;
 use crate::name::Name;
@@ -88,7 +89,7 @@ impl Operation {
                 return None;
             }
             let cancelled = state.cancelled(scope);
-            let name = state.names.entry(key.clone()).or_default();
+            let name = state.names.of(&key);
             name.asked = true;
             match name.usage {
                 // Two at once: a value's second user waits for the first, anything else is a mistake.
@@ -192,7 +193,7 @@ impl Operation {
             effect,
             awaited,
         };
-        self.run.state().names.entry(self.key.clone()).or_default().recording = true;
+        self.run.state().names.of(&self.key).recording = true;
         Ok(self.run.commit(Op::Record(op), places).await)
     }
 

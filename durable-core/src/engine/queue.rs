@@ -1,5 +1,5 @@
 use std::collections::{HashSet, VecDeque};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, Hash};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{Notify, oneshot};
 
@@ -162,7 +162,7 @@ impl Queue {
 /// Which rows a batch touches so far, as hashes: two that collide merely wait for the next batch.
 #[derive(Default)]
 struct Rows {
-    seen: HashSet<u64>,
+    seen: HashSet<u64, foldhash::fast::RandomState>,
     /// What people order: written one by one, so there are few in a batch.
     orders: usize,
 }
@@ -178,10 +178,18 @@ enum Row {
 }
 
 impl Rows {
-    fn hash(row: (Row, impl Hash)) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        row.hash(&mut hasher);
-        hasher.finish()
+    fn hash(&self, row: (Row, impl Hash)) -> u64 {
+        self.seen.hasher().hash_one(row)
+    }
+
+    fn has(&self, row: (Row, impl Hash)) -> bool {
+        self.seen.contains(&self.hash(row))
+    }
+
+    /// Whether the row is new to the batch.
+    fn enter(&mut self, row: (Row, impl Hash)) -> bool {
+        let row = self.hash(row);
+        self.seen.insert(row)
     }
 
     /// Whether the operation may join the batch.
@@ -191,8 +199,7 @@ impl Rows {
             Op::Raise(raise) => self.raise(raise),
             Op::Record(record) => {
                 // Storages apply records before parks and finishes: one behind its run's park would overtake it.
-                if self.seen.contains(&Self::hash((Row::Process, record.run)))
-                    || !self.seen.insert(Self::hash((Row::Record, (record.run, &record.key))))
+                if self.has((Row::Process, record.run)) || !self.enter((Row::Record, (record.run, &record.key)))
                 {
                     return false;
                 }
@@ -202,25 +209,25 @@ impl Rows {
                     None => true,
                 }
             }
-            Op::Await { run, .. } => !self.seen.contains(&Self::hash((Row::Process, run))),
-            Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => self.seen.insert(Self::hash((Row::Process, run))),
-            Op::Finish(finish) => self.seen.insert(Self::hash((Row::Process, finish.run))),
-            Op::Park(park) => self.seen.insert(Self::hash((Row::Process, park.run))),
+            Op::Await { run, .. } => !self.has((Row::Process, *run)),
+            Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => self.enter((Row::Process, *run)),
+            Op::Finish(finish) => self.enter((Row::Process, finish.run)),
+            Op::Park(park) => self.enter((Row::Process, park.run)),
             Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } => {
                 const MOST: usize = 30;
                 self.orders += 1;
-                self.orders <= MOST && self.seen.insert(Self::hash((Row::Id, id)))
+                self.orders <= MOST && self.enter((Row::Id, id))
             }
-            Op::Claim { .. } => self.seen.insert(Self::hash((Row::Claim, ()))),
+            Op::Claim { .. } => self.enter((Row::Claim, ())),
         }
     }
 
     fn spawn(&mut self, spawn: &Spawn) -> bool {
-        self.seen.insert(Self::hash((Row::Id, &spawn.id)))
+        self.enter((Row::Id, &spawn.id))
     }
 
     fn raise(&mut self, raise: &Raise) -> bool {
-        self.seen.insert(Self::hash((Row::Event, (&raise.id, &raise.event_id))))
+        self.enter((Row::Event, (&raise.id, &raise.event_id)))
     }
 }
 

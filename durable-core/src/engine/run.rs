@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context as TaskContext, Poll, Waker};
 use tokio::sync::oneshot;
-use uuid::Uuid;
 
 use super::held::Places;
+use super::names::{NameState, Names, Usage};
 use super::queue::{Answer, From, Job};
 use super::wake::{Context, RootWake};
 use super::{Core, lock};
@@ -40,7 +40,7 @@ pub(crate) struct Run {
 
 #[derive(Default)]
 pub(crate) struct State {
-    pub(crate) names: HashMap<RecordKey, NameState>,
+    pub(crate) names: Names,
     pub(crate) mail: Mail,
     pub(crate) cancel: Cancel,
     /// What the process's code has had the chance to see: the signals and the cancellation as they were when its future
@@ -64,36 +64,6 @@ pub(crate) struct State {
     foreign: Vec<Waker>,
     /// They have been asked, since the last time that something happened, whether they are still there.
     foreign_asked: bool,
-}
-
-/// What this execution knows of a name.
-#[derive(Default)]
-pub(crate) struct NameState {
-    /// What stands in the database; its payload is let go once it was returned.
-    pub(crate) record: Option<Record>,
-    pub(crate) usage: Usage,
-    /// This execution has asked for it.
-    pub(crate) asked: bool,
-    /// A record of it waits to be committed.
-    pub(crate) recording: bool,
-}
-
-impl NameState {
-    /// Whether its outcome is recorded.
-    pub(crate) fn is_final(&self) -> bool {
-        self.record.as_ref().is_some_and(|record| record.state != RecordState::Pending)
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) enum Usage {
-    /// Nobody has asked for it.
-    #[default]
-    Free,
-    /// An operation is under way.
-    Busy(At),
-    /// It was returned.
-    Done(At),
 }
 
 /// A place in the user's code.
@@ -176,10 +146,7 @@ impl Run {
         let RunState { process, records, events, targets } = loaded;
         let ProcessRow { run, id, kind, signals, cancel_requested_at, cancelled_at, .. } = process;
         let state = State {
-            names: records
-                .into_iter()
-                .map(|(key, record)| (key, NameState { record: Some(record), ..NameState::default() }))
-                .collect(),
+            names: Names::recorded(records),
             mail: Mail {
                 seen: signals,
                 events: events.into_iter().map(|event| (event.number, event)).collect(),
@@ -308,7 +275,7 @@ impl Run {
     pub(crate) fn recorded(&self, key: &RecordKey, record: Record) {
         {
             let mut state = self.state();
-            let name = state.names.entry(key.clone()).or_default();
+            let name = state.names.of(key);
             name.recording = false;
             name.record = Some(record);
         }
@@ -370,17 +337,6 @@ impl Run {
             }
         }
         self.notify();
-    }
-
-    /// The stable idempotency key of an operation.
-    pub(crate) fn idempotency_key(&self, key: &RecordKey) -> Uuid {
-        let mut bytes = Vec::with_capacity(key.name.len() + key.key.len() + 8);
-        bytes.push(key.scope as u8);
-        // The length in front: ("ab", "c") and ("a", "bc") differ.
-        bytes.extend((key.name.len() as u32).to_le_bytes());
-        bytes.extend(key.name.as_bytes());
-        bytes.extend(key.key.as_bytes());
-        Uuid::new_v5(&self.run.0, &bytes)
     }
 
     /// The records that this execution never asked for, in words.

@@ -7,7 +7,9 @@ use crate::storage::{Ended, RunId};
 
 /// Everybody in this program who awaits the end of a process, here or on another instance: one poller for all.
 #[derive(Default)]
-pub(crate) struct Watch(Mutex<HashMap<RunId, Vec<oneshot::Sender<Option<Ended>>>>>);
+pub(crate) struct Watch(Mutex<Watched>);
+
+type Watched = HashMap<RunId, Vec<oneshot::Sender<Option<Ended>>>, foldhash::fast::RandomState>;
 
 impl Watch {
     /// Resolves when the run has ended: with how, if this instance ended it; else it, or that it was deleted, has to be

@@ -1,7 +1,9 @@
 //! The one writer of an instance: commits whatever is queued as one batch, recognises its own earlier success after
 //! a lost answer, finds the operation that the database refuses, and tells everybody what came of theirs.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -20,6 +22,8 @@ pub(super) struct Writer {
     generation: i64,
     /// When what this instance owns is compared with what it holds.
     compare_at: Instant,
+    /// What is committed and not told yet: that happens while the next batch is on its way.
+    untold: Vec<(Job, Outcome)>,
 }
 
 /// The epoch is over: the instance was fenced, or the host is gone.
@@ -28,28 +32,35 @@ pub(super) struct Over;
 impl Writer {
     pub(super) fn new(core: Arc<Core>, epoch: Arc<Epoch>) -> Self {
         let compare_at = Instant::now() + core.settings.reconcile_every;
-        Self { core, epoch, generation: 0, compare_at }
+        Self { core, epoch, generation: 0, compare_at, untold: Vec::new() }
     }
 
     /// Writes until the epoch is over.
     pub(super) async fn write(mut self) {
         let core = self.core.clone();
         loop {
-            tokio::select! {
-                biased;
-                () = self.epoch.over() => return,
-                () = core.queue.filled() => {}
-                // What is queued goes before the end.
-                () = self.epoch.draining() => return,
-                () = tokio::time::sleep_until(self.compare_at) => {}
+            let mut jobs = core.queue.take(core.settings.batch_ops, core.settings.batch_bytes);
+            if jobs.is_empty() {
+                self.tell();
+                tokio::select! {
+                    biased;
+                    () = self.epoch.over() => return,
+                    () = core.queue.filled() => {}
+                    // What is queued goes before the end.
+                    () = self.epoch.draining() => return,
+                    () = tokio::time::sleep_until(self.compare_at) => {}
+                }
+                jobs = core.queue.take(core.settings.batch_ops, core.settings.batch_bytes);
             }
-            let jobs = core.queue.take(core.settings.batch_ops, core.settings.batch_bytes);
-            if let Err(Over) = self.commit(jobs).await {
+            let committed = self.commit(jobs).await;
+            if committed.is_err() || self.epoch.is_over() {
+                self.tell();
                 self.epoch.end();
                 return;
             }
             // However much is queued: what nobody holds must not wait for a quiet moment.
             if Instant::now() >= self.compare_at {
+                self.tell();
                 self.compare().await;
             }
         }
@@ -79,12 +90,10 @@ impl Writer {
                     return Err(Over);
                 }
                 Ok(outcomes) => {
+                    self.tell();
+                    self.untold = jobs.zip(outcomes).collect();
                     // Starts first, as the storage applies them: a message to one that is new is for a run that is here.
-                    let mut resolved: Vec<(Job, Outcome)> = jobs.zip(outcomes).collect();
-                    resolved.sort_by_key(|(job, _)| !is_start(&job.op));
-                    for (job, outcome) in resolved {
-                        self.resolve(job, outcome);
-                    }
+                    self.untold.sort_by_key(|(job, _)| !is_start(&job.op));
                 }
                 Err(StorageError::Refused(why)) if batch_len(&jobs) == 1 => {
                     if let Some(job) = jobs.next() {
@@ -122,7 +131,7 @@ impl Writer {
         let mut backoff = Backoff::new();
         let mut again = false;
         loop {
-            match self.core.storage.commit(batch).await {
+            match self.send(batch).await {
                 Ok(mut outcomes) if again => {
                     for outcome in &mut outcomes {
                         if let Outcome::Asked { again, .. } = outcome {
@@ -160,6 +169,20 @@ impl Writer {
         }
     }
 
+    /// Commits a batch, and while the database is busy with it tells what came of the one before: of the two processors
+    /// that a batch needs one after the other, neither waits for the other.
+    async fn send(&mut self, batch: &Batch) -> Result<Vec<Outcome>, StorageError> {
+        let storage = self.core.storage.clone();
+        let mut commit = storage.commit(batch);
+        // The first poll sends it.
+        let sent = poll_fn(|cx| Poll::Ready(commit.as_mut().poll(cx))).await;
+        self.tell();
+        match sent {
+            Poll::Ready(answer) => answer,
+            Poll::Pending => commit.await,
+        }
+    }
+
     /// Makes sure that nothing of an earlier attempt can still arrive.
     async fn refence(&mut self) -> Result<(), StorageError> {
         let mut backoff = Backoff::new();
@@ -175,6 +198,13 @@ impl Writer {
     fn refuse(&self, job: Job, why: &str) {
         tracing::error!("the storage refuses an operation: {why}");
         job.answer(Err(why.into()));
+    }
+
+    /// Tells everybody what came of the batch before.
+    fn tell(&mut self) {
+        for (job, outcome) in std::mem::take(&mut self.untold) {
+            self.resolve(job, outcome);
+        }
     }
 
     /// What an outcome means for this instance, before whoever asked is told.

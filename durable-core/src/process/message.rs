@@ -62,7 +62,7 @@ impl<'p> IntoFuture for RaiseFrom<'p> {
             let key = key.unwrap_or_else(|| format!(">{id}"));
             let key = RecordKey { scope, name: event.into(), key: key.into() };
             // From the record's key, so it is the same after a crash: the mailbox recognises a repetition.
-            let event_id = run.idempotency_key(&key).simple().to_string();
+            let event_id = key.idempotency(run.run).simple().to_string();
             let payload = check_message(&run.core, &id, event, &event_id, payload)?;
             let mut operation = Operation::with_key(&run, key, OpKind::Raise, at);
             let raised = match operation.begin().await? {

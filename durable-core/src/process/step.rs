@@ -4,9 +4,11 @@ use std::future::{Future, IntoFuture, poll_fn};
 use std::marker::PhantomData;
 use std::panic::Location;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tracing::Instrument;
 use uuid::Uuid;
 
@@ -19,13 +21,14 @@ use crate::error::{Cancelled, Failure, StepError};
 use crate::name::Name;
 use crate::payload;
 use crate::retry::Retry;
-use crate::storage::{OpKind, Record, RecordKey, RecordState, Scope};
+use crate::storage::{OpKind, Record, RecordKey, RecordState, RunId, Scope};
 
 /// One attempt of a step, as its closure sees it.
 #[derive(Clone, Debug)]
 pub struct Attempt {
     number: u32,
-    key: Uuid,
+    run: RunId,
+    identity: RecordKey,
     cancel: CancelToken,
 }
 
@@ -37,7 +40,7 @@ impl Attempt {
     /// The idempotency key: the same for every attempt of this step in this run, before and after a crash; another one
     /// for every other step and run. Hand it to the system that is called, so that it can tell a repetition.
     pub fn key(&self) -> Uuid {
-        self.key
+        self.identity.idempotency(self.run)
     }
     /// Signalled when the attempt is given up: the process was cancelled, its time-out has passed, or it lost a race.
     /// The attempt's future is dropped right after; a clone of the token reaches what it started elsewhere.
@@ -47,19 +50,30 @@ impl Attempt {
 }
 
 /// Tells that an attempt was given up.
-#[derive(Clone, Debug)]
-pub struct CancelToken(watch::Receiver<bool>);
+#[derive(Clone, Debug, Default)]
+pub struct CancelToken(Arc<Signal>);
+
+#[derive(Debug, Default)]
+struct Signal {
+    given_up: AtomicBool,
+    told: Notify,
+}
 
 impl CancelToken {
     /// Whether the attempt was given up.
     pub fn is_cancelled(&self) -> bool {
-        *self.0.borrow()
+        self.0.given_up.load(Ordering::Acquire)
     }
     /// Returns once the attempt was given up; never if it ended by itself.
     pub async fn cancelled(&self) {
-        let mut receiver = self.0.clone();
-        if receiver.wait_for(|cancelled| *cancelled).await.is_err() {
-            std::future::pending().await
+        loop {
+            let mut told = pin!(self.0.told.notified());
+            // Before the look, so that a signal in between is not missed.
+            told.as_mut().enable();
+            if self.is_cancelled() {
+                return;
+            }
+            told.await;
         }
     }
 }
@@ -220,17 +234,16 @@ where
     pub(super) async fn unrecorded(self, race: &Operation) -> Result<Result<F::Ok, StepError<R::Error>>, Cancelled> {
         let Self { operation, mut attempts, options, .. } = self;
         let (run, key) = (&operation.run, &operation.key);
-        let idempotency = run.idempotency_key(key);
         let mut failed = 0;
         loop {
             let (error, worth) =
-                match attempt(run, key, idempotency, failed + 1, options.timeout, &mut attempts).await? {
+                match attempt(run, key, key, failed + 1, options.timeout, &mut attempts).await? {
                     Attempted::Ok(value) => return Ok(Ok(value)),
                     Attempted::Err(error) => options.judge::<R>(error),
                     Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
                 };
             failed += 1;
-            let Some(delay) = options.retry.delay_after(failed, idempotency).filter(|_| worth) else {
+            let Some(delay) = options.retry.delay_after(failed, key.idempotency(run.run)).filter(|_| worth) else {
                 return Ok(Err(error));
             };
             let next_at = due_after(run.core.clock.now(), delay);
@@ -287,7 +300,8 @@ where
         name: was.name().into(),
         key: was.key().into(),
     });
-    let idempotency = operation.run.idempotency_key(was.as_ref().unwrap_or(&operation.key));
+    // Of the old name, so that a renamed step goes on with its key.
+    let identity = was.clone().unwrap_or_else(|| operation.key.clone());
     if let Some(was) = was {
         operation.rename_from(was);
     }
@@ -314,7 +328,7 @@ where
     }
     loop {
         let number = failed + 1;
-        let made = attempt(&operation.run, &operation.key, idempotency, number, options.timeout, &mut attempts);
+        let made = attempt(&operation.run, &operation.key, &identity, number, options.timeout, &mut attempts);
         let (error, worth) = match made.await? {
             Attempted::Ok(value) => {
                 let (payload, value) = match payload::encode_back(value) {
@@ -330,7 +344,8 @@ where
             Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
         };
         failed += 1;
-        let delay = if worth { options.retry.delay_after(failed, idempotency) } else { None };
+        let seed = identity.idempotency(operation.run.run);
+        let delay = if worth { options.retry.delay_after(failed, seed) } else { None };
         let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
         let (payload, error) = match payload::encode_back(error) {
             Ok(encoded) => encoded,
@@ -379,9 +394,9 @@ pub(super) enum Attempted<T, E> {
 
 /// Makes one attempt. Fails when the process is cancelled meanwhile; the attempt is dropped then.
 pub(super) async fn attempt<F, M>(
-    run: &std::sync::Arc<Run>,
+    run: &Arc<Run>,
     key: &RecordKey,
-    idempotency: Uuid,
+    identity: &RecordKey,
     number: u32,
     timeout: Option<Duration>,
     attempts: &mut F,
@@ -394,7 +409,7 @@ where
     run.core.live.fresh().await;
     let mut underway = Underway::begin(run, scope).await?;
     let span = tracing::debug_span!("step", id = %run.id, kind = %run.kind, run = %run.run, name = %key.name, key = %key.key, attempt = number);
-    let attempt = Attempt { number, key: idempotency, cancel: CancelToken(underway.cancel.subscribe()) };
+    let attempt = Attempt { number, run: run.run, identity: identity.clone(), cancel: underway.cancel.clone() };
     let user = {
         let _context = Context { run: run.serial, step: true }.enter();
         attempts.begin(attempt)
@@ -452,12 +467,12 @@ where
 /// up.
 struct Underway<'r> {
     run: &'r Run,
-    cancel: watch::Sender<bool>,
+    cancel: CancelToken,
     ended: bool,
 }
 
 impl<'r> Underway<'r> {
-    async fn begin(run: &'r std::sync::Arc<Run>, scope: Scope) -> Result<Self, Cancelled> {
+    async fn begin(run: &'r Arc<Run>, scope: Scope) -> Result<Self, Cancelled> {
         crate::engine::operation::wait_until(run, WaitFor::Engine, None, |state, _| {
             if state.stopping {
                 return None;
@@ -471,14 +486,15 @@ impl<'r> Underway<'r> {
             }
         })
         .await?;
-        Ok(Self { run, cancel: watch::Sender::new(false), ended: false })
+        Ok(Self { run, cancel: CancelToken::default(), ended: false })
     }
 }
 
 impl Drop for Underway<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            self.cancel.send_replace(true);
+            self.cancel.0.given_up.store(true, Ordering::Release);
+            self.cancel.0.told.notify_waiters();
         }
         self.run.state().steps -= 1;
     }

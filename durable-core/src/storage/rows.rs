@@ -2,6 +2,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use uuid::Uuid;
 
 macro_rules! id {
@@ -160,9 +161,22 @@ pub struct RecordKey {
     /// The process itself or its compensation.
     pub scope: Scope,
     /// The name that the code gave.
-    pub name: Box<str>,
+    pub name: Arc<str>,
     /// The key beside the name; empty if none.
-    pub key: Box<str>,
+    pub key: Arc<str>,
+}
+
+impl RecordKey {
+    /// The idempotency key of this operation in this run.
+    pub(crate) fn idempotency(&self, run: RunId) -> Uuid {
+        let mut bytes = Vec::with_capacity(self.name.len() + self.key.len() + 8);
+        bytes.push(self.scope as u8);
+        // The length in front: ("ab", "c") and ("a", "bc") differ.
+        bytes.extend((self.name.len() as u32).to_le_bytes());
+        bytes.extend(self.name.as_bytes());
+        bytes.extend(self.key.as_bytes());
+        Uuid::new_v5(&run.0, &bytes)
+    }
 }
 
 impl fmt::Display for RecordKey {
