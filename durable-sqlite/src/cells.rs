@@ -49,6 +49,30 @@ impl<'c, T: Into<Cell<'c>>> From<Option<T>> for Cell<'c> {
     }
 }
 
+impl Cell<'_> {
+    /// As what is bound to a statement.
+    pub(crate) fn arg(&self) -> Arg {
+        match self {
+            Self::Text(text) => (*text).into(),
+            Self::Owned(text) => text.as_str().into(),
+            Self::Int(number) => (*number).into(),
+            Self::Id(id) => id.to_string().into(),
+            Self::Null => Arg::Null,
+        }
+    }
+
+    /// Whether it is the same as what is bound.
+    pub(crate) fn is(&self, arg: &Arg) -> bool {
+        match (self, arg) {
+            (Self::Text(text), Arg::Text(bound)) => **text == **bound,
+            (Self::Owned(text), Arg::Text(bound)) => **text == **bound,
+            (Self::Int(number), Arg::Int(bound)) => number == bound,
+            (Self::Null, Arg::Null) => true,
+            _ => false,
+        }
+    }
+}
+
 /// Rows as a JSON array of arrays, written without a detour through JSON values. A payload travels as a JSON *string*,
 /// so that it arrives byte for byte.
 #[derive(Default)]

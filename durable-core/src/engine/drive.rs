@@ -21,12 +21,12 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 type UserFuture = Pin<Box<dyn Future<Output = Ended> + Send>>;
 
-/// What the driver has to do next.
+/// What the driver has to do next. Small, since every process in memory has room for it.
 enum Turn {
-    Returned(Ended),
+    Returned(Box<Ended>),
     End(End),
     /// Nothing but the engine can wake the process, and it has been quiet for long enough.
-    Quiet(Park),
+    Quiet(Box<Park>),
 }
 
 /// Runs a process until it ends, parks, or is not ours any more.
@@ -38,7 +38,7 @@ pub(super) async fn drive(run: Arc<Run>, input: Box<str>) {
     run.wake.nudge();
     let turn = loop {
         match poll_fn(|cx| turn(&run, &span, &mut future, &mut sleep, cx)).await {
-            Turn::Quiet(park) => match Box::pin(park_quiet(&run, park)).await {
+            Turn::Quiet(park) => match Box::pin(park_quiet(&run, *park)).await {
                 Parked::Yes => break None,
                 Parked::No => {}
             },
@@ -63,7 +63,7 @@ async fn leave(
     let end = match (turn, fault) {
         (None, _) => None,
         (Some(Turn::Returned(ended)), None) => {
-            finish(&run, ended).await;
+            finish(&run, *ended).await;
             None
         }
         (Some(Turn::End(end @ End::Gone)), _) => Some(end),
@@ -143,7 +143,7 @@ fn turn(
                     let state = run.state();
                     // A fault that came up in the same poll goes before what the function made of it.
                     if state.end.is_none() {
-                        return Poll::Ready(Turn::Returned(ended));
+                        return Poll::Ready(Turn::Returned(Box::new(ended)));
                     }
                 }
                 Ok(Poll::Pending) => {}
@@ -152,7 +152,7 @@ fn turn(
             continue;
         }
         match rest(run, sleep, cx) {
-            Poll::Ready(Some(park)) => return Poll::Ready(Turn::Quiet(park)),
+            Poll::Ready(Some(park)) => return Poll::Ready(Turn::Quiet(Box::new(park))),
             Poll::Ready(None) => {}
             Poll::Pending => return Poll::Pending,
         }
@@ -167,6 +167,11 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
     let (due, parks, park_now) = {
         let state = run.state();
         let due = state.waits.iter().filter_map(|wait| wait.due).min();
+        if due.is_none() && state.commits > 0 {
+            // The answer will wake it, and comes sooner than any timer.
+            *sleep = None;
+            return Poll::Pending;
+        }
         let waits = !state.waits.is_empty() && !state.waits.iter().any(|w| matches!(w.what, WaitFor::Engine));
         // A signal that came since the last poll is on its way to the process; so is a cancellation.
         let up_to_date = state.polled.1 == state.cancel && matches!(state.cancel, Cancel::No | Cancel::Recorded);
@@ -220,7 +225,7 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
 }
 
 fn record_cancel(run: &Arc<Run>) {
-    let answer = run.submit(Op::AcceptCancel { run: run.run, claim: run.claim });
+    let answer = run.submit(Op::AcceptCancel { run: run.run, claim: run.claim }, None);
     let run = run.clone();
     tokio::spawn(async move {
         match answer.await {
@@ -242,7 +247,7 @@ enum Parked {
 
 async fn park_quiet(run: &Arc<Run>, park: Park) -> Parked {
     let seen = park.seen;
-    match run.submit(Op::Park(park)).await {
+    match run.submit(Op::Park(park), None).await {
         Ok(Ok(Outcome::Signalled(signals))) => {
             if seen.is_some_and(|seen| seen < signals) && run.state().mail.seen < signals {
                 run.core.post.fetch([run.run]);
@@ -280,7 +285,7 @@ async fn finish(run: &Arc<Run>, ended: Ended) {
             }
             tracing::info!(id = %run.id, kind = %run.kind, run = %run.run, "{status}");
             let op = Finish { run: run.run, claim: run.claim, status, output, reason, unasked };
-            if let Ok(Err(refused)) = run.submit(Op::Finish(op)).await {
+            if let Ok(Err(refused)) = run.submit(Op::Finish(op), None).await {
                 stuck(run, format!("the database refuses its output: {refused}")).await;
             }
         }
@@ -292,13 +297,13 @@ async fn stuck(run: &Arc<Run>, reason: String) {
     tracing::error!(id = %run.id, kind = %run.kind, run = %run.run, "stuck: {reason}");
     let reason = Some(reason.chars().take(4000).filter(|c| *c != '\0').collect::<String>().into());
     let op = Finish { run: run.run, claim: run.claim, status: Status::Stuck, output: None, reason, unasked: None };
-    let _ = run.submit(Op::Finish(op)).await;
+    let _ = run.submit(Op::Finish(op), None).await;
 }
 
 async fn give_back(run: &Arc<Run>) {
     let op =
         Park { run: run.run, claim: run.claim, wake_at: Some(run.core.clock.now()), seen: None, waiting_for: None };
-    let _ = run.submit(Op::Park(op)).await;
+    let _ = run.submit(Op::Park(op), None).await;
 }
 
 /// Drops the process's future within its context; it may run code, which may panic.

@@ -12,8 +12,10 @@ const LISTED: usize = 16;
 pub(crate) struct Names {
     list: Vec<(RecordKey, NameState)>,
     /// Where each one stands in the list, once that is long.
-    index: HashMap<RecordKey, usize, foldhash::fast::RandomState>,
+    index: Option<Box<Index>>,
 }
+
+type Index = HashMap<RecordKey, usize, foldhash::fast::RandomState>;
 
 /// What this execution knows of a name.
 #[derive(Default)]
@@ -48,7 +50,7 @@ pub(crate) enum Usage {
 impl Names {
     /// The names that have a record.
     pub(crate) fn recorded(records: Vec<(RecordKey, Record)>) -> Self {
-        let mut names = Self { list: Vec::with_capacity(records.len()), index: HashMap::default() };
+        let mut names = Self { list: Vec::with_capacity(records.len()), index: None };
         for (key, record) in records {
             names.push(key, NameState { record: Some(record), ..NameState::default() });
         }
@@ -57,22 +59,20 @@ impl Names {
 
     fn push(&mut self, key: RecordKey, state: NameState) {
         let at = self.list.len();
-        if at == LISTED {
-            self.index.extend(self.list.iter().enumerate().map(|(at, (key, _))| (key.clone(), at)));
-        }
-        if at >= LISTED {
-            self.index.insert(key.clone(), at);
-        }
         if at == 0 {
             self.list.reserve_exact(1);
+        }
+        if at >= LISTED {
+            let listed = || self.list.iter().enumerate().map(|(at, (key, _))| (key.clone(), at)).collect();
+            self.index.get_or_insert_with(|| Box::new(listed())).insert(key.clone(), at);
         }
         self.list.push((key, state));
     }
 
     fn position(&self, key: &RecordKey) -> Option<usize> {
-        match self.index.is_empty() {
-            true => self.list.iter().position(|(known, _)| known == key),
-            false => self.index.get(key).copied(),
+        match &self.index {
+            None => self.list.iter().position(|(known, _)| known == key),
+            Some(index) => index.get(key).copied(),
         }
     }
 

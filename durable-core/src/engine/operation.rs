@@ -1,12 +1,14 @@
 //! What every durable operation is made of: taking its name, waiting without holding a waker, writing its record.
 
 use chrono::{DateTime, Utc};
-use std::future::{Pending, pending, poll_fn};
+use std::future::{Future, Pending, pending, poll_fn};
 use std::sync::Arc;
 use std::task::Poll;
+use tokio::sync::oneshot;
 
 use super::held::Places;
 use super::names::Usage;
+use super::queue::Answer;
 use super::run::{At, Run, State, WaitFor};
 use crate::error::Cancelled;
 use crate::limits;
@@ -82,54 +84,67 @@ impl Operation {
         if !self.admitted() {
             return pending().await;
         }
-        let (scope, op, at) = (self.key.scope, self.op, self.at);
-        let (run, key) = (self.run.clone(), self.key.clone());
-        let begun = wait_until(&run, WaitFor::Engine, None, |state, _| {
-            if state.stopping {
-                return None;
+        let looked = {
+            let mut state = self.run.state();
+            if state.is_ending() { None } else { self.take_name(&mut state) }
+        };
+        let begun = match looked {
+            Some(begun) => begun,
+            // Rare, so on the heap: it is no part of what every operation takes.
+            None => {
+                let look = |state: &mut State, _| self.take_name(state);
+                Box::pin(wait_until(&self.run, WaitFor::Engine, None, look)).await
             }
-            let cancelled = state.cancelled(scope);
-            let name = state.names.of(&key);
-            name.asked = true;
-            match name.usage {
-                // Two at once: a value's second user waits for the first, anything else is a mistake.
-                Usage::Busy(_) if op == OpKind::Value => return None,
-                Usage::Busy(first) => return Some(Err(fault_twice(&key, op, first, at))),
-                Usage::Done(first) if op != OpKind::Value => return Some(Err(fault_twice(&key, op, first, at))),
-                _ => {}
-            }
-            // An operation that was dropped while its record was on its way.
-            if name.recording {
-                return None;
-            }
-            match &name.record {
-                Some(record) if record.op != op => Some(Err(format!(
-                    "{key} is used at {at} by a {op}, but its record was written by a {}; rename one of them",
-                    record.op
-                ))),
-                Some(record) if record.state != RecordState::Pending => {
-                    let record = record.clone();
-                    name.usage = if op == OpKind::Value { Usage::Done(at) } else { Usage::Busy(at) };
-                    Some(Ok(Ok(Begun::Recorded(record))))
-                }
-                pending => match cancelled {
-                    Some(true) => Some(Ok(Err(Cancelled))),
-                    None => None,
-                    Some(false) => {
-                        let pending = pending.clone();
-                        name.usage = Usage::Busy(at);
-                        Some(Ok(Ok(Begun::Open(pending))))
-                    }
-                },
-            }
-        });
-        match begun.await {
+        };
+        match begun {
             Ok(begun) => {
                 let begun = begun?;
                 self.busy = self.op != OpKind::Value || matches!(begun, Begun::Open(_));
                 Ok(begun)
             }
             Err(fault) => self.stuck(fault).await,
+        }
+    }
+
+    /// One look at the name. None: not yet. `Err`: a mistake in the code.
+    fn take_name(&self, state: &mut State) -> Option<Result<Result<Begun, Cancelled>, String>> {
+        if state.stopping {
+            return None;
+        }
+        let (key, op, at) = (&self.key, self.op, self.at);
+        let cancelled = state.cancelled(key.scope);
+        let name = state.names.of(key);
+        name.asked = true;
+        match name.usage {
+            // Two at once: a value's second user waits for the first, anything else is a mistake.
+            Usage::Busy(_) if op == OpKind::Value => return None,
+            Usage::Busy(first) => return Some(Err(fault_twice(key, op, first, at))),
+            Usage::Done(first) if op != OpKind::Value => return Some(Err(fault_twice(key, op, first, at))),
+            _ => {}
+        }
+        // An operation that was dropped while its record was on its way.
+        if name.recording {
+            return None;
+        }
+        match &name.record {
+            Some(record) if record.op != op => Some(Err(format!(
+                "{key} is used at {at} by a {op}, but its record was written by a {}; rename one of them",
+                record.op
+            ))),
+            Some(record) if record.state != RecordState::Pending => {
+                let record = record.clone();
+                name.usage = if op == OpKind::Value { Usage::Done(at) } else { Usage::Busy(at) };
+                Some(Ok(Ok(Begun::Recorded(record))))
+            }
+            pending => match cancelled {
+                Some(true) => Some(Ok(Err(Cancelled))),
+                None => None,
+                Some(false) => {
+                    let pending = pending.clone();
+                    name.usage = Usage::Busy(at);
+                    Some(Ok(Ok(Begun::Open(pending))))
+                }
+            },
         }
     }
 
@@ -150,27 +165,38 @@ impl Operation {
     }
 
     /// Waits until `check` has an answer, without holding a waker. Fails once the process is cancelled.
-    pub(crate) async fn wait<T>(
+    pub(crate) fn wait<T>(
         &self,
         what: WaitFor,
         due: Option<DateTime<Utc>>,
         mut check: impl FnMut(&mut State, DateTime<Utc>) -> Option<T>,
-    ) -> Result<T, Cancelled> {
+    ) -> impl Future<Output = Result<T, Cancelled>> {
         let scope = self.key.scope;
-        wait_until(&self.run, what, due, |state, now| match state.cancelled(scope) {
+        wait_until(&self.run, what, due, move |state, now| match state.cancelled(scope) {
             Some(true) => Some(Err(Cancelled)),
             None => None,
             // An answer that came before the cancellation was recorded still counts.
             Some(false) => check(state, now).map(Ok),
         })
-        .await
     }
 
     /// Writes the operation's record and returns once it is committed. Fails if the cancellation was recorded first.
-    pub(crate) async fn record(&self, write: Write) -> Result<Outcome, Cancelled> {
+    pub(crate) fn record(&self, write: Write) -> impl Future<Output = Result<Outcome, Cancelled>> {
+        // Before the first poll, so that the future of an operation that waits has no room for what is written.
+        let sent = self.send(write);
+        async move {
+            match sent {
+                Sent::Queued(answer) => Ok(self.run.outcome(answer).await),
+                Sent::Cancelled => Box::pin(self.wait(WaitFor::Engine, None, |_, _| None)).await,
+                Sent::Stuck => pending().await,
+            }
+        }
+    }
+
+    fn send(&self, write: Write) -> Sent {
         let scope = self.key.scope;
         if write.state != RecordState::Pending && self.run.state().cancelled(scope) != Some(false) {
-            return self.wait(WaitFor::Engine, None, |_, _| None).await;
+            return Sent::Cancelled;
         }
         let Write { state, payload, attempts, takes, effect, awaited, places } = write;
         // What the engine wraps (a message, an output) was within the limit when it was given.
@@ -179,7 +205,8 @@ impl Operation {
         if own && payload.len() > self.run.core.settings.max_payload {
             let (given, allowed) = (payload.len(), self.run.core.settings.max_payload);
             let error = limits::LimitError::Payload { what: "result", given, allowed };
-            return self.stuck(format!("the {} {}: {error}", self.op, self.key)).await;
+            self.run.fault(format_args!("the {} {}: {error}", self.op, self.key));
+            return Sent::Stuck;
         }
         let op = RecordOp {
             run: self.run.run,
@@ -194,7 +221,7 @@ impl Operation {
             awaited,
         };
         self.run.state().names.of(&self.key).recording = true;
-        Ok(self.run.commit(Op::Record(op), places).await)
+        Sent::Queued(self.run.submit(Op::Record(op), places))
     }
 
     /// The operation returns what is recorded.
@@ -223,6 +250,13 @@ impl Drop for Operation {
             tracing::debug!(id = %self.run.id, run = %self.run.run, "the {} {} at {} was dropped unfinished", self.op, self.key, self.at);
         }
     }
+}
+
+/// What became of a record that was to be written.
+enum Sent {
+    Queued(oneshot::Receiver<Answer>),
+    Cancelled,
+    Stuck,
 }
 
 /// What an operation writes.
@@ -279,14 +313,17 @@ impl Drop for Noted<'_> {
 
 /// Waits until `check`, which sees the run's state and the database's time, has an answer. It clones no waker of the
 /// run's own: whoever changes the state notifies the run.
-pub(crate) async fn wait_until<T>(
+pub(crate) fn wait_until<T>(
     run: &Arc<Run>,
     what: WaitFor,
     due: Option<DateTime<Utc>>,
     mut check: impl FnMut(&mut State, DateTime<Utc>) -> Option<T>,
-) -> T {
+) -> impl Future<Output = T> {
     let mut noted = Noted { run, id: None };
-    poll_fn(|cx| {
+    let mut what = Some(what);
+    poll_fn(move |cx| {
+        // The whole of it moves in here, and is dropped with the future.
+        let noted = &mut noted;
         if !run.polled_here() {
             return Poll::Pending;
         }
@@ -298,10 +335,9 @@ pub(crate) async fn wait_until<T>(
             return Poll::Ready(answer);
         }
         state.note_foreign(cx, &run.root);
-        if noted.id.is_none() {
-            noted.id = Some(state.add_wait(what.clone(), due));
+        if let Some(what) = what.take() {
+            noted.id = Some(state.add_wait(what, due));
         }
         Poll::Pending
     })
-    .await
 }

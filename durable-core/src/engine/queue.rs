@@ -199,8 +199,7 @@ impl Rows {
             Op::Raise(raise) => self.raise(raise),
             Op::Record(record) => {
                 // Storages apply records before parks and finishes: one behind its run's park would overtake it.
-                if self.has((Row::Process, record.run)) || !self.enter((Row::Record, (record.run, &record.key)))
-                {
+                if self.has((Row::Process, record.run)) || !self.enter((Row::Record, (record.run, &record.key))) {
                     return false;
                 }
                 match &record.effect {

@@ -1,5 +1,5 @@
 use chrono::{DateTime, Utc};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::panic::Location;
@@ -76,9 +76,9 @@ pub(crate) struct Mail {
     /// Messages not taken.
     pub(crate) events: BTreeMap<i64, EventRow>,
     /// Awaited processes that have ended or are gone.
-    pub(crate) targets: HashMap<RunId, Option<Ended>>,
+    pub(crate) targets: BTreeMap<RunId, Option<Ended>>,
     /// For each event: how many receives have completed, and whether one is under way.
-    pub(crate) receives: HashMap<Box<str>, Receives>,
+    pub(crate) receives: BTreeMap<Box<str>, Receives>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -151,7 +151,7 @@ impl Run {
                 seen: signals,
                 events: events.into_iter().map(|event| (event.number, event)).collect(),
                 targets: targets.into_iter().map(|target| (target.run, target.ended)).collect(),
-                receives: HashMap::new(),
+                receives: BTreeMap::new(),
             },
             cancel: match (cancel_requested_at, cancelled_at) {
                 (_, Some(_)) => Cancel::Recorded,
@@ -238,10 +238,9 @@ impl Run {
         true
     }
 
-    /// Queues an operation and waits for its outcome. Never returns if this execution ends first, nor if the database
+    /// Waits for the outcome of a queued operation. Never returns if this execution ends first, nor if the database
     /// refuses the operation for good: the process is stuck then.
-    pub(crate) async fn commit(self: &Arc<Self>, op: Op, places: Option<Places>) -> Outcome {
-        let mut answer = self.submit_with(op, places);
+    pub(crate) async fn outcome(&self, mut answer: oneshot::Receiver<Answer>) -> Outcome {
         let counted = Counted::new(self);
         let answer = std::future::poll_fn(|cx| match self.polled_here() {
             true => Pin::new(&mut answer).poll(cx),
@@ -261,11 +260,7 @@ impl Run {
     }
 
     /// Queues an operation.
-    pub(crate) fn submit(self: &Arc<Self>, op: Op) -> oneshot::Receiver<Answer> {
-        self.submit_with(op, None)
-    }
-
-    fn submit_with(self: &Arc<Self>, op: Op, places: Option<Places>) -> oneshot::Receiver<Answer> {
+    pub(crate) fn submit(self: &Arc<Self>, op: Op, places: Option<Places>) -> oneshot::Receiver<Answer> {
         let (reply, answer) = oneshot::channel();
         self.core.queue.push(Job { op, from: From::Run(self.clone()), reply: Some(reply), places });
         answer

@@ -255,7 +255,8 @@ impl<O, E> AwaitOutput<'_, O, E> {
     /// Waits until the process has ended. Writes no record; says which waiter row is to go with it.
     pub(super) async fn ended(&self, operation: &Operation) -> Result<(End, Option<RunId>), crate::Cancelled> {
         let (id, target) = (self.id.as_str().into(), self.target);
-        let (target, ended) = match self.run.commit(Op::Await { run: self.run.run, id, target }, None).await {
+        let answer = self.run.submit(Op::Await { run: self.run.run, id, target }, None);
+        let (target, ended) = match self.run.outcome(answer).await {
             Outcome::Awaits(Some((target, ended))) => (target, ended),
             _ => return Ok((End::NotFound, None)),
         };

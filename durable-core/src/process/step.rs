@@ -236,12 +236,11 @@ where
         let (run, key) = (&operation.run, &operation.key);
         let mut failed = 0;
         loop {
-            let (error, worth) =
-                match attempt(run, key, key, failed + 1, options.timeout, &mut attempts).await? {
-                    Attempted::Ok(value) => return Ok(Ok(value)),
-                    Attempted::Err(error) => options.judge::<R>(error),
-                    Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
-                };
+            let (error, worth) = match attempt(run, key, key, failed + 1, options.timeout, &mut attempts).await? {
+                Attempted::Ok(value) => return Ok(Ok(value)),
+                Attempted::Err(error) => options.judge::<R>(error),
+                Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
+            };
             failed += 1;
             let Some(delay) = options.retry.delay_after(failed, key.idempotency(run.run)).filter(|_| worth) else {
                 return Ok(Err(error));

@@ -1,0 +1,172 @@
+use durable_core::storage::{Finish, Op, Park};
+
+use super::answers::Part;
+use super::sets::Sets;
+use super::{ANYBODY, FENCED, FINISHED, Plan, UNFINISHED, wake};
+use crate::cells::{Rows, cells};
+use crate::script::{Arg, NOW};
+use crate::time_text;
+
+impl Plan<'_> {
+    pub(super) fn awaits(&mut self) {
+        let mut at = Vec::new();
+        let mut rows = Rows::default();
+        for (index, op) in self.ops() {
+            if let Op::Await { run, id, target } = op {
+                at.push(index);
+                rows.push(cells![run.0, id, target.map(|target| target.0)]);
+            }
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let rows = rows.arg();
+        let [instance, generation] = self.fence_args();
+        let from = "FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = coalesce(j.value->>2,
+            (SELECT q.run FROM durable_processes q WHERE q.namespace = ? AND q.id = j.value->>1 AND q.current = 1))";
+        self.script.add(
+            &format!(
+                "INSERT INTO durable_waiters (target, waiter) SELECT p.run, j.value->>0 {from}
+                 WHERE p.status IN {UNFINISHED} AND {FENCED} ON CONFLICT DO NOTHING"
+            ),
+            [rows.clone(), self.namespace.clone(), instance, generation],
+        );
+        let answers =
+            self.script.add(&format!("SELECT j.key, p.run, p.status, p.output {from}"), [rows, self.namespace.clone()]);
+        self.parts.push(Part::Awaits { at, answers });
+    }
+
+    /// Small changes of owned rows.
+    pub(super) fn owned(&mut self) {
+        let [instance, generation] = self.fence_args();
+        let mut accept = (Vec::new(), Rows::default());
+        let mut seen = (Vec::new(), Rows::default());
+        for (index, op) in self.ops() {
+            match op {
+                Op::AcceptCancel { run, claim } => {
+                    accept.0.push((index, *run));
+                    accept.1.push(cells![run.0, *claim]);
+                }
+                Op::Seen { run, claim, signals } => {
+                    seen.0.push((index, *run));
+                    seen.1.push(cells![run.0, *claim, *signals]);
+                }
+                _ => {}
+            }
+        }
+        if !accept.0.is_empty() {
+            let answers = self.script.add(
+                &format!(
+                    "UPDATE durable_processes SET cancelled_at = coalesce(cancelled_at, {NOW}) WHERE {FENCED}
+                         AND +owner = ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))
+                     RETURNING run"
+                ),
+                [instance.clone(), generation.clone(), instance.clone(), accept.1.arg()],
+            );
+            self.parts.push(Part::Owned { at: accept.0, answers });
+        }
+        if !seen.0.is_empty() {
+            let rows = seen.1.arg();
+            let answers = self.script.add(
+                &format!(
+                    "UPDATE durable_processes SET signalled = CASE WHEN (run, signals) IN
+                             (SELECT value->>0, value->>2 FROM jsonb_each(?)) THEN 0 ELSE signalled END
+                     WHERE {FENCED} AND +owner = ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))
+                     RETURNING run"
+                ),
+                [rows.clone(), instance.clone(), generation, instance, rows],
+            );
+            self.parts.push(Part::Owned { at: seen.0, answers });
+        }
+    }
+
+    pub(super) fn finishes(&mut self) {
+        const HEAD: [&str; 5] = ["status", "reason", "unasked", "finished", "claim"];
+        let mut rows = Sets::new(2, HEAD);
+        for (index, op) in self.ops() {
+            if let Op::Finish(Finish { run, claim, status, output, reason, unasked }) = op {
+                let finished = i64::from(status.is_finished());
+                let head = cells![status.as_str(), reason.as_ref(), unasked.as_ref(), finished, *claim];
+                rows.push(index, cells![run.0, output.as_ref()], head);
+            }
+        }
+        for set in rows.sets() {
+            let [instance, generation] = self.fence_args();
+            // With a second table in the `FROM`, SQLite would go through all that the instance owns.
+            let [status, reason, unasked, finished, claim] = HEAD.map(|name| set.bound(name));
+            let own = [Some(instance.clone()), Some(instance.clone()), Some(generation.clone())];
+            let args =
+                [status.1, reason.1, unasked.1, finished.1, Some(set.rows.clone()), claim.1].into_iter().chain(own);
+            let [status, reason, unasked, finished, claim] = [status.0, reason.0, unasked.0, finished.0, claim.0];
+            let finished = self.script.add(
+                &format!(
+                    "UPDATE durable_processes SET status = {status}, output = j.value->>1, reason = {reason},
+                         unasked = {unasked}, owner = NULL, wake_at = NULL, waiting_for = NULL, signalled = 0,
+                         status_at = {NOW}, finished_at = iif({finished}, {NOW}, NULL)
+                     FROM jsonb_each(?) j
+                     WHERE durable_processes.run = j.value->>0 AND durable_processes.claim = {claim}
+                         AND +durable_processes.owner = ? AND {FENCED}"
+                ),
+                args.flatten(),
+            );
+            self.script.add(
+                &format!(
+                    "DELETE FROM durable_waiters WHERE {FENCED} AND {ANYBODY} AND waiter IN (
+                         SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
+                         WHERE p.status IN {FINISHED})"
+                ),
+                [instance, generation, set.rows.clone()],
+            );
+            let targets = format!(
+                "SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
+                 WHERE p.status IN {FINISHED}"
+            );
+            let wakes = self.wake_waiters(&targets, vec![set.rows]);
+            self.parts.push(Part::Finishes { at: set.at, finished, wakes });
+        }
+    }
+
+    /// Signals everybody who awaits one of the selected runs; answers with those that the instance owns.
+    pub(super) fn wake_waiters(&mut self, targets: &str, target_args: Vec<Arg>) -> usize {
+        let [instance, generation] = self.fence_args();
+        let mut args = vec![instance.clone(), instance.clone(), generation];
+        args.extend(target_args);
+        args.push(instance);
+        self.script.add(
+            &format!(
+                "UPDATE durable_processes SET signals = signals + 1, {} WHERE {FENCED} AND {ANYBODY} AND status IN {UNFINISHED}
+                     AND run IN (SELECT w.waiter FROM durable_waiters w WHERE w.target IN ({targets}))
+                 RETURNING run, owner IS NOT NULL AND owner = ?",
+                wake()
+            ),
+            args,
+        )
+    }
+
+    pub(super) fn parks(&mut self) {
+        let mut at = Vec::new();
+        let mut rows = Rows::default();
+        for (index, op) in self.ops() {
+            if let Op::Park(Park { run, claim, wake_at, seen, waiting_for }) = op {
+                at.push(index);
+                rows.push(cells![run.0, *claim, wake_at.map(time_text), *seen, waiting_for.as_ref()]);
+            }
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let [instance, generation] = self.fence_args();
+        let parked = self.script.add(
+            &format!(
+                "UPDATE durable_processes SET status = 'waiting', owner = NULL, calm_claim = claim, signalled = 0,
+                     wake_at = j.value->>2, waiting_for = j.value->>4, status_at = {NOW}
+                 FROM jsonb_each(?) j
+                 WHERE durable_processes.run = j.value->>0 AND durable_processes.claim = j.value->>1
+                     AND +durable_processes.owner = ?
+                     AND (j.value->>3 IS NULL OR j.value->>3 = durable_processes.signals) AND {FENCED}"
+            ),
+            [rows.arg(), instance.clone(), instance, generation],
+        );
+        self.parts.push(Part::Parks { at, parked });
+    }
+}
