@@ -41,6 +41,7 @@ on_each_backend!(
     a_step_that_loses_is_signalled,
     a_dropped_step_is_attempted_again,
     an_operation_dropped_while_it_is_recorded,
+    a_receive_dropped_while_it_is_recorded,
     two_that_ask_for_one_value,
     a_message_as_large_as_allowed,
     wakers_of_operations_that_are_gone,
@@ -554,6 +555,57 @@ async fn an_operation_dropped_while_it_is_recorded<B: Backend>() {
         .await;
     assert!(host.spawn(DROPPED, "d", &()).await.unwrap().output().await.unwrap() > 0);
     assert_eq!(effects.all().len(), 40, "each once");
+}
+
+async fn a_receive_dropped_while_it_is_recorded<B: Backend>() {
+    const DROPPED: Definition<(), (usize, Vec<u64>)> = Definition::new("dropped");
+    const ROUNDS: u64 = 30;
+    let backend = B::new().await;
+    let function = async |proc: Process| {
+        let (mut dropped, mut log) = (0, Vec::new());
+        proc.event(SHIPPED).await?;
+        for n in 0..ROUNDS {
+            // A function that drops a receive does not do the same again after a crash, so it notes what it did.
+            let mut returned = false;
+            if proc.execution() == 1 {
+                let mut first = std::pin::pin!(std::future::IntoFuture::into_future(proc.event(PAID)));
+                if let std::task::Poll::Ready(paid) = futures_util::poll!(first.as_mut()) {
+                    returned = true;
+                    log.push(paid?);
+                }
+            }
+            if proc.get(("returned", n), || returned).await? {
+                if proc.execution() > 1 {
+                    log.push(proc.event(PAID).await?);
+                }
+            } else {
+                dropped += 1;
+                let race = proc.race(("first", n)).on(proc.event(PAID), |paid| paid);
+                log.push(race.on(proc.delay(("late", n), Duration::from_secs(3600)), |_| u64::MAX).await?);
+            }
+            log.push(proc.event(PAID).await?);
+        }
+        proc.event(SHIPPED).await?;
+        Ok((dropped, log))
+    };
+    let host = host_with(&backend, DROPPED, function).await;
+    let handle = host.spawn(DROPPED, "d", &()).await.unwrap();
+    for n in 0..2 * ROUNDS {
+        handle.raise(PAID, &n).await.unwrap();
+    }
+    handle.raise(SHIPPED, &"go".into()).await.unwrap();
+    until("it is through", async || {
+        handle.value::<bool>(("returned", ROUNDS - 1)).await.unwrap().is_some()
+            && handle.status().await.unwrap().waiting_for.is_some_and(|what| what.contains("Shipped"))
+    })
+    .await;
+    drop(host);
+    let host = host_with(&backend, DROPPED, function).await;
+    let handle = host.get("d").of(DROPPED);
+    handle.raise(SHIPPED, &"end".into()).await.unwrap();
+    let (dropped, log) = handle.output().await.unwrap();
+    assert!(dropped > 0);
+    assert_eq!(log, (0..2 * ROUNDS).collect::<Vec<_>>(), "each once, in order, in both executions");
 }
 
 async fn two_that_ask_for_one_value<B: Backend>() {

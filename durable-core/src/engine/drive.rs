@@ -29,24 +29,28 @@ enum Turn {
     Quiet(Box<Park>),
 }
 
-/// Runs a process until it ends, parks, or is not ours any more.
-pub(super) async fn drive(run: Arc<Run>, input: Box<str>) {
-    let span = tracing::info_span!("process", id = %run.id, kind = %run.kind, run = %run.run, claim = run.claim);
-    let mut future = start(&run, &span, input);
-    // Behind the future, on the heap only while something is waited for.
-    let mut sleep: Option<Pin<Box<Sleep>>> = None;
-    run.wake.nudge();
-    let turn = loop {
-        match poll_fn(|cx| turn(&run, &span, &mut future, &mut sleep, cx)).await {
-            Turn::Quiet(park) => match Box::pin(park_quiet(&run, *park)).await {
-                Parked::Yes => break None,
-                Parked::No => {}
-            },
-            turn => break Some(turn),
-        }
-    };
-    // On the heap, and so is the park: a process that waits need not carry the room for its end.
-    Box::pin(leave(run, span, turn, future, sleep)).await;
+/// Runs a process until it ends, parks, or is not ours any more. Not an `async fn`, whose arguments would have their room
+/// twice: a task of every process in memory is made of this.
+#[allow(clippy::manual_async_fn)]
+pub(super) fn drive(run: Arc<Run>, input: Box<str>) -> impl Future<Output = ()> {
+    async move {
+        let span = tracing::info_span!("process", id = %run.id, kind = %run.kind, run = %run.run, claim = run.claim);
+        let mut future = start(&run, &span, input);
+        // Behind the future, on the heap only while something is waited for.
+        let mut sleep: Option<Pin<Box<Sleep>>> = None;
+        run.wake.nudge();
+        let turn = loop {
+            match poll_fn(|cx| turn(&run, &span, &mut future, &mut sleep, cx)).await {
+                Turn::Quiet(park) => match Box::pin(park_quiet(&run, *park)).await {
+                    Parked::Yes => break None,
+                    Parked::No => {}
+                },
+                turn => break Some(turn),
+            }
+        };
+        // On the heap, and so is the park: a process that waits need not carry the room for its end.
+        Box::pin(leave(run, span, turn, future, sleep)).await;
+    }
 }
 
 /// Ends the execution, however it came to its end.

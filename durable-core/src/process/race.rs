@@ -68,6 +68,9 @@ struct Won {
     payload: Result<Box<str>, EncodeError>,
     takes: Option<PutBack>,
     awaited: Option<RunId>,
+    /// The receive, by its number among those of the event, whose record holds the message: it was dropped while that
+    /// was on its way.
+    receive: Option<u32>,
 }
 
 /// How a member is called in the record.
@@ -96,6 +99,8 @@ struct Finished {
     result: Box<RawValue>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     message: Option<i64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    receive: Option<u32>,
 }
 
 impl<'p, T: Send + 'p> Race<'p, T> {
@@ -136,6 +141,9 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
             };
             return match (member.finish)(finished.result.get()) {
                 Ok(output) => {
+                    if let Some(receive) = finished.receive {
+                        receive::complete(&operation, &finished.winner.name, receive);
+                    }
                     operation.done();
                     Ok(output)
                 }
@@ -167,7 +175,7 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
         operation.record_value(RecordState::Pending, &Pending { deadlines: deadlines.clone() }).await?;
     }
     let (winner, won, finish) = contest(&operation, members, &deadlines).await?;
-    let Won { payload, takes: mut back, awaited } = won;
+    let Won { payload, takes: mut back, awaited, receive } = won;
     let payload = match payload {
         Ok(payload) => payload,
         Err(error) => return operation.unencodable(&error).await,
@@ -175,7 +183,7 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
     let takes = back.as_ref().and_then(PutBack::number);
     let finished = RawValue::from_string(payload.clone().into())
         .map_err(|e| e.to_string())
-        .and_then(|result| payload::encode(&Finished { winner, result, message: takes }).map_err(|e| e.to_string()));
+        .and_then(|result| payload::encode(&Finished { winner: winner.clone(), result, message: takes, receive }).map_err(|e| e.to_string()));
     let finished = match finished {
         Ok(finished) => finished,
         Err(why) => return operation.stuck(format!("the race {}: {why}", operation.key)).await,
@@ -183,6 +191,9 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
     operation.record(Write { takes, awaited, ..Write::done(finished) }).await?;
     if let Some(back) = &mut back {
         back.keep();
+    }
+    if let Some(receive) = receive {
+        receive::complete(&operation, &winner.name, receive);
     }
     match finish(&payload) {
         Ok(output) => {
@@ -248,7 +259,7 @@ mod sealed {
 }
 
 fn won(payload: Result<Box<str>, EncodeError>) -> Won {
-    Won { payload, takes: None, awaited: None }
+    Won { payload, takes: None, awaited: None, receive: None }
 }
 
 impl sealed::Sealed for Delay<'_> {}
@@ -282,7 +293,10 @@ impl<'p, T: DeserializeOwned + Send + 'p> RaceMember<'p> for Receive<'p, T, T> {
         let (name, at) = (self.name, self.at);
         let contend: Contend<'p> = Box::new(move |race, _| {
             Box::pin(async move {
-                let Some(_place) = Place::take(&race.run, name, at) else { return std::future::pending().await };
+                let Some(place) = Place::take(&race.run, name, at) else { return std::future::pending().await };
+                if let Some(message) = place.left_over(&race).await? {
+                    return Ok(Won { receive: Some(place.k), ..won(Ok(message)) });
+                }
                 let taken = |state: &mut State, _| {
                     let number = receive::lowest(state, name)?;
                     receive::take(state, number)

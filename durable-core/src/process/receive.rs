@@ -69,7 +69,21 @@ impl<'p, T> Receive<'p, T, T> {
 pub(super) struct Place {
     run: Arc<Run>,
     name: &'static str,
-    k: u32,
+    pub(super) k: u32,
+}
+
+/// The key of the k-th receive of an event.
+fn key(scope: Scope, name: &str, k: u32) -> RecordKey {
+    RecordKey { scope, name: name.into(), key: format!("#{k}").into() }
+}
+
+/// A race has returned what the record of the k-th receive of an event holds.
+pub(super) fn complete(race: &Operation, name: &str, k: u32) {
+    let key = key(race.key.scope, name, k);
+    let mut state = race.run.state();
+    let receives = state.mail.receives.entry(name.into()).or_default();
+    receives.completed = receives.completed.max(k);
+    state.names.of(&key).asked = true;
 }
 
 impl Place {
@@ -91,6 +105,22 @@ impl Place {
             return None;
         }
         Some(Self { run: run.clone(), name, k })
+    }
+
+    /// The message in this place's record, if a receive was dropped while that was on its way.
+    pub(super) async fn left_over(&self, race: &Operation) -> Result<Option<Box<str>>, Cancelled> {
+        let key = key(race.key.scope, self.name, self.k);
+        let record = |state: &mut State, _| match state.names.get(&key) {
+            Some(name) if name.recording => None,
+            Some(name) if name.is_final() => Some(name.record.clone()),
+            _ => Some(None),
+        };
+        let Some(record) = race.wait(WaitFor::Engine, None, record).await? else { return Ok(None) };
+        match payload::decode(&record.payload) {
+            Ok(Received::Message(json)) => Ok(Some(Box::<str>::from(json))),
+            Ok(Received::TimedOut(_)) => Ok(None),
+            Err(why) => race.undecodable(&why).await,
+        }
     }
 
     /// The receive has completed.
@@ -134,8 +164,7 @@ where
                 return std::future::pending().await;
             }
             let Some(place) = Place::take(&run, name, at) else { return std::future::pending().await };
-            let key = RecordKey { scope, name: name.into(), key: format!("#{}", place.k).into() };
-            let mut operation = Operation::with_key(&run, key, OpKind::Event, at);
+            let mut operation = Operation::with_key(&run, key(scope, name, place.k), OpKind::Event, at);
             let received = receive(&mut operation, name, timeout).await?;
             let message = match &received {
                 Received::Message(json) => match payload::decode::<T>(json.get()) {
