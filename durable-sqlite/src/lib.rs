@@ -41,6 +41,8 @@ mod errors;
 mod lend;
 mod life;
 mod migrate;
+#[cfg(test)]
+mod plans;
 mod rows;
 mod script;
 mod store;

@@ -57,6 +57,12 @@ pub(crate) struct Script {
     begins: Vec<(usize, usize)>,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// What has been run on this thread.
+    pub(crate) static RAN: std::cell::RefCell<Vec<(String, Vec<Arg>)>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
 /// What one statement of a script answered.
 #[derive(Default)]
 pub(crate) struct Answer {
@@ -76,25 +82,21 @@ impl Script {
         self.statements - 1
     }
 
-    /// How SQLite would carry out each statement, without running any.
+    /// Its statements, each with its arguments.
     #[cfg(test)]
-    pub(crate) async fn plans(&self, connection: &mut SqliteConnection) -> Vec<(String, Vec<String>)> {
-        let mut plans = Vec::new();
+    pub(crate) fn parts(&self) -> Vec<(String, Vec<Arg>)> {
         let ends = self.begins[1..].iter().copied().chain([(self.sql.len(), self.args.len())]);
-        for ((from, args_from), (to, args_to)) in self.begins.iter().copied().zip(ends) {
-            let mut script = Self::default();
-            let sql = self.sql[from..to].trim().trim_end_matches(';');
-            script.add(&format!("EXPLAIN QUERY PLAN {sql}"), self.args[args_from..args_to].iter().cloned());
-            let answers = script.run(connection).await.unwrap();
-            let lines = answers[0].rows.iter().map(|row| crate::rows::get(row, 3).unwrap()).collect();
-            plans.push((sql.to_owned(), lines));
-        }
-        plans
+        let part = |((from, args_from), (to, args_to)): ((usize, usize), (usize, usize))| {
+            (self.sql[from..to].trim().trim_end_matches(';').to_owned(), self.args[args_from..args_to].to_vec())
+        };
+        self.begins.iter().copied().zip(ends).map(part).collect()
     }
 
     /// Runs it. After an error nothing of it is left: what it began is rolled back. **Dropped before it returns, it may
     /// leave a transaction open**: the connection must go with it ([`Lent`](crate::lend::Lent)).
     pub(crate) async fn run(self, connection: &mut SqliteConnection) -> Result<Vec<Answer>> {
+        #[cfg(test)]
+        RAN.with_borrow_mut(|ran| ran.extend(self.parts()));
         let mut arguments = SqliteArguments::default();
         for arg in self.args {
             let added = match arg {

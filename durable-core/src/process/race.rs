@@ -181,9 +181,10 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
         Err(error) => return operation.unencodable(&error).await,
     };
     let takes = back.as_ref().and_then(PutBack::number);
-    let finished = RawValue::from_string(payload.clone().into())
-        .map_err(|e| e.to_string())
-        .and_then(|result| payload::encode(&Finished { winner: winner.clone(), result, message: takes, receive }).map_err(|e| e.to_string()));
+    let finished = RawValue::from_string(payload.clone().into()).map_err(|e| e.to_string()).and_then(|result| {
+        payload::encode(&Finished { winner: winner.clone(), result, message: takes, receive })
+            .map_err(|e| e.to_string())
+    });
     let finished = match finished {
         Ok(finished) => finished,
         Err(why) => return operation.stuck(format!("the race {}: {why}", operation.key)).await,

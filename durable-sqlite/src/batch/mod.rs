@@ -8,8 +8,6 @@ mod owned;
 mod records;
 mod sets;
 mod starts;
-#[cfg(test)]
-mod tests;
 
 use durable_core::storage::{Batch, Op, Outcome, RecordOp, Result, StorageError};
 use sqlx::sqlite::SqliteConnection;

@@ -1,0 +1,112 @@
+//! No statement that runs again and again may go through a table, or through all that an instance owns.
+
+use durable_core::storage::*;
+use sqlx::{Connection, SqliteConnection};
+
+use crate::Sqlite;
+use crate::script::{RAN, Script};
+
+/// A batch with everything in it, in every form that a statement can take.
+fn everything() -> Batch {
+    let run = RunId::new();
+    let id: Box<str> = "p-1".into();
+    let spawn = |restart_finished| Spawn {
+        run: RunId::new(),
+        id: id.clone(),
+        kind: "kind".into(),
+        input: "1".into(),
+        digest: "d".into(),
+        take: true,
+        restart_finished,
+    };
+    let raise = || Raise { id: id.clone(), name: "e".into(), event_id: "x".into(), payload: "1".into() };
+    let record = |claim, effect| {
+        Op::Record(RecordOp {
+            run,
+            claim,
+            key: RecordKey { scope: Scope::Process, name: "n".into(), key: "k".into() },
+            op: OpKind::Step,
+            state: RecordState::Done,
+            payload: "1".into(),
+            attempts: 0,
+            takes: Some(1),
+            effect,
+            awaited: Some(RunId::new()),
+        })
+    };
+    let forget = Forget {
+        key: RecordKey { scope: Scope::Process, name: "n".into(), key: "".into() },
+        audit: uuid::Uuid::now_v7(),
+    };
+    let finish = |claim| Finish { run, claim, status: Status::Completed, output: None, reason: None, unasked: None };
+    let ops = vec![
+        Op::Spawn(spawn(true)),
+        Op::Raise(raise()),
+        record(1, None),
+        record(2, None),
+        record(1, Some(Effect::Spawn(spawn(false)))),
+        record(1, Some(Effect::Raise(raise()))),
+        Op::Await { run, id: id.clone(), target: None },
+        Op::AcceptCancel { run, claim: 1 },
+        Op::Seen { run, claim: 1, signals: 1 },
+        Op::Finish(finish(1)),
+        Op::Finish(finish(2)),
+        Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(1), waiting_for: None }),
+        Op::Cancel { id: id.clone() },
+        Op::Resume { id: id.clone(), forget: vec![forget] },
+        Op::Delete { id: id.clone() },
+        Op::Claim { kind: "kind".into(), limit: 10 },
+    ];
+    Batch { fence: Fence { instance: InstanceId::new(), generation: 0 }, namespace: "n".into(), ops }
+}
+
+#[tokio::test]
+async fn no_statement_goes_through_a_table() {
+    let folder = std::env::temp_dir().join(format!("durable-plans-{}", uuid::Uuid::now_v7()));
+    std::fs::create_dir(&folder).unwrap();
+    let path = folder.join("plans.db");
+    let storage = Sqlite::open(path.to_str().unwrap()).await.unwrap();
+    let everything = everything();
+    let Fence { instance, .. } = everything.fence;
+    let new = NewInstance { id: instance, namespace: "n".into(), label: "l".into(), kinds: vec!["kind".into()] };
+    let (mut heart, _) = storage.enlist(&new).await.unwrap();
+    RAN.take();
+    storage.commit(&everything).await.unwrap();
+    heart.beat().await.unwrap();
+    storage.refence(instance, 1).await.unwrap();
+    let run = RunId::new();
+    storage.load(&[run], true).await.unwrap();
+    storage.owned(instance, None, 10).await.unwrap();
+    let kinds = vec!["kind".into()];
+    storage.poll(&Poll { namespace: "n".into(), instance, kinds, watched: vec![run] }).await.unwrap();
+    storage.find("n", "p-1", None).await.unwrap();
+    storage.find("n", "p-1", Some(run)).await.unwrap();
+    storage.record(run, &RecordKey { scope: Scope::Process, name: "n".into(), key: "".into() }).await.unwrap();
+    storage.retire(instance).await.unwrap();
+    let ran = RAN.take();
+    assert!(ran.len() > 40, "all of them were seen: {}", ran.len());
+    let mut connection = SqliteConnection::connect(&format!("sqlite://{}", path.display())).await.unwrap();
+    let mut scans = Vec::new();
+    for (sql, args) in ran {
+        let mut script = Script::default();
+        script.add(&format!("EXPLAIN QUERY PLAN {sql}"), args);
+        let answers = script.run(&mut connection).await.unwrap();
+        let plan: Vec<String> = answers[0].rows.iter().map(|row| crate::rows::get(row, 3).unwrap()).collect();
+        // What the batch brings itself, and subqueries of it, may be gone through.
+        const OWN: [&str; 7] = ["j", "h", "k", "w", "r", "jsonb_each", "CONSTANT"];
+        // Whether there is any row at all.
+        let any = |line: &str| line.starts_with("SCAN durable_waiters USING COVERING INDEX");
+        let scan = |line: &str| {
+            let scanned = line.strip_prefix("SCAN ").and_then(|what| what.split(' ').next());
+            scanned.is_some_and(|what| !what.starts_with('(') && !OWN.contains(&what))
+        };
+        // What an instance owns is asked for a page at a time, where it is compared or handed back; never to write a batch.
+        let owned = |line: &str| line.contains("durable_processes_owner") && !sql.contains("LIMIT");
+        let bad: Vec<&String> = plan.iter().filter(|line| (scan(line) && !any(line)) || owned(line)).collect();
+        if !bad.is_empty() {
+            scans.push(format!("{sql}\n{plan:#?}"));
+        }
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(scans.is_empty(), "{}", scans.join("\n\n"));
+}
