@@ -150,7 +150,7 @@ impl<E: ProcessError> ProcessError for StepError<E> {
     fn is_cancelled(&self) -> bool {
         match self {
             Self::Failed(error) => error.is_cancelled(),
-            Self::TimedOut(_) => false,
+            Self::TimedOut(_) | Self::Refused(_) => false,
             Self::Cancelled(_) => true,
         }
     }
@@ -164,6 +164,9 @@ pub enum StepError<E> {
     Failed(E),
     /// The last attempt took longer than its [time-out](crate::Step::timeout). Recorded.
     TimedOut(Duration),
+    /// The database refused a [transaction](crate::Transaction) at its commit: a deferred constraint. Recorded; nothing of
+    /// the transaction was kept.
+    Refused(Box<str>),
     /// The process was cancelled before the step was recorded. It may have had its effect.
     Cancelled(Cancelled),
 }
@@ -183,6 +186,7 @@ impl<E: fmt::Display> fmt::Display for StepError<E> {
         match self {
             Self::Failed(error) => error.fmt(f),
             Self::TimedOut(after) => write!(f, "the step timed out after {after:?}"),
+            Self::Refused(why) => write!(f, "the database refused the transaction at its commit: {why}"),
             Self::Cancelled(cancelled) => cancelled.fmt(f),
         }
     }

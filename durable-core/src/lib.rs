@@ -37,7 +37,7 @@ pub use name::Name;
 pub use payload::EncodeError;
 pub use process::{
     All, AsFailure, Attempt, Attempts, AwaitOutput, CancelToken, Child, Delay, Delayed, Get, Process, Race, RaceMember,
-    RaiseFrom, Receive, Set, SpawnChild, Step, Typed,
+    RaiseFrom, Receive, Set, SpawnChild, Statements, Step, Transaction, Typed,
 };
 pub use retry::Retry;
 pub use storage::{Counted, InstanceId, RunId, Status};

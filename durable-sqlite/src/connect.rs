@@ -146,6 +146,7 @@ impl Open {
             wal: with_suffix(&path, "-wal"),
             options,
             writer: Single::new(writer),
+            transactor: Single::default(),
             readers,
             browsers,
             watcher: Mutex::new(Watcher::new(watcher)),

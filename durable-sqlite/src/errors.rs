@@ -43,6 +43,20 @@ pub(crate) fn reading(error: Error) -> StorageError {
     sort(error, false)
 }
 
+/// Whether another try may not meet the error.
+pub(crate) fn passes(error: &Error) -> bool {
+    const BUSY: i32 = 5;
+    const LOCKED: i32 = 6;
+    const NO_MEMORY: i32 = 7;
+    const INTERRUPTED: i32 = 9;
+    const IO: i32 = 10;
+    const FULL: i32 = 13;
+    match code(error) {
+        Some(code) => matches!(code & 0xff, BUSY | LOCKED | NO_MEMORY | INTERRUPTED | IO | FULL),
+        None => matches!(error, Error::Io(_) | Error::WorkerCrashed),
+    }
+}
+
 /// SQLite's extended result code.
 pub(crate) fn code(error: &Error) -> Option<i32> {
     match error {

@@ -46,10 +46,12 @@ mod plans;
 mod rows;
 mod script;
 mod store;
+mod transaction;
 
 pub use connect::Open;
 pub use durable_core::*;
 pub use migrate::{MIGRATIONS, schema_sql};
+pub use transaction::{Transactions, Tx};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use std::sync::Arc;

@@ -28,6 +28,9 @@ pub(crate) struct Shared {
     pub(crate) options: SqliteConnectOptions,
     /// The one connection that writes, in the order of those who wait for it.
     pub(crate) writer: Single,
+    /// For the service's own transactions, in the writer's turn. Another one, because what a service's SQL leaves on a
+    /// connection (a temporary table, say) must not meet the engine's.
+    pub(crate) transactor: Single,
     pub(crate) readers: SqlitePool,
     /// For lists and counts, which may take long: they must not keep the engine from reading.
     pub(crate) browsers: SqlitePool,
@@ -81,7 +84,7 @@ impl Shared {
         lent.done(result)
     }
 
-    async fn let_hearts_pass(&self) {
+    pub(crate) async fn let_hearts_pass(&self) {
         let since = Instant::now();
         while self.hearts_waiting.load(Ordering::Acquire) > 0 && since.elapsed() < Duration::from_millis(100) {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -124,7 +127,7 @@ async fn read(pool: &SqlitePool, statements: impl IntoIterator<Item = (String, V
 /// How long a call waits for a lock that another program holds, before it says that the storage is not available.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-async fn patiently(script: impl Fn() -> Script, connection: &mut SqliteConnection) -> Result<Vec<Answer>> {
+pub(crate) async fn patiently(script: impl Fn() -> Script, connection: &mut SqliteConnection) -> Result<Vec<Answer>> {
     let since = Instant::now();
     loop {
         match script().run(connection).await {
@@ -144,6 +147,10 @@ pub(crate) fn is_busy(why: &(dyn std::error::Error + Send + Sync + 'static)) -> 
 impl Storage for Sqlite {
     fn name(&self) -> &'static str {
         "sqlite"
+    }
+
+    fn transactional(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
+        Some(self)
     }
 
     async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
@@ -485,7 +492,7 @@ fn readable<T>(row: Result<T>) -> Option<T> {
     row.inspect_err(|why| tracing::error!("a row is left out: {why}")).ok()
 }
 
-fn all(answers: &[Answer]) -> impl Iterator<Item = &SqliteRow> {
+pub(crate) fn all(answers: &[Answer]) -> impl Iterator<Item = &SqliteRow> {
     answers.iter().flat_map(|answer| &answer.rows)
 }
 

@@ -64,6 +64,9 @@ impl<S: Storage> Storage for Faulty<S> {
     fn name(&self) -> &'static str {
         self.inner.name()
     }
+    fn transactional(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
+        self.inner.transactional()
+    }
     fn heartbeat_thread(&self) -> bool {
         self.inner.heartbeat_thread()
     }

@@ -23,6 +23,20 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn storage(&self) -> impl Future<Output = Self::Storage> + Send;
 }
 
+/// A backend whose database the tests also write to by hand.
+pub trait Sql: Backend {
+    /// The table of processes.
+    const PROCESSES: &'static str;
+    /// The table of records.
+    const STEPS: &'static str;
+    /// SQL that gives the engine's names another meaning for whoever does not name the place as well.
+    const HIDE: &'static [&'static str];
+    /// Runs a statement on a connection of its own.
+    fn execute(&self, sql: &str) -> impl Future<Output = ()> + Send;
+    /// The one number that a query answers with.
+    fn number(&self, sql: &str) -> impl Future<Output = i64> + Send;
+}
+
 /// In memory.
 pub struct InMemory(Memory);
 
@@ -55,6 +69,31 @@ impl Backend for SqliteFile {
     }
     async fn storage(&self) -> Sqlite {
         Sqlite::open(self.path()).await.unwrap()
+    }
+}
+
+impl Sql for SqliteFile {
+    const PROCESSES: &'static str = "durable_processes";
+    const STEPS: &'static str = "durable_steps";
+    const HIDE: &'static [&'static str] = &[
+        "CREATE TEMP TABLE IF NOT EXISTS durable_steps (dummy TEXT)",
+        "CREATE TEMP TABLE IF NOT EXISTS durable_processes (dummy TEXT)",
+        "CREATE TEMP TABLE IF NOT EXISTS durable_fences (dummy TEXT)",
+    ];
+    async fn execute(&self, sql: &str) {
+        let mut connection = self.connect().await;
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.unwrap();
+    }
+    async fn number(&self, sql: &str) -> i64 {
+        let mut connection = self.connect().await;
+        sqlx::query_scalar(sqlx::AssertSqlSafe(sql.to_owned())).fetch_one(&mut connection).await.unwrap()
+    }
+}
+
+impl SqliteFile {
+    async fn connect(&self) -> sqlx::SqliteConnection {
+        use sqlx::Connection;
+        sqlx::SqliteConnection::connect(&format!("sqlite://{}", self.path())).await.unwrap()
     }
 }
 

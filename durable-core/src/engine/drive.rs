@@ -12,7 +12,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::registry::Ended;
 use super::run::{Cancel, End, Run, WaitFor};
-use super::wake::Context;
+use super::wake::{Context, Inside};
 use crate::storage::{Finish, Op, Outcome, Park, Status};
 
 /// After this time a run that cannot park is looked at again: the database's clock may have jumped, and a waker that
@@ -89,7 +89,7 @@ fn start(run: &Arc<Run>, span: &tracing::Span, input: Box<str>) -> Option<UserFu
         run.fault(format_args!("the kind {:?} is not registered here", run.kind));
         return None;
     };
-    let _context = Context { run: run.serial, step: false }.enter();
+    let _context = Context { run: run.serial, inside: Inside::Function }.enter();
     let _span = span.enter();
     match catch_unwind(AssertUnwindSafe(|| entry.start(run.clone(), &input))) {
         Ok(Ok(future)) => {
@@ -139,7 +139,7 @@ fn turn(
                 let mut state = run.state();
                 state.polled = (state.mail.seen, state.cancel);
             }
-            let _context = Context { run: run.serial, step: false }.enter();
+            let _context = Context { run: run.serial, inside: Inside::Function }.enter();
             let _span = span.enter();
             let mut user_cx = TaskContext::from_waker(&run.root);
             match catch_unwind(AssertUnwindSafe(|| user.as_mut().poll(&mut user_cx))) {
@@ -318,7 +318,7 @@ fn drop_quietly(run: &Arc<Run>, future: Option<UserFuture>) -> Option<String> {
             state.end = Some(End::Gone);
         }
     }
-    let _context = Context { run: run.serial, step: false }.enter();
+    let _context = Context { run: run.serial, inside: Inside::Function }.enter();
     catch_unwind(AssertUnwindSafe(|| drop(future))).err().map(|panic| panic_message(&*panic))
 }
 

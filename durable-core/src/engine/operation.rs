@@ -46,6 +46,11 @@ impl Operation {
         Self { run: run.clone(), key, op, at, busy: false }
     }
 
+    /// Where it stands in the code.
+    pub(crate) fn at(&self) -> At {
+        self.at
+    }
+
     /// A stand-in for a member of a race: it waits and complains in the race's name, and takes no name itself.
     pub(crate) fn on_behalf(&self) -> Self {
         Self::with_key(&self.run, self.key.clone(), self.op, self.at)

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::held::Places;
 use super::names::{NameState, Names, Usage};
 use super::queue::{Answer, From, Job};
-use super::wake::{Context, RootWake};
+use super::wake::{Context, Inside, RootWake};
 use super::{Core, lock};
 use crate::storage::{
     Ended, EventRow, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId, RunState,
@@ -229,9 +229,9 @@ impl Run {
             ));
             return false;
         }
-        if here.step {
+        if here.inside != Inside::Function {
             self.fault(format_args!(
-                "{what} at {at} is inside a step's own closure; use durable operations beside steps, not within them"
+                "{what} at {at} is inside the closure of a step or of a transaction; use durable operations beside them, not within"
             ));
             return false;
         }
@@ -274,6 +274,12 @@ impl Run {
             name.recording = false;
             name.record = Some(record);
         }
+        self.name_changed();
+    }
+
+    /// A record that was on its way was not written.
+    pub(crate) fn not_recorded(&self, key: &RecordKey) {
+        self.state().names.of(key).recording = false;
         self.name_changed();
     }
 
@@ -403,10 +409,10 @@ impl State {
 }
 
 /// Counts an operation whose outcome is awaited.
-struct Counted<'r>(&'r Run);
+pub(crate) struct Counted<'r>(&'r Run);
 
 impl<'r> Counted<'r> {
-    fn new(run: &'r Run) -> Self {
+    pub(crate) fn new(run: &'r Run) -> Self {
         run.state().commits += 1;
         Self(run)
     }

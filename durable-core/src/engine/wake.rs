@@ -49,7 +49,7 @@ impl Wake for RootWake {
 
 thread_local! {
     /// Which run's future is being polled on this thread, and whether inside a step's own closure.
-    static CONTEXT: Cell<Context> = const { Cell::new(Context { run: 0, step: false }) };
+    static CONTEXT: Cell<Context> = const { Cell::new(Context { run: 0, inside: Inside::Function }) };
 }
 
 /// Where the calling code runs.
@@ -57,8 +57,18 @@ thread_local! {
 pub(crate) struct Context {
     /// The run's serial number in this program; 0 outside any.
     pub(crate) run: u64,
-    /// Inside the closure of a step.
-    pub(crate) step: bool,
+    pub(crate) inside: Inside,
+}
+
+/// Which of a process's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Inside {
+    /// Its function itself, or no process at all.
+    Function,
+    /// The closure of a step.
+    Step,
+    /// The closure of a transaction: the database may be waiting for it.
+    Transaction,
 }
 
 impl Context {

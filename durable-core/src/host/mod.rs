@@ -20,7 +20,7 @@ use crate::definition::Definition;
 use crate::engine::held::Places;
 use crate::engine::queue::{Answer, From, Job};
 use crate::engine::run::End;
-use crate::engine::wake::Context;
+use crate::engine::wake::{Context, Inside};
 use crate::engine::{Core, Phase, reaches};
 use crate::error::Unavailable;
 use crate::storage::{Op, Outcome, StorageError};
@@ -162,6 +162,7 @@ impl Core {
 
     /// Has an operation committed, for a call from outside a process.
     pub(crate) async fn ask(&self, op: Op, places: Option<Places>) -> Result<Outcome, Unavailable> {
+        self.outside_of_transactions().await;
         let (reply, answer) = oneshot::channel::<Answer>();
         self.queue.push(Job { op, from: From::Host, reply: Some(reply), places });
         let answer = async {
@@ -180,6 +181,7 @@ impl Core {
     where
         Fut: Future<Output = Result<T, StorageError>>,
     {
+        self.outside_of_transactions().await;
         self.bounded(async {
             let mut backoff = crate::engine::Backoff::new();
             loop {
@@ -194,6 +196,21 @@ impl Core {
             }
         })
         .await
+    }
+
+    /// Never returns inside the closure of a transaction, and makes the process stuck: the database may wait for the
+    /// transaction, and the call for the database.
+    async fn outside_of_transactions(&self) {
+        let here = Context::current();
+        if here.inside == Inside::Transaction {
+            if let Some(run) = self.held.runs().iter().find(|run| run.serial == here.run) {
+                run.fault(
+                    "a call of Host or Handle inside the closure of a transaction; call it beside the transaction, or use \
+                     what takes the transaction itself",
+                );
+            }
+            std::future::pending().await
+        }
     }
 
     /// Bounds a call from outside by the call time-out. A call that a process makes is not bounded, and never fails

@@ -7,6 +7,7 @@ mod message;
 mod race;
 mod receive;
 mod step;
+mod transaction;
 mod value;
 
 pub use all::All;
@@ -18,6 +19,7 @@ pub use message::RaiseFrom;
 pub use race::{Race, RaceMember};
 pub use receive::Receive;
 pub use step::{AsFailure, Attempt, Attempts, CancelToken, Step, Typed};
+pub use transaction::{Statements, Transaction};
 pub use value::{Get, Set};
 
 use chrono::{DateTime, Utc};

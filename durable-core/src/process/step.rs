@@ -16,7 +16,7 @@ use super::Process;
 use super::delay::due_after;
 use crate::engine::operation::{Begun, Operation, Write};
 use crate::engine::run::{Run, WaitFor};
-use crate::engine::wake::Context;
+use crate::engine::wake::{Context, Inside};
 use crate::error::{Cancelled, Failure, StepError};
 use crate::name::Name;
 use crate::payload;
@@ -133,6 +133,10 @@ pub trait Recording<E>: Send {
     type Error: Serialize + DeserializeOwned + Send;
     /// From what the closure returned.
     fn convert(error: E) -> Self::Error;
+    /// What the closure returned, if that can be asked for its sources.
+    fn cause(_: &E) -> Option<&(dyn std::error::Error + 'static)> {
+        None
+    }
 }
 
 impl<E: RecordableError> Recording<E> for Typed {
@@ -146,6 +150,9 @@ impl<E: std::error::Error + Send + 'static> Recording<E> for AsFailure {
     fn convert(error: E) -> Failure {
         Failure::from(error)
     }
+    fn cause(error: &E) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(error)
+    }
 }
 
 /// An error that can be recorded as it is: `Serialize` and `DeserializeOwned`.
@@ -158,7 +165,7 @@ impl<E: std::error::Error + Send + 'static> Recording<E> for AsFailure {
 pub trait RecordableError: Serialize + DeserializeOwned + Send {}
 impl<E: Serialize + DeserializeOwned + Send> RecordableError for E {}
 
-type RetryIf<'p, E> = Box<dyn Fn(&E) -> bool + Send + 'p>;
+pub(super) type RetryIf<'p, E> = Box<dyn Fn(&E) -> bool + Send + 'p>;
 
 /// A step, to be awaited. See [`Process::step`].
 #[must_use = "nothing happens before it is awaited"]
@@ -170,11 +177,11 @@ pub struct Step<'p, F: Attempts<M>, M, R> {
 }
 
 pub(super) struct Options<'p, E> {
-    retry: Retry,
-    retry_if: Option<RetryIf<'p, E>>,
-    timeout: Option<Duration>,
+    pub(super) retry: Retry,
+    pub(super) retry_if: Option<RetryIf<'p, E>>,
+    pub(super) timeout: Option<Duration>,
     /// Under which name the step was recorded before it was renamed.
-    was: Option<Name>,
+    pub(super) was: Option<Name>,
     _process: PhantomData<&'p ()>,
 }
 
@@ -182,9 +189,7 @@ impl<'p, F: Attempts<M>, M> Step<'p, F, M, Typed> {
     #[track_caller]
     pub(super) fn new(process: &'p Process, name: Name, attempts: F) -> Self {
         let operation = Operation::new(&process.run, process.scope(), &name, OpKind::Step, Location::caller());
-        let retry = Retry::fixed(Duration::ZERO).max_attempts(1);
-        let options = Options { retry, retry_if: None, timeout: None, was: None, _process: PhantomData };
-        Self { operation, attempts, options, types: PhantomData }
+        Self { operation, attempts, options: Options::new(), types: PhantomData }
     }
 
     /// Records the closure's error as a [`Failure`] (type name, message, sources): for errors that cannot be
@@ -253,8 +258,13 @@ where
 }
 
 impl<E> Options<'_, E> {
+    pub(super) fn new() -> Self {
+        let retry = Retry::fixed(Duration::ZERO).max_attempts(1);
+        Self { retry, retry_if: None, timeout: None, was: None, _process: PhantomData }
+    }
+
     /// The error as it is recorded, and whether it is worth another attempt.
-    fn judge<R: Recording<E>>(&self, error: E) -> (StepError<R::Error>, bool) {
+    pub(super) fn judge<R: Recording<E>>(&self, error: E) -> (StepError<R::Error>, bool) {
         let worth = self.retry_if.as_ref().is_none_or(|worth| worth(&error));
         (StepError::Failed(R::convert(error)), worth)
     }
@@ -294,37 +304,14 @@ where
     F::Ok: Serialize + DeserializeOwned,
     R: Recording<F::Err>,
 {
-    let was = options.was.as_ref().map(|was| RecordKey {
-        scope: operation.key.scope,
-        name: was.name().into(),
-        key: was.key().into(),
-    });
-    // Of the old name, so that a renamed step goes on with its key.
-    let identity = was.clone().unwrap_or_else(|| operation.key.clone());
-    if let Some(was) = was {
-        operation.rename_from(was);
-    }
-    let mut failed = 0;
-    match operation.begin().await? {
-        Begun::Recorded(record) => {
-            let returned = decode::<F::Ok, R::Error>(&record);
-            return match returned {
-                Ok(returned) => {
-                    operation.done();
-                    returned
-                }
-                Err(why) => operation.undecodable(&why).await,
-            };
+    let identity = identity(&mut operation, options.was.as_ref());
+    let mut failed = match begin(&mut operation).await? {
+        Start::Returned(returned) => {
+            operation.done();
+            return returned;
         }
-        Begun::Open(Some(Record { payload, attempts, .. })) => {
-            failed = attempts.max(0).unsigned_abs();
-            match payload::decode::<Pending>(&payload) {
-                Ok(pending) => wait_for_retry(&operation, pending.next_at).await?,
-                Err(why) => return operation.undecodable(&why).await,
-            }
-        }
-        Begun::Open(None) => {}
-    }
+        Start::After(failed) => failed,
+    };
     loop {
         let number = failed + 1;
         let made = attempt(&operation.run, &operation.key, &identity, number, options.timeout, &mut attempts);
@@ -343,32 +330,82 @@ where
             Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
         };
         failed += 1;
-        let seed = identity.idempotency(operation.run.run);
-        let delay = if worth { options.retry.delay_after(failed, seed) } else { None };
-        let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
-        let (payload, error) = match payload::encode_back(error) {
-            Ok(encoded) => encoded,
-            Err(error) => return operation.unencodable(&error).await,
-        };
-        match delay {
-            None => {
-                operation.record(Write { attempts, ..Write::failed(payload) }).await?;
-                operation.done();
-                return Err(error);
-            }
-            Some(delay) => {
-                let next_at = due_after(operation.run.core.clock.now(), delay);
-                tracing::debug!(id = %operation.run.id, run = %operation.run.run, step = %operation.key, attempt = number, "failed; tried again at {next_at}");
-                let pending = Pending { error: payload, next_at };
-                let payload = match payload::encode(&pending) {
-                    Ok(payload) => payload,
-                    Err(error) => return operation.unencodable(&error).await,
-                };
-                operation.record(Write { attempts, state: RecordState::Pending, ..Write::done(payload) }).await?;
-                wait_for_retry(&operation, next_at).await?;
-            }
+        if let Some(error) = note_failure(&operation, &identity, &options.retry, failed, error, worth).await? {
+            operation.done();
+            return Err(error);
         }
     }
+}
+
+/// What the attempts' key is made of: the old name, if there is one, so that a renamed step goes on with its key. Goes on
+/// under that name if only that has a record.
+pub(super) fn identity(operation: &mut Operation, was: Option<&Name>) -> RecordKey {
+    let Some(was) = was else { return operation.key.clone() };
+    let was = RecordKey { scope: operation.key.scope, name: was.name().into(), key: was.key().into() };
+    operation.rename_from(was.clone());
+    was
+}
+
+/// How a step begins.
+pub(super) enum Start<T, E> {
+    /// It is recorded: this is what it returns.
+    Returned(Result<T, StepError<E>>),
+    /// So many attempts have failed.
+    After(u32),
+}
+
+/// Takes the name; waits for the end of the pause before a further attempt.
+pub(super) async fn begin<T, E>(operation: &mut Operation) -> Result<Start<T, E>, Cancelled>
+where
+    T: DeserializeOwned,
+    E: DeserializeOwned,
+{
+    match operation.begin().await? {
+        Begun::Recorded(record) => match decode(&record) {
+            Ok(returned) => Ok(Start::Returned(returned)),
+            Err(why) => operation.undecodable(&why).await,
+        },
+        Begun::Open(Some(Record { payload, attempts, .. })) => match payload::decode::<Pending>(&payload) {
+            Ok(pending) => {
+                wait_for_retry(operation, pending.next_at).await?;
+                Ok(Start::After(attempts.max(0).unsigned_abs()))
+            }
+            Err(why) => operation.undecodable(&why).await,
+        },
+        Begun::Open(None) => Ok(Start::After(0)),
+    }
+}
+
+/// Records that an attempt has failed. The error if that is the step's; none once the pause before the next attempt is
+/// over.
+pub(super) async fn note_failure<E: Serialize + DeserializeOwned>(
+    operation: &Operation,
+    identity: &RecordKey,
+    retry: &Retry,
+    failed: u32,
+    error: StepError<E>,
+    worth: bool,
+) -> Result<Option<StepError<E>>, Cancelled> {
+    let seed = identity.idempotency(operation.run.run);
+    let delay = if worth { retry.delay_after(failed, seed) } else { None };
+    let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
+    let (payload, error) = match payload::encode_back(error) {
+        Ok(encoded) => encoded,
+        Err(error) => return operation.unencodable(&error).await,
+    };
+    let Some(delay) = delay else {
+        operation.record(Write { attempts, ..Write::failed(payload) }).await?;
+        return Ok(Some(error));
+    };
+    let next_at = due_after(operation.run.core.clock.now(), delay);
+    tracing::debug!(id = %operation.run.id, run = %operation.run.run, step = %operation.key, attempt = failed, "failed; tried again at {next_at}");
+    let pending = match payload::encode(&Pending { error: payload, next_at }) {
+        Ok(pending) => pending,
+        Err(error) => return operation.unencodable(&error).await,
+    };
+    operation.record(Write { attempts, state: RecordState::Pending, ..Write::done(pending) }).await?;
+    wait_for_retry(operation, next_at).await?;
+    Ok(None)
 }
 
 async fn wait_for_retry(operation: &Operation, next_at: chrono::DateTime<chrono::Utc>) -> Result<(), Cancelled> {
@@ -377,7 +414,9 @@ async fn wait_for_retry(operation: &Operation, next_at: chrono::DateTime<chrono:
 }
 
 /// What a record of a step says that the step returns.
-fn decode<T: DeserializeOwned, E: DeserializeOwned>(record: &Record) -> Result<Result<T, StepError<E>>, String> {
+pub(super) fn decode<T: DeserializeOwned, E: DeserializeOwned>(
+    record: &Record,
+) -> Result<Result<T, StepError<E>>, String> {
     match record.state {
         RecordState::Failed => payload::decode(&record.payload).map(Err),
         _ => payload::decode(&record.payload).map(Ok),
@@ -403,14 +442,28 @@ pub(super) async fn attempt<F, M>(
 where
     F: Attempts<M>,
 {
-    let scope = key.scope;
-    // Another instance may be taking over: what begins now might run twice.
-    run.core.live.fresh().await;
-    let mut underway = Underway::begin(run, scope).await?;
+    let underway = Underway::begin(run, key.scope).await?;
+    attempt_within(underway, Inside::Step, key, identity, number, timeout, attempts).await
+}
+
+/// Makes an attempt that has been let through.
+pub(super) async fn attempt_within<F, M>(
+    mut underway: Underway<'_>,
+    inside: Inside,
+    key: &RecordKey,
+    identity: &RecordKey,
+    number: u32,
+    timeout: Option<Duration>,
+    attempts: &mut F,
+) -> Result<Attempted<F::Ok, F::Err>, Cancelled>
+where
+    F: Attempts<M>,
+{
+    let (run, scope) = (underway.run, key.scope);
     let span = tracing::debug_span!("step", id = %run.id, kind = %run.kind, run = %run.run, name = %key.name, key = %key.key, attempt = number);
     let attempt = Attempt { number, run: run.run, identity: identity.clone(), cancel: underway.cancel.clone() };
     let user = {
-        let _context = Context { run: run.serial, step: true }.enter();
+        let _context = Context { run: run.serial, inside }.enter();
         attempts.begin(attempt)
     };
     let mut user = pin!(user.instrument(span));
@@ -444,7 +497,7 @@ where
         }
         let polled = {
             // Durable operations are refused in there.
-            let _context = Context { run: run.serial, step: true }.enter();
+            let _context = Context { run: run.serial, inside }.enter();
             user.as_mut().poll(cx)
         };
         if let Poll::Ready(result) = polled {
@@ -464,14 +517,17 @@ where
 
 /// An attempt that is under way: counted, so that a stopping host lets it end; its token is signalled when it is given
 /// up.
-struct Underway<'r> {
-    run: &'r Run,
+pub(super) struct Underway<'r> {
+    run: &'r Arc<Run>,
     cancel: CancelToken,
     ended: bool,
 }
 
 impl<'r> Underway<'r> {
-    async fn begin(run: &'r Arc<Run>, scope: Scope) -> Result<Self, Cancelled> {
+    /// Waits until an attempt may begin.
+    pub(super) async fn begin(run: &'r Arc<Run>, scope: Scope) -> Result<Self, Cancelled> {
+        // Another instance may be taking over: what begins now might run twice.
+        run.core.live.fresh().await;
         crate::engine::operation::wait_until(run, WaitFor::Engine, None, |state, _| {
             if state.stopping {
                 return None;

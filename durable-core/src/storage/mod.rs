@@ -9,6 +9,7 @@ mod batch;
 mod error;
 pub mod migration;
 mod rows;
+mod transaction;
 
 pub use batch::{
     Batch, Claimed, Effect, Fence, Finish, Forget, Op, Outcome, Park, Raise, Raised, RecordOp, Spawn, Spawned,
@@ -18,6 +19,8 @@ pub use rows::{
     Counted, Ended, EventRow, Filter, InstanceId, Loaded, LockState, NewInstance, OpKind, Peer, Peers, Poll, Polled,
     ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope, Status, Target,
 };
+
+pub use transaction::{Committed, Ending, Open, RolledBack, Transactional};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -49,6 +52,11 @@ pub trait Storage: Send + Sync + 'static {
     /// and looks are hours apart, so that a test in paused time does not step through a year second by second.
     fn announces_everything(&self) -> bool {
         false
+    }
+
+    /// The storage as a [`Transactional`] one, where it is: itself. A wrapper hands on what it wraps.
+    fn transactional(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
+        None
     }
 
     /// Makes an instance known: its row, its fence with generation 0, and its proof of life (a lock that the

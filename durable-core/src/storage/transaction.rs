@@ -1,0 +1,80 @@
+use async_trait::async_trait;
+use std::any::Any;
+use std::error::Error;
+use std::time::Duration;
+
+use super::{InstanceId, Record, RecordKey, RecordOp, Result, RunId};
+
+/// A storage on whose connections a service's own SQL runs, in one transaction with a step's record.
+///
+/// The engine calls every method from tasks of its own, which user code cannot drop.
+#[async_trait]
+pub trait Transactional: Any + Send + Sync {
+    /// What the step's closure is handed: an open transaction that it owns. Dropped, it gives the connection back to
+    /// its [`Open`]. Dropped both, the connection is closed, and the transaction rolled back with it.
+    type Tx: Send + 'static;
+
+    /// Begins a transaction, which the database itself ends should it be idle for longer than this, where it can.
+    async fn begin(&self, idle: Duration) -> Result<Open<Self::Tx>>;
+
+    /// Waits until nothing of an earlier transaction of this run can be committed any more, then reads the record.
+    async fn settled(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>>;
+}
+
+/// An open transaction.
+pub struct Open<Tx> {
+    /// For the closure.
+    pub tx: Tx,
+    /// For the engine.
+    pub ending: Box<dyn Ending>,
+}
+
+/// How a transaction ends. Dropped, its connection is closed.
+#[async_trait]
+pub trait Ending: Send + Sync {
+    /// Writes the record and commits, as one with what the closure did, **if** the instance is not fenced, owns the run
+    /// under the record's claim, and, unless the record belongs to the compensation, the run is not cancelled; all of
+    /// that is checked under locks that the commit lets go of.
+    ///
+    /// After [`StorageError::Unknown`](super::StorageError::Unknown) ask [`Transactional::settled`]. Whatever the
+    /// answer, a record that stands already is never written over: of two transactions of one step one is committed.
+    async fn commit(self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed>;
+
+    /// Rolls back. An error says that the connection was gone: what the closure returned may be due to that.
+    async fn rollback(self: Box<Self>) -> Result<RolledBack>;
+
+    /// Whether an error of the closure's, or one of its sources, is the driver's for something that another try may not
+    /// meet: a lost connection, a deadlock, a serialisation failure.
+    fn is_transient(&self, error: &(dyn Error + 'static)) -> bool;
+}
+
+/// What became of a commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Committed {
+    /// It is committed, with its record.
+    Recorded,
+    /// The record stood there already; nothing of this transaction was kept.
+    Exists,
+    /// The run is cancelled; nothing was kept.
+    Cancelled,
+    /// The run is not owned under that claim; nothing was kept.
+    Lost,
+    /// The database refused it at the commit, by a deferred constraint: why. Nothing was kept.
+    Refused(String),
+    /// The closure's SQL had ended the transaction itself, or its handle is still in use somewhere: whether anything
+    /// was kept is not known.
+    Escaped,
+}
+
+/// How a transaction was found at its roll-back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RolledBack {
+    /// In order.
+    Open,
+    /// A statement had failed, after which the database accepts no other.
+    Aborted,
+    /// The closure's SQL had ended the transaction itself.
+    Escaped,
+}

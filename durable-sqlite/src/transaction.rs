@@ -1,0 +1,260 @@
+use async_trait::async_trait;
+use durable_core::storage::{
+    Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, RecordState, Result, RolledBack, RunId, Storage,
+    StorageError, Transactional,
+};
+use durable_core::{Name, Process, Transaction, Typed};
+use sqlx::sqlite::SqliteConnection;
+use std::error::Error;
+use std::future::Future;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::Sqlite;
+use crate::errors::passes;
+use crate::lend::Turn;
+use crate::rows::get;
+use crate::script::{NOW, Script};
+use crate::store::{all, patiently};
+
+/// `proc.transaction(…)`: steps whose SQL commits with their record.
+pub trait Transactions {
+    /// A step whose SQL and whose record are one transaction: **exactly once**. See [`Transaction`].
+    ///
+    /// `tx` is an open transaction of SQLite's, begun as `IMMEDIATE`; statements run on `&mut *tx`.
+    ///
+    /// ```
+    /// use durable_sqlite::{Failure, Process, Transactions};
+    ///
+    /// async fn debit(proc: &Process, account: i64, cents: i64) -> Result<i64, Failure> {
+    ///     let left = proc
+    ///         .transaction("debit", async |mut tx| {
+    ///             sqlx::query("UPDATE accounts SET cents = cents - ? WHERE id = ?")
+    ///                 .bind(cents)
+    ///                 .bind(account)
+    ///                 .execute(&mut *tx)
+    ///                 .await?;
+    ///             sqlx::query_scalar("SELECT cents FROM accounts WHERE id = ?").bind(account).fetch_one(&mut *tx).await
+    ///         })
+    ///         .failure()
+    ///         .await?;
+    ///     Ok(left)
+    /// }
+    /// ```
+    #[track_caller]
+    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Sqlite, F, Typed>
+    where
+        F: FnMut(Tx) -> Fut + Send,
+        Fut: Future<Output = Result<T, E>> + Send,
+        T: Send,
+        E: Send;
+}
+
+impl Transactions for Process {
+    #[track_caller]
+    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Sqlite, F, Typed>
+    where
+        F: FnMut(Tx) -> Fut + Send,
+        Fut: Future<Output = Result<T, E>> + Send,
+        T: Send,
+        E: Send,
+    {
+        Transaction::new(self, name, statements)
+    }
+}
+
+/// An open transaction, in the hands of a step's closure: statements run on `&mut *tx`. Begin and commit are the
+/// engine's.
+#[derive(Debug)]
+pub struct Tx {
+    /// There until it is dropped.
+    connection: Option<SqliteConnection>,
+    slot: Slot,
+}
+
+/// Where the connection waits for its transaction's end.
+type Slot = Arc<Mutex<Option<SqliteConnection>>>;
+
+impl Deref for Tx {
+    type Target = SqliteConnection;
+    fn deref(&self) -> &SqliteConnection {
+        #[allow(clippy::expect_used)]
+        // Taken by the drop alone.
+        self.connection.as_ref().expect("it is there until the drop")
+    }
+}
+
+impl DerefMut for Tx {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        #[allow(clippy::expect_used)]
+        // Taken by the drop alone.
+        self.connection.as_mut().expect("it is there until the drop")
+    }
+}
+
+impl Drop for Tx {
+    fn drop(&mut self) {
+        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = self.connection.take();
+    }
+}
+
+#[async_trait]
+impl Transactional for Sqlite {
+    type Tx = Tx;
+
+    async fn begin(&self, _: Duration) -> Result<Open<Tx>> {
+        // In the order of all who write in this program, so that neither batches nor transactions starve.
+        let turn = self.0.writer.turn().await;
+        self.0.let_hearts_pass().await;
+        let mut lent = self.0.transactor.lend(&self.0.options.clone().foreign_keys(true)).await?;
+        let begin = || {
+            let mut script = Script::default();
+            script.add("BEGIN IMMEDIATE", []);
+            // It is there as long as the transaction is.
+            script.add("SAVEPOINT durable_transaction", []);
+            script
+        };
+        let begun = patiently(begin, &mut lent.connection).await;
+        if let Err(error) = begun {
+            return lent.done(Err(error));
+        }
+        let slot = Slot::default();
+        let (home, connection) = lent.part();
+        let tx = Tx { connection: Some(connection), slot: slot.clone() };
+        Ok(Open { tx, ending: Box::new(SqliteEnding { slot, home, _turn: turn }) })
+    }
+
+    async fn settled(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
+        // A commit that failed was rolled back before its turn was over.
+        let _turn = self.0.writer.turn().await;
+        self.record(run, key).await
+    }
+}
+
+struct SqliteEnding {
+    slot: Slot,
+    home: Turn,
+    _turn: Turn,
+}
+
+impl SqliteEnding {
+    fn connection(&self) -> Option<SqliteConnection> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+fn script(sql: &str) -> Script {
+    let mut script = Script::default();
+    script.add(sql, []);
+    script
+}
+
+#[async_trait]
+impl Ending for SqliteEnding {
+    async fn commit(mut self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
+        let Some(mut connection) = self.connection() else { return Ok(Committed::Escaped) };
+        if script("RELEASE durable_transaction").run(&mut connection).await.is_err() {
+            return Ok(Committed::Escaped);
+        }
+        let committed = commit(&mut connection, instance, record).await;
+        if committed.is_ok() {
+            *self.home = Some(connection);
+        }
+        committed
+    }
+
+    async fn rollback(mut self: Box<Self>) -> Result<RolledBack> {
+        // Whoever still has the handle has the connection, which is closed with it.
+        let Some(mut connection) = self.connection() else { return Ok(RolledBack::Open) };
+        let there = script("RELEASE durable_transaction").run(&mut connection).await.is_ok();
+        if there {
+            script("ROLLBACK").run(&mut connection).await?;
+        }
+        *self.home = Some(connection);
+        Ok(if there { RolledBack::Open } else { RolledBack::Escaped })
+    }
+
+    fn is_transient(&self, error: &(dyn Error + 'static)) -> bool {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            if error.downcast_ref::<sqlx::Error>().is_some_and(passes) {
+                return true;
+            }
+            next = error.source();
+        }
+        false
+    }
+}
+
+/// Writes the record and commits, or finds out why not and rolls back. The tables are named with their database: the
+/// closure may have made temporary ones of the same names.
+async fn commit(connection: &mut SqliteConnection, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
+    let RecordOp { run, claim, key, op, state, payload, attempts, .. } = record;
+    let (run, instance, scope) = (run.to_string(), instance.to_string(), key.scope as i64);
+    let mut insert = Script::default();
+    insert.add(
+        &format!(
+            "INSERT INTO main.durable_steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
+             SELECT p.run, ?, ?, ?, ?, ?, ?, ?, p.claim, {NOW} FROM main.durable_processes p
+             WHERE p.run = ? AND +p.owner = ? AND p.claim = ? AND (? = 1 OR p.cancelled_at IS NULL)
+                 AND EXISTS (SELECT 1 FROM main.durable_fences WHERE instance = ? AND fenced_at IS NULL)
+             ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
+                 payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,
+                 recorded_at = excluded.recorded_at
+             WHERE durable_steps.state = 'pending'"
+        ),
+        [
+            scope.into(),
+            (&*key.name).into(),
+            (&*key.key).into(),
+            op.as_str().into(),
+            state.as_str().into(),
+            (&**payload).into(),
+            i64::from(*attempts).into(),
+            run.as_str().into(),
+            instance.as_str().into(),
+            (*claim).into(),
+            scope.into(),
+            instance.as_str().into(),
+        ],
+    );
+    let written = insert.run(connection).await?.iter().map(|answer| answer.changes).sum::<u64>();
+    if written == 1 {
+        return match script("COMMIT").run(connection).await {
+            Ok(_) => Ok(Committed::Recorded),
+            // Rolled back by now.
+            Err(StorageError::Refused(why)) => Ok(Committed::Refused(why.to_string())),
+            Err(error) => Err(error),
+        };
+    }
+    let mut why = Script::default();
+    why.add(
+        "SELECT (SELECT state FROM main.durable_steps WHERE run = ? AND scope = ? AND name = ? AND key = ?),
+             EXISTS (SELECT 1 FROM main.durable_fences WHERE instance = ? AND fenced_at IS NULL),
+             EXISTS (SELECT 1 FROM main.durable_processes WHERE run = ? AND owner = ? AND claim = ?)",
+        [
+            run.as_str().into(),
+            scope.into(),
+            (&*key.name).into(),
+            (&*key.key).into(),
+            instance.as_str().into(),
+            run.as_str().into(),
+            instance.as_str().into(),
+            (*claim).into(),
+        ],
+    );
+    why.add("ROLLBACK", []);
+    let answers = why.run(connection).await?;
+    let row = all(&answers).next().ok_or_else(|| StorageError::schema("no answer"))?;
+    let state = get::<Option<&str>>(row, 0)?;
+    if !get::<bool>(row, 1)? {
+        Err(StorageError::Fenced)
+    } else if state.is_some_and(|state| state != RecordState::Pending.as_str()) {
+        Ok(Committed::Exists)
+    } else if get::<bool>(row, 2)? {
+        Ok(Committed::Cancelled)
+    } else {
+        Ok(Committed::Lost)
+    }
+}

@@ -1,0 +1,550 @@
+use durable_core::{Cancelled, Definition, Event, Failure, Host, Process, Retry, Status, StepError};
+use durable_tests::{Backend, Effects, Sql, quick, until, until_status};
+use serde::{Deserialize, Serialize};
+use std::future::{Future, IntoFuture};
+use std::time::Duration;
+
+const GO: Event<()> = Event::new("Go");
+const MS: Duration = Duration::from_millis(1);
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+enum DebitError {
+    NotEnough(i64),
+    Sql(String),
+}
+
+impl From<sqlx::Error> for DebitError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Sql(error.to_string())
+    }
+}
+
+async fn bank() -> B {
+    let backend = B::new().await;
+    // The storage's own tables are there before anything is put beside them.
+    backend.storage().await;
+    backend.execute("CREATE TABLE accounts (id BIGINT PRIMARY KEY, cents BIGINT NOT NULL)").await;
+    backend.execute("INSERT INTO accounts VALUES (1, 1000), (2, 0)").await;
+    backend
+}
+
+async fn cents(backend: &B, account: i64) -> i64 {
+    backend.number(&format!("SELECT cents FROM accounts WHERE id = {account}")).await
+}
+
+/// Takes so many from the first account; all statements are the closure's own.
+async fn debit(tx: &mut Tx, cents: i64) -> Result<i64, DebitError> {
+    let sql = format!("UPDATE accounts SET cents = cents - {cents} WHERE id = 1");
+    sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut **tx).await?;
+    let left: i64 = sqlx::query_scalar("SELECT cents FROM accounts WHERE id = 1").fetch_one(&mut **tx).await?;
+    if left < 0 { Err(DebitError::NotEnough(left)) } else { Ok(left) }
+}
+
+async fn sql(tx: &mut Tx, sql: &str) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&mut **tx).await.map(|_| ())
+}
+
+async fn host_with<O, F, Fut>(backend: &B, definition: Definition<(), O>, function: F) -> Host
+where
+    O: Serialize + for<'d> Deserialize<'d> + Send + 'static,
+    F: Fn(Process) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<O, Failure>> + Send + 'static,
+{
+    quick(backend).await.register(definition, move |proc, ()| function(proc)).start().await.unwrap()
+}
+
+/// That the rest of the service is not held up: another process starts and ends.
+const OTHER: Definition<(), u32> = Definition::new("other");
+
+async fn other(proc: Process, (): ()) -> Result<u32, Failure> {
+    Ok(proc.step("step", || async { Ok::<_, Failure>(1) }).await?)
+}
+
+macro_rules! tests {
+    ($($case:ident),* $(,)?) => { $(#[test] fn $case() { durable_tests::run(cases::$case()); })* };
+}
+
+tests!(
+    commits_with_its_record,
+    an_error_rolls_back_and_is_recorded,
+    a_failure_is_tried_again,
+    a_cancelled_process_commits_nothing,
+    who_does_not_own_the_run_commits_nothing,
+    a_record_that_stands_is_not_written_over,
+    a_deadline_ends_it,
+    one_that_nobody_polls_is_ended,
+    one_that_is_dropped_is_rolled_back,
+    sql_that_ends_the_transaction,
+    what_is_refused_within,
+    a_deferred_constraint_is_its_error,
+    a_handle_that_outlives_its_closure,
+    sql_that_hides_the_tables,
+    many_at_once,
+    limits,
+    a_step_and_a_transaction_of_one_name,
+    in_a_compensation,
+);
+
+mod cases {
+    use super::*;
+
+    pub(super) async fn commits_with_its_record() {
+        const DEBIT: Definition<(), (i64, i64)> = Definition::new("debit");
+        let backend = bank().await;
+        let function = async |proc: Process| {
+            let one = proc.transaction(("debit", 1), async |mut tx| debit(&mut tx, 100).await).await;
+            let two = proc.transaction(("debit", 2), async |mut tx| debit(&mut tx, 50).await).await;
+            proc.event(GO).await?;
+            Ok((one.unwrap(), two.unwrap()))
+        };
+        let host = host_with(&backend, DEBIT, function).await;
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("it waits", async || handle.status().await.unwrap().waiting_for.is_some()).await;
+        assert_eq!(cents(&backend, 1).await, 850);
+        drop(host);
+        let host = host_with(&backend, DEBIT, function).await;
+        let handle = host.get("d").of(DEBIT);
+        handle.raise(GO, &()).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), (900, 850));
+        assert_eq!(cents(&backend, 1).await, 850, "not again after a crash");
+    }
+
+    pub(super) async fn an_error_rolls_back_and_is_recorded() {
+        const DEBIT: Definition<(), StepError<DebitError>> = Definition::new("debit");
+        let backend = bank().await;
+        let calls = Effects::default();
+        let function = {
+            let calls = calls.clone();
+            move |proc: Process| {
+                let calls = calls.clone();
+                async move {
+                    let debit = proc.transaction("debit", async |mut tx| {
+                        calls.add("call");
+                        debit(&mut tx, 5000).await
+                    });
+                    let error = debit.await.unwrap_err();
+                    proc.event(GO).await?;
+                    Ok(error)
+                }
+            }
+        };
+        let host = host_with(&backend, DEBIT, function.clone()).await;
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("it waits", async || handle.status().await.unwrap().waiting_for.is_some()).await;
+        drop(host);
+        let host = host_with(&backend, DEBIT, function).await;
+        let handle = host.get("d").of(DEBIT);
+        handle.raise(GO, &()).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), StepError::Failed(DebitError::NotEnough(-4000)));
+        assert_eq!(cents(&backend, 1).await, 1000);
+        assert_eq!(calls.all().len(), 1);
+    }
+
+    pub(super) async fn a_failure_is_tried_again() {
+        const DEBIT: Definition<(), i64> = Definition::new("debit");
+        let backend = bank().await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let host = host_with(&backend, DEBIT, move |proc: Process| {
+            let calls = counted.clone();
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    let left = debit(&mut tx, 100).await?;
+                    calls.add("call");
+                    if calls.all().len() < 3 { Err(DebitError::NotEnough(0)) } else { Ok(left) }
+                });
+                Ok(debit.retry(Retry::fixed(MS).max_attempts(3)).await.unwrap())
+            }
+        })
+        .await;
+        assert_eq!(host.spawn(DEBIT, "d", &()).await.unwrap().output().await.unwrap(), 900);
+        assert_eq!((cents(&backend, 1).await, calls.all().len()), (900, 3));
+    }
+
+    pub(super) async fn a_cancelled_process_commits_nothing() {
+        const DEBIT: Definition<(), (), Cancelled> = Definition::new("debit");
+        let backend = bank().await;
+        let inside = Effects::default();
+        let counted = inside.clone();
+        let function = move |proc: Process, ()| {
+            let inside = counted.clone();
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    debit(&mut tx, 100).await?;
+                    inside.add("inside");
+                    std::future::pending::<Result<i64, DebitError>>().await
+                });
+                match debit.await {
+                    Err(StepError::Cancelled(cancelled)) => Err(cancelled),
+                    // SQLite has one writer: the order itself waits for the transaction's end.
+                    Err(StepError::TimedOut(_)) => proc.event(GO).await,
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        let host = quick(&backend).await.register(DEBIT, function).register(OTHER, other).start().await.unwrap();
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("it is inside", async || inside.count("inside") > 0).await;
+        handle.cancel().await.unwrap();
+        let ended = until_status(&handle, Status::Cancelled).await;
+        assert_eq!(ended.status, Status::Cancelled);
+        assert_eq!(cents(&backend, 1).await, 1000);
+        assert_eq!(host.spawn(OTHER, "o", &()).await.unwrap().output().await.unwrap(), 1);
+    }
+
+    pub(super) async fn who_does_not_own_the_run_commits_nothing() {
+        const DEBIT: Definition<(), i64> = Definition::new("debit");
+        let backend = std::sync::Arc::new(bank().await);
+        let shared = backend.clone();
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let host = host_with(&backend, DEBIT, move |proc: Process| {
+            let (backend, calls) = (shared.clone(), counted.clone());
+            async move {
+                backend.execute(&format!("UPDATE {} SET claim = claim + 1", B::PROCESSES)).await;
+                let debit = proc.transaction("debit", async |mut tx| {
+                    calls.add("call");
+                    debit(&mut tx, 100).await
+                });
+                Ok(debit.await.unwrap())
+            }
+        })
+        .await;
+        host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("it is dropped", async || calls.all().len() == 1 && host.in_memory() == 0).await;
+        assert_eq!(cents(&backend, 1).await, 1000);
+        assert_eq!(backend.number(&format!("SELECT count(*) FROM {}", B::STEPS)).await, 0);
+    }
+
+    pub(super) async fn a_record_that_stands_is_not_written_over() {
+        const DEBIT: Definition<(), i64> = Definition::new("debit");
+        let backend = bank().await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        // The closure writes its own record, as a transaction whose answer was lost would have: what it does beside is
+        // not kept, nor is that record.
+        let host = host_with(&backend, DEBIT, move |proc: Process| {
+            let calls = counted.clone();
+            async move {
+                let run = proc.run();
+                let debit = proc.transaction("debit", async |mut tx| {
+                    calls.add("call");
+                    if calls.all().len() == 1 {
+                        let record = format!(
+                            "INSERT INTO {} (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
+                             VALUES ('{run}', 0, 'debit', '', 'transaction', 'done', '7', 0, 1, CURRENT_TIMESTAMP)",
+                            B::STEPS
+                        );
+                        sql(&mut tx, &record).await?;
+                    }
+                    debit(&mut tx, 100).await
+                });
+                Ok(debit.await.unwrap())
+            }
+        })
+        .await;
+        assert_eq!(host.spawn(DEBIT, "d", &()).await.unwrap().output().await.unwrap(), 900);
+        assert_eq!((cents(&backend, 1).await, calls.all().len()), (900, 2));
+    }
+
+    pub(super) async fn a_deadline_ends_it() {
+        const DEBIT: Definition<(), String> = Definition::new("debit");
+        let backend = bank().await;
+        let function = |proc: Process, ()| async move {
+            let debit = proc.transaction("debit", async |mut tx| {
+                debit(&mut tx, 100).await?;
+                std::future::pending::<Result<i64, DebitError>>().await
+            });
+            let error = debit.timeout(100 * MS).await.unwrap_err();
+            Ok::<_, Failure>(matches!(error, StepError::TimedOut(_)).to_string())
+        };
+        let host = quick(&backend).await.register(DEBIT, function).register(OTHER, other).start().await.unwrap();
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        assert_eq!(host.spawn(OTHER, "o", &()).await.unwrap().output().await.unwrap(), 1);
+        assert_eq!(handle.output().await.unwrap(), "true");
+        assert_eq!(cents(&backend, 1).await, 1000);
+    }
+
+    pub(super) async fn one_that_nobody_polls_is_ended() {
+        const DEBIT: Definition<(), i64> = Definition::new("debit");
+        let backend = bank().await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let function = move |proc: Process, ()| {
+            let calls = counted.clone();
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    let left = debit(&mut tx, 100).await?;
+                    calls.add("call");
+                    if calls.all().len() == 1 {
+                        std::future::pending::<()>().await;
+                    }
+                    Ok::<_, DebitError>(left)
+                });
+                let mut debit = debit.timeout(100 * MS).into_future();
+                if proc.execution() == 1 {
+                    // Polled until it is inside, and then no more, while it is still there.
+                    while calls.all().is_empty() {
+                        assert!(futures_util::poll!(&mut debit).is_pending());
+                        tokio::time::sleep(MS).await;
+                    }
+                    std::future::pending::<()>().await;
+                }
+                Ok::<_, Failure>(debit.await.unwrap())
+            }
+        };
+        let host = quick(&backend).await.register(DEBIT, function).register(OTHER, other).start().await.unwrap();
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("it is inside", async || !calls.all().is_empty()).await;
+        assert_eq!(host.spawn(OTHER, "o", &()).await.unwrap().output().await.unwrap(), 1);
+        assert_eq!(handle.output().await.unwrap(), 900);
+        assert_eq!((cents(&backend, 1).await, calls.all().len()), (900, 2));
+    }
+
+    pub(super) async fn one_that_is_dropped_is_rolled_back() {
+        const DEBIT: Definition<(), i64> = Definition::new("debit");
+        let backend = bank().await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let host = host_with(&backend, DEBIT, move |proc: Process| {
+            let calls = counted.clone();
+            async move {
+                let once = || {
+                    proc.transaction("debit", async |mut tx| {
+                        let left = debit(&mut tx, 100).await?;
+                        calls.add("call");
+                        if calls.all().len() < 5 {
+                            std::future::pending::<()>().await;
+                        }
+                        Ok::<_, DebitError>(left)
+                    })
+                };
+                for round in 1..5 {
+                    let mut dropped = once().into_future();
+                    while calls.all().len() < round {
+                        assert!(futures_util::poll!(&mut dropped).is_pending());
+                        tokio::time::sleep(MS).await;
+                    }
+                }
+                Ok(once().await.unwrap())
+            }
+        })
+        .await;
+        assert_eq!(host.spawn(DEBIT, "d", &()).await.unwrap().output().await.unwrap(), 900);
+        assert_eq!((cents(&backend, 1).await, calls.all().len()), (900, 5));
+    }
+
+    pub(super) async fn sql_that_ends_the_transaction() {
+        const DEBIT: Definition<String, ()> = Definition::new("debit");
+        let backend = bank().await;
+        let function = |proc: Process, ends: String| async move {
+            let debit = proc.transaction("debit", async |mut tx| {
+                debit(&mut tx, 100).await?;
+                for statement in ends.trim_end_matches(" then fail").split(';') {
+                    sql(&mut tx, statement).await?;
+                }
+                if ends.ends_with("then fail") { Err(DebitError::NotEnough(0)) } else { Ok(()) }
+            });
+            debit.await.unwrap();
+            Ok::<_, Failure>(())
+        };
+        let host = quick(&backend).await.register(DEBIT, function).register(OTHER, other).start().await.unwrap();
+        for ends in ["COMMIT", "ROLLBACK", "ROLLBACK;BEGIN", "COMMIT;BEGIN", "COMMIT then fail", "ROLLBACK then fail"] {
+            let handle = host.spawn(DEBIT, ends, &ends.to_owned()).await.unwrap();
+            let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+            assert!(reason.contains("ended by its own SQL"), "{ends}: {reason}");
+            assert_eq!(host.spawn(OTHER, format!("o {ends}"), &()).await.unwrap().output().await.unwrap(), 1);
+        }
+        assert_eq!(backend.number(&format!("SELECT count(*) FROM {} WHERE op = 'transaction'", B::STEPS)).await, 0);
+    }
+
+    pub(super) async fn what_is_refused_within() {
+        const REFUSED: Definition<u32, ()> = Definition::new("refused");
+        let backend = bank().await;
+        let late: std::sync::Arc<std::sync::OnceLock<Host>> = std::sync::Arc::default();
+        let hosts = late.clone();
+        let function = move |proc: Process, which: u32| {
+            let host = hosts.get().unwrap().clone();
+            async move {
+                let within = proc.transaction("debit", async |mut tx| {
+                    debit(&mut tx, 100).await?;
+                    match which {
+                        0 => drop(proc.step("step", || async { Ok::<_, Failure>(()) }).await),
+                        1 => drop(proc.delay("delay", MS).await),
+                        2 => drop(host.spawn(OTHER, "o", &()).await),
+                        3 => drop(host.get("x").raise(GO, &()).await),
+                        4 => drop(host.get("x").status().await),
+                        _ => drop(proc.transaction("other", async |mut tx| debit(&mut tx, 1).await).await),
+                    }
+                    Ok::<_, DebitError>(())
+                });
+                within.await.unwrap();
+                Ok::<_, Failure>(())
+            }
+        };
+        let host = quick(&backend).await.register(REFUSED, function).register(OTHER, other).start().await.unwrap();
+        assert!(late.set(host.clone()).is_ok());
+        for which in 0..6 {
+            let handle = host.spawn(REFUSED, format!("r{which}"), &which).await.unwrap();
+            let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+            assert!(reason.contains("inside the closure of a"), "{which}: {reason}");
+        }
+        assert_eq!(cents(&backend, 1).await, 1000);
+    }
+
+    pub(super) async fn a_deferred_constraint_is_its_error() {
+        const DEBIT: Definition<(), String> = Definition::new("debit");
+        let backend = bank().await;
+        backend
+            .execute("CREATE TABLE lines (account BIGINT REFERENCES accounts (id) DEFERRABLE INITIALLY DEFERRED)")
+            .await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let host = host_with(&backend, DEBIT, move |proc: Process| {
+            let calls = counted.clone();
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    calls.add("call");
+                    sql(&mut tx, "INSERT INTO lines VALUES (77)").await?;
+                    debit(&mut tx, 100).await
+                });
+                match debit.await {
+                    Err(StepError::Refused(why)) => Ok(why.to_string()),
+                    other => panic!("{other:?}"),
+                }
+            }
+        })
+        .await;
+        let why = host.spawn(DEBIT, "d", &()).await.unwrap().output().await.unwrap();
+        assert!(why.to_lowercase().contains("foreign key"), "{why}");
+        assert_eq!((cents(&backend, 1).await, calls.all().len()), (1000, 1));
+    }
+
+    pub(super) async fn a_handle_that_outlives_its_closure() {
+        const DEBIT: Definition<(), ()> = Definition::new("debit");
+        let backend = bank().await;
+        let kept: std::sync::Arc<std::sync::Mutex<Option<Tx>>> = std::sync::Arc::default();
+        let keeper = kept.clone();
+        let function = move |proc: Process, ()| {
+            let kept = keeper.clone();
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    debit(&mut tx, 100).await?;
+                    *kept.lock().unwrap() = Some(tx);
+                    Ok::<_, DebitError>(())
+                });
+                debit.await.unwrap();
+                Ok::<_, Failure>(())
+            }
+        };
+        let host = quick(&backend).await.register(DEBIT, function).register(OTHER, other).start().await.unwrap();
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("the handle has been kept", async || kept.lock().unwrap().is_some()).await;
+        drop(kept.lock().unwrap().take());
+        let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+        assert!(reason.contains("outlives its closure"), "{reason}");
+        assert_eq!(host.spawn(OTHER, "o", &()).await.unwrap().output().await.unwrap(), 1);
+        assert_eq!(cents(&backend, 1).await, 1000);
+    }
+
+    pub(super) async fn sql_that_hides_the_tables() {
+        const DEBIT: Definition<(), i64> = Definition::new("debit");
+        let backend = bank().await;
+        let function = |proc: Process, ()| async move {
+            let debit = proc.transaction("debit", async |mut tx| {
+                for hides in B::HIDE {
+                    sql(&mut tx, hides).await?;
+                }
+                debit(&mut tx, 100).await
+            });
+            Ok::<_, Failure>(debit.await.unwrap())
+        };
+        let host = quick(&backend).await.register(DEBIT, function).register(OTHER, other).start().await.unwrap();
+        for n in 0..3 {
+            let left = host.spawn(DEBIT, format!("d{n}"), &()).await.unwrap().output().await.unwrap();
+            assert_eq!(left, 900 - 100 * n);
+            assert_eq!(host.spawn(OTHER, format!("o{n}"), &()).await.unwrap().output().await.unwrap(), 1);
+        }
+        assert_eq!(backend.number(&format!("SELECT count(*) FROM {} WHERE op = 'transaction'", B::STEPS)).await, 3);
+    }
+
+    pub(super) async fn many_at_once() {
+        const DEBIT: Definition<(), ()> = Definition::new("debit");
+        let backend = bank().await;
+        let host = host_with(&backend, DEBIT, async |proc: Process| {
+            let one = |n| proc.transaction(("debit", n), async |mut tx| debit(&mut tx, 1).await).into_future();
+            let (a, b) = tokio::join!(one(1), one(2));
+            (a.unwrap(), b.unwrap());
+            let all: futures_util::stream::FuturesUnordered<_> = (3..6).map(one).collect();
+            let all: Vec<_> = futures_util::StreamExt::collect(all).await;
+            assert!(all.into_iter().all(|left| left.is_ok()));
+            Ok(())
+        })
+        .await;
+        let mut handles = Vec::new();
+        for n in 0..20 {
+            handles.push(host.spawn(DEBIT, format!("d{n}"), &()).await.unwrap());
+        }
+        for handle in handles {
+            handle.output().await.unwrap();
+        }
+        assert_eq!(cents(&backend, 1).await, 1000 - 20 * 5);
+    }
+
+    pub(super) async fn limits() {
+        const LARGE: Definition<u32, ()> = Definition::new("large");
+        let backend = bank().await;
+        let function = |proc: Process, which: u32| async move {
+            let debit = proc.transaction("debit", async |mut tx| {
+                debit(&mut tx, 100).await?;
+                Ok::<_, DebitError>("x".repeat(2000))
+            });
+            match which {
+                0 => drop(debit.await),
+                _ => drop(debit.timeout(Duration::from_secs(60)).await),
+            }
+            Ok::<_, Failure>(())
+        };
+        let host = quick(&backend).await.max_payload(1000).register(LARGE, function).start().await.unwrap();
+        for (which, says) in [(0, "allowed"), (1, "half of the host's expiry")] {
+            let handle = host.spawn(LARGE, format!("l{which}"), &which).await.unwrap();
+            let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+            assert!(reason.contains(says), "{reason}");
+        }
+        assert_eq!(cents(&backend, 1).await, 1000);
+    }
+
+    pub(super) async fn a_step_and_a_transaction_of_one_name() {
+        const MIXED: Definition<(), ()> = Definition::new("mixed");
+        let backend = bank().await;
+        let host = host_with(&backend, MIXED, async |proc: Process| {
+            proc.step("debit", || async { Ok::<_, Failure>(()) }).await?;
+            proc.transaction("debit", async |mut tx| debit(&mut tx, 100).await).await.unwrap();
+            Ok(())
+        })
+        .await;
+        let handle = host.spawn(MIXED, "m", &()).await.unwrap();
+        let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+        assert!(reason.contains("used twice"), "{reason}");
+        assert_eq!(cents(&backend, 1).await, 1000);
+    }
+
+    pub(super) async fn in_a_compensation() {
+        const DEBIT: Definition<(), (), Cancelled> = Definition::new("debit");
+        let backend = bank().await;
+        let function = |proc: Process, ()| async move {
+            proc.transaction("move", async |mut tx| debit(&mut tx, 100).await).await.unwrap();
+            let waited = proc.event(GO).await;
+            let undo = proc.compensation();
+            undo.transaction("move", async |mut tx| debit(&mut tx, -100).await).await.unwrap();
+            waited
+        };
+        let host = quick(&backend).await.register(DEBIT, function).start().await.unwrap();
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("it waits", async || handle.status().await.unwrap().waiting_for.is_some()).await;
+        assert_eq!(cents(&backend, 1).await, 900);
+        handle.cancel().await.unwrap();
+        until_status(&handle, Status::Cancelled).await;
+        assert_eq!(cents(&backend, 1).await, 1000);
+    }
+}

@@ -1,0 +1,15 @@
+//! Steps whose SQL commits with their record: exactly once, whatever goes wrong.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+/// The cases, once for each database.
+macro_rules! on {
+    ($database:ident, $backend:ty, $storage:ident) => {
+        mod $database {
+            use $storage::{Transactions, Tx};
+            type B = $backend;
+            include!("cases.rs");
+        }
+    };
+}
+
+on!(sqlite, durable_tests::SqliteFile, durable_sqlite);
