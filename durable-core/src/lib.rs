@@ -31,7 +31,10 @@ pub use error::{
     Cancelled, Failure, HandleError, OutputError, ProcessError, RaiseError, SpawnError, StartError, StepError,
     Unavailable,
 };
-pub use host::{Handle, Host, HostBuilder, Info, Json, Processes, Resume, Send as SendMessage, SpawnProcess, with};
+pub use host::{
+    Handle, Host, HostBuilder, Info, Json, OutboxError, Processes, RaiseIn, Resume, Send as SendMessage, SpawnIn,
+    SpawnProcess, with,
+};
 pub use limits::LimitError;
 pub use name::Name;
 pub use payload::EncodeError;

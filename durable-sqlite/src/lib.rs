@@ -41,6 +41,7 @@ mod errors;
 mod lend;
 mod life;
 mod migrate;
+mod outbox;
 #[cfg(test)]
 mod plans;
 mod rows;
@@ -51,6 +52,7 @@ mod transaction;
 pub use connect::Open;
 pub use durable_core::*;
 pub use migrate::{MIGRATIONS, schema_sql};
+pub use outbox::{InTransaction, Outbox};
 pub use transaction::{Transactions, Tx};
 
 use chrono::{DateTime, SecondsFormat, Utc};

@@ -63,6 +63,20 @@ thread_local! {
     pub(crate) static RAN: std::cell::RefCell<Vec<(String, Vec<Arg>)>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
+/// As the driver binds them.
+pub(crate) fn arguments(args: Vec<Arg>) -> sqlx::Result<SqliteArguments> {
+    let mut arguments = SqliteArguments::default();
+    for arg in args {
+        let added = match arg {
+            Arg::Text(text) => arguments.add(text),
+            Arg::Int(number) => arguments.add(number),
+            Arg::Null => arguments.add(None::<i64>),
+        };
+        added.map_err(sqlx::Error::Encode)?;
+    }
+    Ok(arguments)
+}
+
 /// What one statement of a script answered.
 #[derive(Default)]
 pub(crate) struct Answer {
@@ -97,15 +111,7 @@ impl Script {
     pub(crate) async fn run(self, connection: &mut SqliteConnection) -> Result<Vec<Answer>> {
         #[cfg(test)]
         RAN.with_borrow_mut(|ran| ran.extend(self.parts()));
-        let mut arguments = SqliteArguments::default();
-        for arg in self.args {
-            let added = match arg {
-                Arg::Text(text) => arguments.add(text),
-                Arg::Int(number) => arguments.add(number),
-                Arg::Null => arguments.add(None::<i64>),
-            };
-            added.map_err(StorageError::refused)?;
-        }
+        let arguments = arguments(self.args).map_err(StorageError::refused)?;
         // The text is put together from constants of this crate; what users give is bound.
         let query = sqlx::query_with(AssertSqlSafe(self.sql), arguments).persistent(!self.once);
         let mut answers = Vec::with_capacity(self.statements);

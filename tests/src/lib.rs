@@ -31,6 +31,12 @@ pub trait Sql: Backend {
     const STEPS: &'static str;
     /// SQL that gives the engine's names another meaning for whoever does not name the place as well.
     const HIDE: &'static [&'static str];
+    /// A connection of the service's own.
+    type Connection: Send;
+    /// Begins a transaction that writes.
+    const BEGIN: &'static str;
+    /// A connection of the service's own.
+    fn connection(&self) -> impl Future<Output = Self::Connection> + Send;
     /// Runs a statement on a connection of its own.
     fn execute(&self, sql: &str) -> impl Future<Output = ()> + Send;
     /// The one number that a query answers with.
@@ -80,20 +86,19 @@ impl Sql for SqliteFile {
         "CREATE TEMP TABLE IF NOT EXISTS durable_processes (dummy TEXT)",
         "CREATE TEMP TABLE IF NOT EXISTS durable_fences (dummy TEXT)",
     ];
+    type Connection = sqlx::SqliteConnection;
+    const BEGIN: &'static str = "BEGIN IMMEDIATE";
+    async fn connection(&self) -> sqlx::SqliteConnection {
+        use sqlx::Connection;
+        sqlx::SqliteConnection::connect(&format!("sqlite://{}", self.path())).await.unwrap()
+    }
     async fn execute(&self, sql: &str) {
-        let mut connection = self.connect().await;
+        let mut connection = self.connection().await;
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.unwrap();
     }
     async fn number(&self, sql: &str) -> i64 {
-        let mut connection = self.connect().await;
+        let mut connection = self.connection().await;
         sqlx::query_scalar(sqlx::AssertSqlSafe(sql.to_owned())).fetch_one(&mut connection).await.unwrap()
-    }
-}
-
-impl SqliteFile {
-    async fn connect(&self) -> sqlx::SqliteConnection {
-        use sqlx::Connection;
-        sqlx::SqliteConnection::connect(&format!("sqlite://{}", self.path())).await.unwrap()
     }
 }
 

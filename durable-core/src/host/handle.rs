@@ -14,7 +14,7 @@ use crate::engine::Core;
 use crate::engine::held::Slot;
 use crate::engine::wake::Context;
 use crate::error::{Failure, HandleError, OutputError, RaiseError, Unavailable};
-use crate::limits;
+use crate::limits::{self, LimitError};
 use crate::name::Name;
 use crate::payload::{self, EncodeError};
 use crate::storage::{
@@ -332,16 +332,24 @@ impl Send {
     }
 }
 
+impl Send {
+    /// What is to be written, once it has been checked.
+    pub(super) fn prepare(self) -> Result<(Arc<Core>, Raise), LimitError> {
+        let Self { core, process, event, id, payload } = self;
+        let event_id = id.unwrap_or_else(|| Uuid::now_v7().simple().to_string());
+        let payload = check_message(&core, &process, event, &event_id, payload)?;
+        Ok((core, Raise { id: process, name: event.into(), event_id: event_id.into(), payload }))
+    }
+}
+
 impl IntoFuture for Send {
     type Output = Result<(), RaiseError>;
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + std::marker::Send>>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let Self { core, process, event, id, payload } = self;
         Box::pin(async move {
-            let event_id = id.unwrap_or_else(|| Uuid::now_v7().simple().to_string());
-            let payload = check_message(&core, &process, event, &event_id, payload)?;
-            let raise = Raise { id: process.clone(), name: event.into(), event_id: event_id.into(), payload };
+            let (core, raise) = self.prepare()?;
+            let process = raise.id.clone();
             match core.ask(Op::Raise(raise), None).await? {
                 Outcome::Raised(Raised::Delivered { .. }) => Ok(()),
                 Outcome::Raised(Raised::Finished) => Err(RaiseError::Finished { id: process }),

@@ -2,11 +2,13 @@
 
 mod builder;
 mod handle;
+mod outbox;
 mod processes;
 mod spawn;
 
 pub use builder::{HostBuilder, with};
 pub use handle::{Handle, Info, Json, Resume, Send};
+pub use outbox::{OutboxError, RaiseIn, SpawnIn};
 pub use processes::Processes;
 pub use spawn::SpawnProcess;
 pub(crate) use spawn::{check_message, check_spawn, judge_spawned};

@@ -41,31 +41,48 @@ impl<O, E> SpawnProcess<O, E> {
     }
 }
 
+impl<O, E> SpawnProcess<O, E> {
+    /// What is to be written, once it has been checked. Not taken by this host.
+    pub(super) fn prepare(&mut self) -> Result<Spawn, LimitError> {
+        let input = std::mem::replace(&mut self.input, Ok("".into()));
+        let input = check_spawn(&self.core, self.kind, &self.id, input)?;
+        let digest = payload::digest(&input);
+        Ok(Spawn {
+            run: RunId::new(),
+            id: (*self.id).into(),
+            kind: self.kind.into(),
+            input,
+            digest,
+            take: false,
+            restart_finished: self.restart_finished,
+        })
+    }
+
+    /// What the id has now, if that is what was asked for.
+    pub(super) fn judge(self, digest: &str, spawned: &Spawned) -> Result<Handle<O, E>, SpawnError> {
+        judge_spawned(spawned, &self.id, self.kind, digest, self.existing_ok)?;
+        Ok(Handle::new(self.core, self.id.into(), Some(spawned.run), Some(self.kind)))
+    }
+
+    pub(super) fn namespace(&self) -> &str {
+        &self.core.namespace
+    }
+}
+
 impl<O: 'static, E: 'static> IntoFuture for SpawnProcess<O, E> {
     type Output = Result<Handle<O, E>, SpawnError>;
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
 
-    fn into_future(self) -> Self::IntoFuture {
-        let Self { core, kind, id, input, existing_ok, restart_finished, .. } = self;
+    fn into_future(mut self) -> Self::IntoFuture {
         Box::pin(async move {
-            let input = check_spawn(&core, kind, &id, input)?;
-            let id: Box<str> = id.into();
-            let digest = payload::digest(&input);
-            let places = core.may_take(kind);
-            let spawn = Spawn {
-                run: RunId::new(),
-                id: id.clone(),
-                kind: kind.into(),
-                input,
-                digest: digest.clone(),
-                take: places.is_some(),
-                restart_finished,
-            };
-            let Outcome::Spawned(spawned) = core.ask(Op::Spawn(spawn), places).await? else {
-                return Err(SpawnError::Unavailable(core.strange_answer()));
-            };
-            judge_spawned(&spawned, &id, kind, &digest, existing_ok)?;
-            Ok(Handle::new(core, id, Some(spawned.run), Some(kind)))
+            let mut spawn = self.prepare()?;
+            let digest = spawn.digest.clone();
+            let places = self.core.may_take(self.kind);
+            spawn.take = places.is_some();
+            match self.core.ask(Op::Spawn(spawn), places).await? {
+                Outcome::Spawned(spawned) => self.judge(&digest, &spawned),
+                _ => Err(SpawnError::Unavailable(self.core.strange_answer())),
+            }
         })
     }
 }

@@ -3,7 +3,7 @@ use std::any::Any;
 use std::error::Error;
 use std::time::Duration;
 
-use super::{InstanceId, Record, RecordKey, RecordOp, Result, RunId};
+use super::{InstanceId, Raise, Raised, Record, RecordKey, RecordOp, Result, RunId, Spawn, Spawned};
 
 /// A storage on whose connections a service's own SQL runs, in one transaction with a step's record.
 ///
@@ -46,6 +46,19 @@ pub trait Ending: Send + Sync {
     /// Whether an error of the closure's, or one of its sources, is the driver's for something that another try may not
     /// meet: a lost connection, a deadlock, a serialisation failure.
     fn is_transient(&self, error: &(dyn Error + 'static)) -> bool;
+}
+
+/// Writes starts and messages into a transaction of the service's own. What it wrote is undone with that transaction.
+#[async_trait]
+pub trait OutboxWriter: Send {
+    /// The driver's error.
+    type Error: Send;
+
+    /// Puts a start in, unless the id exists; says what the id has then, as this transaction sees it.
+    async fn spawn(self, namespace: &str, spawn: &Spawn) -> Result<Spawned, Self::Error>;
+
+    /// Puts a message in.
+    async fn raise(self, namespace: &str, raise: &Raise) -> Result<Raised, Self::Error>;
 }
 
 /// What became of a commit.

@@ -22,9 +22,9 @@ const FENCED: &str =
 /// Whether anybody awaits anything: evaluated once for a statement, so that where nobody does nobody is looked for.
 const ANYBODY: &str = "EXISTS (SELECT 1 FROM durable_waiters)";
 // `+owner` in the statements keeps SQLite from going through all that the instance owns: rows are found by their run.
-const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
+pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
 /// Both lists are used positively: a status that this version does not know is neither.
-const FINISHED: &str = "('completed', 'failed', 'cancelled')";
+pub(crate) const FINISHED: &str = "('completed', 'failed', 'cancelled')";
 
 /// A batch on its way.
 pub(crate) struct Plan<'b> {
@@ -112,7 +112,7 @@ impl<'b> Plan<'b> {
 
 /// What a signal does besides counting: tells an owner that is another instance, makes a waiting process due. One `?`:
 /// the writing instance.
-fn wake() -> String {
+pub(crate) fn wake() -> String {
     format!(
         "signalled = CASE WHEN owner IS NOT NULL AND owner <> ? THEN 1 ELSE signalled END,
          wake_at = CASE WHEN status = 'waiting' THEN min(coalesce(wake_at, {NOW}), {NOW}) ELSE wake_at END"

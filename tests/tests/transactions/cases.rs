@@ -1,4 +1,5 @@
 use durable_core::{Cancelled, Definition, Event, Failure, Host, Process, Retry, Status, StepError};
+use durable_core::{OutboxError, RaiseError, SpawnError};
 use durable_tests::{Backend, Effects, Sql, quick, until, until_status};
 use serde::{Deserialize, Serialize};
 use std::future::{Future, IntoFuture};
@@ -83,6 +84,9 @@ tests!(
     limits,
     a_step_and_a_transaction_of_one_name,
     in_a_compensation,
+    a_start_in_the_services_transaction,
+    a_message_in_the_services_transaction,
+    starts_and_messages_in_a_transactional_step,
 );
 
 mod cases {
@@ -546,5 +550,121 @@ mod cases {
         handle.cancel().await.unwrap();
         until_status(&handle, Status::Cancelled).await;
         assert_eq!(cents(&backend, 1).await, 1000);
+    }
+
+    const ADD: Definition<u32, u32> = Definition::new("add");
+    const NUMBER: Event<u32> = Event::new("Number");
+
+    /// Its input and what it is sent.
+    async fn add(proc: Process, input: u32) -> Result<u32, Failure> {
+        let step = proc.step("step", || async { Ok::<_, Failure>(input) }).await?;
+        Ok(step + proc.event(NUMBER).await?)
+    }
+
+    async fn adding(backend: &B) -> Host {
+        quick(backend).await.register(ADD, add).start().await.unwrap()
+    }
+
+    async fn run(connection: &mut <B as Sql>::Connection, sql: &'static str) {
+        sqlx::raw_sql(sql).execute(&mut *connection).await.unwrap();
+    }
+
+    pub(super) async fn a_start_in_the_services_transaction() {
+        let backend = bank().await;
+        let host = adding(&backend).await;
+        let mut own = backend.connection().await;
+        for (id, end) in [("committed", "COMMIT"), ("rolled back", "ROLLBACK")] {
+            run(&mut own, B::BEGIN).await;
+            run(&mut own, "UPDATE accounts SET cents = cents - 1 WHERE id = 1").await;
+            host.spawn_in(&mut own, ADD, id, &7).await.unwrap();
+            // The same again is the same.
+            host.spawn_in(&mut own, ADD, id, &7).await.unwrap();
+            match host.spawn_in(&mut own, ADD, id, &8).await {
+                Err(OutboxError::Process(SpawnError::OtherInput { .. })) => {}
+                other => panic!("{:?}", other.map(|_| ())),
+            }
+            host.spawn_in(&mut own, ADD, id, &8).existing_ok().await.unwrap();
+            match host.spawn_in(&mut own, ADD, "", &8).await {
+                Err(OutboxError::Process(SpawnError::Limit(_))) => {}
+                other => panic!("{:?}", other.map(|_| ())),
+            }
+            run(&mut own, end).await;
+        }
+        assert_eq!(cents(&backend, 1).await, 999);
+        let handle = host.get("committed").of(ADD);
+        handle.raise(NUMBER, &1).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 8);
+        assert!(host.get("rolled back").status().await.is_err());
+        // One that has ended is handed back, or started anew.
+        run(&mut own, B::BEGIN).await;
+        let same = host.spawn_in(&mut own, ADD, "committed", &7).await.unwrap();
+        let anew = host.spawn_in(&mut own, ADD, "committed", &20).restart_finished().await.unwrap();
+        run(&mut own, "COMMIT").await;
+        assert_eq!(same.output().await.unwrap(), 8);
+        anew.raise(NUMBER, &1).await.unwrap();
+        assert_eq!(anew.output().await.unwrap(), 21);
+    }
+
+    pub(super) async fn a_message_in_the_services_transaction() {
+        let backend = bank().await;
+        let host = adding(&backend).await;
+        let mut own = backend.connection().await;
+        let parked = host.spawn(ADD, "parked", &1).await.unwrap();
+        until("it is a row", async || host.in_memory() == 0).await;
+        for (n, end) in [(100, "ROLLBACK"), (10, "COMMIT")] {
+            run(&mut own, B::BEGIN).await;
+            host.raise_in(&mut own, "parked", NUMBER, &n).id("once").await.unwrap();
+            host.raise_in(&mut own, "parked", NUMBER, &n).id("once").await.unwrap();
+            match host.raise_in(&mut own, "nobody", NUMBER, &n).await {
+                Err(OutboxError::Process(RaiseError::NotFound { .. })) => {}
+                other => panic!("{other:?}"),
+            }
+            run(&mut own, end).await;
+        }
+        assert_eq!(parked.output().await.unwrap(), 11);
+        run(&mut own, B::BEGIN).await;
+        match host.raise_in(&mut own, "parked", NUMBER, &1).await {
+            Err(OutboxError::Process(RaiseError::Finished { .. })) => {}
+            other => panic!("{other:?}"),
+        }
+        run(&mut own, "COMMIT").await;
+        // In memory, and owned by whoever: its owner finds it.
+        let host = backend.storage().await;
+        let host = Host::builder(host).register(ADD, add).quiet_time(Duration::from_secs(60)).start().await.unwrap();
+        let waiting = host.spawn(ADD, "waiting", &1).await.unwrap();
+        until("it waits", async || waiting.status().await.unwrap().execution == 1).await;
+        run(&mut own, B::BEGIN).await;
+        host.raise_in(&mut own, "waiting", NUMBER, &5).await.unwrap();
+        run(&mut own, "COMMIT").await;
+        assert_eq!(waiting.output().await.unwrap(), 6);
+    }
+
+    pub(super) async fn starts_and_messages_in_a_transactional_step() {
+        const PARENT: Definition<(), ()> = Definition::new("parent");
+        let backend = bank().await;
+        let late: std::sync::Arc<std::sync::OnceLock<Host>> = std::sync::Arc::default();
+        let hosts = late.clone();
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let function = move |proc: Process, ()| {
+            let (host, calls) = (hosts.get().unwrap().clone(), counted.clone());
+            async move {
+                let parts = proc.transaction("parts", async |mut tx| {
+                    calls.add("call");
+                    debit(&mut tx, 100).await?;
+                    let failed = |error: &dyn std::fmt::Display| DebitError::Sql(error.to_string());
+                    host.spawn_in(&mut *tx, ADD, "child", &1).await.map_err(|e| failed(&e))?;
+                    host.raise_in(&mut *tx, "child", NUMBER, &2).await.map_err(|e| failed(&e))?;
+                    if calls.all().len() < 3 { Err(DebitError::NotEnough(0)) } else { Ok(()) }
+                });
+                parts.retry(Retry::fixed(MS).max_attempts(3)).await.unwrap();
+                Ok::<_, Failure>(())
+            }
+        };
+        let host = quick(&backend).await.register(ADD, add).register(PARENT, function).start().await.unwrap();
+        assert!(late.set(host.clone()).is_ok());
+        host.spawn(PARENT, "p", &()).await.unwrap().output().await.unwrap();
+        assert_eq!(host.get("child").of(ADD).output().await.unwrap(), 3);
+        assert_eq!(cents(&backend, 1).await, 900);
     }
 }

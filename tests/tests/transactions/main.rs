@@ -5,7 +5,7 @@
 macro_rules! on {
     ($database:ident, $backend:ty, $storage:ident) => {
         mod $database {
-            use $storage::{Transactions, Tx};
+            use $storage::{Outbox, Transactions, Tx};
             type B = $backend;
             include!("cases.rs");
         }

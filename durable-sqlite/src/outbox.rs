@@ -1,0 +1,198 @@
+use async_trait::async_trait;
+use durable_core::storage::{OutboxWriter, Raise, Raised, RunId, Spawn, Spawned};
+use durable_core::{Definition, Event, Host, RaiseIn, SpawnIn};
+use futures_util::TryStreamExt;
+use serde::Serialize;
+use sqlx::sqlite::SqliteExecutor;
+use sqlx::{AssertSqlSafe, Either};
+use std::marker::PhantomData;
+
+use crate::rows::{boxed, get, run};
+use crate::script::{Answer, Arg, NOW, arguments};
+
+/// `host.spawn_in(&mut *tx, …)` and `host.raise_in(&mut *tx, …)`: starts and messages inside the service's own transaction
+/// on the same file, or inside [`proc.transaction`](crate::Transactions::transaction).
+///
+/// Begin the transaction with `pool.begin_with("BEGIN IMMEDIATE")` and keep it short: SQLite has one writer, and nobody
+/// else writes meanwhile. A process in memory learns of a message at its instance's next look.
+pub trait Outbox {
+    /// Starts a process if the transaction commits; idempotent by its id, as [`Host::spawn`].
+    ///
+    /// ```
+    /// use durable_sqlite::{Definition, Host, Outbox};
+    ///
+    /// const SHIP: Definition<i64, ()> = Definition::new("ship");
+    ///
+    /// async fn order(host: &Host, pool: &sqlx::SqlitePool, item: i64) -> Result<(), Box<dyn std::error::Error>> {
+    ///     let mut tx = pool.begin_with("BEGIN IMMEDIATE").await?;
+    ///     sqlx::query("INSERT INTO orders (item) VALUES (?)").bind(item).execute(&mut *tx).await?;
+    ///     host.spawn_in(&mut *tx, SHIP, format!("ship {item}"), &item).await?;
+    ///     Ok(tx.commit().await?)
+    /// }
+    /// ```
+    fn spawn_in<'c, X, I, O, E>(
+        &self,
+        executor: X,
+        definition: Definition<I, O, E>,
+        id: impl Into<String>,
+        input: &I,
+    ) -> SpawnIn<'c, InTransaction<'c, X>, O, E>
+    where
+        X: SqliteExecutor<'c> + 'c,
+        I: Serialize;
+
+    /// Sends a message if the transaction commits, as [`Handle::raise`](crate::Handle::raise).
+    fn raise_in<'c, X, T>(
+        &self,
+        executor: X,
+        id: impl Into<String>,
+        event: Event<T>,
+        payload: &T,
+    ) -> RaiseIn<'c, InTransaction<'c, X>>
+    where
+        X: SqliteExecutor<'c> + 'c,
+        T: Serialize;
+}
+
+impl Outbox for Host {
+    fn spawn_in<'c, X, I, O, E>(
+        &self,
+        executor: X,
+        definition: Definition<I, O, E>,
+        id: impl Into<String>,
+        input: &I,
+    ) -> SpawnIn<'c, InTransaction<'c, X>, O, E>
+    where
+        X: SqliteExecutor<'c> + 'c,
+        I: Serialize,
+    {
+        SpawnIn::new(self, InTransaction { executor, transaction: PhantomData }, definition, id, input)
+    }
+
+    fn raise_in<'c, X, T>(
+        &self,
+        executor: X,
+        id: impl Into<String>,
+        event: Event<T>,
+        payload: &T,
+    ) -> RaiseIn<'c, InTransaction<'c, X>>
+    where
+        X: SqliteExecutor<'c> + 'c,
+        T: Serialize,
+    {
+        RaiseIn::new(self, InTransaction { executor, transaction: PhantomData }, id, event, payload)
+    }
+}
+
+/// What is written through: a connection in a transaction.
+#[derive(Debug)]
+pub struct InTransaction<'c, X> {
+    executor: X,
+    transaction: PhantomData<&'c ()>,
+}
+
+impl<'c, X: SqliteExecutor<'c>> InTransaction<'c, X> {
+    /// Runs statements; after an error the transaction is as the driver left it.
+    async fn run(self, sql: String, args: Vec<Arg>) -> sqlx::Result<Vec<Answer>> {
+        let query = sqlx::query_with(AssertSqlSafe(sql), arguments(args)?);
+        let mut stream = self.executor.fetch_many(query);
+        let (mut answers, mut current) = (Vec::new(), Answer::default());
+        while let Some(item) = stream.try_next().await? {
+            match item {
+                Either::Right(row) => current.rows.push(row),
+                Either::Left(done) => {
+                    current.changes = done.rows_affected();
+                    answers.push(std::mem::take(&mut current));
+                }
+            }
+        }
+        Ok(answers)
+    }
+}
+
+fn decoded(why: impl std::fmt::Display) -> sqlx::Error {
+    sqlx::Error::Decode(why.to_string().into())
+}
+
+// The tables are named with their database: the transaction may have temporary ones of the same names.
+#[async_trait]
+impl<'c, X: SqliteExecutor<'c> + 'c> OutboxWriter for InTransaction<'c, X> {
+    type Error = sqlx::Error;
+
+    async fn spawn(self, namespace: &str, spawn: &Spawn) -> sqlx::Result<Spawned> {
+        let Spawn { run: new, id, kind, input, digest, restart_finished, .. } = spawn;
+        let [namespace, id, kind]: [Arg; 3] = [namespace.into(), (&**id).into(), (&**kind).into()];
+        let new_run: Arg = new.to_string().into();
+        let sql = format!(
+            "UPDATE main.durable_processes SET current = 0 WHERE ? = 1 AND namespace = ? AND id = ? AND current = 1
+                 AND kind = ? AND status IN {finished};
+             INSERT INTO main.durable_processes (run, namespace, id, current, kind, status, claim, calm_claim, wake_at,
+                 signals, signalled, input, input_digest, created_at, status_at)
+             VALUES (?, ?, ?, 1, ?, 'waiting', 0, 0, {NOW}, 0, 0, ?, ?, {NOW}, {NOW}) ON CONFLICT DO NOTHING;
+             SELECT run, kind, input_digest FROM main.durable_processes
+                 WHERE namespace = ? AND id = ? AND current = 1",
+            finished = crate::batch::FINISHED,
+        );
+        let args = vec![
+            i64::from(*restart_finished).into(),
+            namespace.clone(),
+            id.clone(),
+            kind.clone(),
+            new_run,
+            namespace.clone(),
+            id.clone(),
+            kind,
+            (&**input).into(),
+            (&**digest).into(),
+            namespace,
+            id,
+        ];
+        let answers = self.run(sql, args).await?;
+        let row = answers.last().and_then(|answer| answer.rows.first()).ok_or(sqlx::Error::RowNotFound)?;
+        let found: RunId = run(row, 0).map_err(decoded)?;
+        let kind = boxed(get(row, 1).map_err(decoded)?);
+        let digest = boxed(get(row, 2).map_err(decoded)?);
+        Ok(Spawned { run: found, existed: found != *new, kind, digest })
+    }
+
+    async fn raise(self, namespace: &str, raise: &Raise) -> sqlx::Result<Raised> {
+        let Raise { id, name, event_id, payload } = raise;
+        let [namespace, id, name]: [Arg; 3] = [namespace.into(), (&**id).into(), (&**name).into()];
+        let [event_id, payload]: [Arg; 2] = [(&**event_id).into(), (&**payload).into()];
+        // Its owner has to be told whoever it is: the engine does not know of it.
+        let sql = format!(
+            "INSERT INTO main.durable_events (run, number, name, event_id, payload, raised_at)
+             SELECT p.run, p.signals + 1, ?, ?, ?, {NOW} FROM main.durable_processes p
+             WHERE p.namespace = ? AND p.id = ? AND p.current = 1 AND p.status IN {unfinished}
+                 AND NOT EXISTS (SELECT 1 FROM main.durable_events e WHERE e.run = p.run AND e.event_id = ?);
+             UPDATE main.durable_processes SET signals = signals + 1, {wake}
+             WHERE changes() = 1 AND namespace = ? AND id = ? AND current = 1;
+             SELECT p.run, e.number FROM main.durable_processes p
+                 LEFT JOIN main.durable_events e ON e.run = p.run AND e.event_id = ?
+             WHERE p.namespace = ? AND p.id = ? AND p.current = 1",
+            unfinished = crate::batch::UNFINISHED,
+            wake = crate::batch::wake(),
+        );
+        let args = vec![
+            name,
+            event_id.clone(),
+            payload,
+            namespace.clone(),
+            id.clone(),
+            event_id.clone(),
+            // No instance's id.
+            "".into(),
+            namespace.clone(),
+            id.clone(),
+            event_id,
+            namespace,
+            id,
+        ];
+        let answers = self.run(sql, args).await?;
+        let Some(row) = answers.last().and_then(|answer| answer.rows.first()) else { return Ok(Raised::NotFound) };
+        Ok(match get::<Option<i64>>(row, 1).map_err(decoded)? {
+            Some(number) => Raised::Delivered { run: run(row, 0).map_err(decoded)?, number, mine: false },
+            None => Raised::Finished,
+        })
+    }
+}
