@@ -138,6 +138,7 @@ fn turn(
             {
                 let mut state = run.state();
                 state.polled = (state.mail.seen, state.cancel);
+                state.rested = false;
             }
             let _context = Context { run: run.serial, inside: Inside::Function }.enter();
             let _span = span.enter();
@@ -168,7 +169,7 @@ fn turn(
 fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContext<'_>) -> Poll<Option<Park>> {
     let core = &run.core;
     let quiet = run.only_we_can_wake();
-    let (due, parks, park_now) = {
+    let (due, parks, park_now, rested) = {
         let state = run.state();
         let due = state.waits.iter().filter_map(|wait| wait.due).min();
         if due.is_none() && state.commits > 0 {
@@ -180,11 +181,12 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         // A signal that came since the last poll is on its way to the process; so is a cancellation.
         let up_to_date = state.polled.1 == state.cancel && matches!(state.cancel, Cancel::No | Cancel::Recorded);
         let parks = quiet && waits && up_to_date && state.steps == 0 && state.commits == 0;
-        (due, parks, state.pressed)
+        (due, parks, state.pressed, state.rested)
     };
     let armed = sleep.get_or_insert_with(|| {
-        let quiet =
-            Instant::now() + if parks || run.has_foreign_to_ask() { core.settings.quiet_time } else { LOOK_AGAIN };
+        // Who woke it may still hold the waker for a moment, so whatever holds it now is looked at again soon, once.
+        let soon = parks || !rested || run.has_foreign_to_ask();
+        let quiet = Instant::now() + if soon { core.settings.quiet_time } else { LOOK_AGAIN };
         let due = due.map(|due| core.clock.instant(due));
         Box::pin(tokio::time::sleep_until(due.map_or(quiet, |due| due.min(quiet))))
     });
@@ -192,6 +194,7 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         std::task::ready!(armed.as_mut().poll(cx));
     }
     *sleep = None;
+    run.state().rested = true;
     if due.is_some_and(|due| due <= core.clock.now()) {
         run.notify();
         return Poll::Ready(None);

@@ -46,6 +46,8 @@ pub(crate) struct State {
     /// What the process's code has had the chance to see: the signals and the cancellation as they were when its future
     /// was last polled.
     pub(crate) polled: (i64, Cancel),
+    /// It has been quiet for the quiet time since then.
+    pub(crate) rested: bool,
     /// Why the future must be dropped.
     pub(crate) end: Option<End>,
     /// Its end is in the database.

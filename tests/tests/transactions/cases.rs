@@ -478,7 +478,8 @@ mod cases {
         let host = host_with(&backend, DEBIT, async |proc: Process| {
             let one = |n| proc.transaction(("debit", n), async |mut tx| debit(&mut tx, 1).await).into_future();
             let (a, b) = tokio::join!(one(1), one(2));
-            (a.unwrap(), b.unwrap());
+            a.unwrap();
+            b.unwrap();
             let all: futures_util::stream::FuturesUnordered<_> = (3..6).map(one).collect();
             let all: Vec<_> = futures_util::StreamExt::collect(all).await;
             assert!(all.into_iter().all(|left| left.is_ok()));
