@@ -106,7 +106,7 @@ async fn an_operation_inside_a_step<B: Backend>() {
         assert!(result.is_ok(), "the mistake came back as an error");
         Ok(0)
     };
-    stuck::<B, _, _>(nested, &["the value \"inner\"", "is inside a step's own closure"]).await;
+    stuck::<B, _, _>(nested, &["the value \"inner\"", "is inside the closure of a step"]).await;
 }
 
 async fn an_operation_in_another_task<B: Backend>() {
