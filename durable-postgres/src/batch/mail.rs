@@ -1,0 +1,161 @@
+//! Messages and awaits: what one process does to another.
+
+use durable_core::storage::{Effect, Op, Outcome, Raise, Raised, RecordOp, Result, RunId, StorageError};
+use sqlx::postgres::PgConnection;
+use std::collections::HashMap;
+use uuid::Uuid;
+
+use super::parts::{Sorted, starter_owns, wake};
+use super::read::{by_place, place};
+use super::{Of, UNFINISHED};
+use crate::rows::{get, maybe_json, run, status};
+use crate::sql::{Commits, Sql};
+
+/// A message, and the run and claim whose record it belongs to if it is a durable one.
+pub(super) struct Letter<'b> {
+    pub(super) raise: &'b Raise,
+    pub(super) from: Option<(Uuid, i64)>,
+}
+
+/// The id of the process that a record's effect is about.
+pub(super) fn effect_id(record: &RecordOp) -> Option<&str> {
+    record.effect.as_ref().map(|effect| match effect {
+        Effect::Spawn(spawn) => &*spawn.id,
+        Effect::Raise(raise) => &*raise.id,
+    })
+}
+
+/// The message's id, or the run to start.
+pub(super) fn effect_token(record: &RecordOp) -> Option<String> {
+    record.effect.as_ref().map(|effect| match effect {
+        Effect::Spawn(spawn) => spawn.run.to_string(),
+        Effect::Raise(raise) => raise.event_id.to_string(),
+    })
+}
+
+fn letters(sql: &mut Sql, raises: &[(usize, Letter<'_>)]) -> String {
+    let each = || raises.iter().map(|(_, letter)| letter.raise);
+    sql.rows()
+        .column("id", each().map(|raise| &*raise.id))
+        .column("name", each().map(|raise| &*raise.name))
+        .column("event_id", each().map(|raise| &*raise.event_id))
+        .column("payload", each().map(|raise| &*raise.payload))
+        .column("from_run", raises.iter().map(|(_, letter)| letter.from.map(|(run, _)| run)))
+        .column("from_claim", raises.iter().map(|(_, letter)| letter.from.map(|(_, claim)| claim)))
+        .named("j")
+}
+
+/// Puts messages into mailboxes. Each process's are numbered on from its last signal, in the order of the batch, under
+/// the lock of its row. One that another instance has put in between this statement's snapshot and that lock leaves a
+/// gap in the numbers, which does no harm.
+pub(super) fn put(sql: &mut Sql, of: &Of<'_>, raises: &[(usize, Letter<'_>)]) -> String {
+    let (me, namespace) = (sql.bind(of.instance), sql.bind(of.namespace));
+    let ids = sql.bind(raises.iter().map(|(_, letter)| &*letter.raise.id).collect::<Vec<_>>());
+    let j = letters(sql, raises);
+    let (owner, wake) = (starter_owns(of, &me), wake(&me));
+    format!(
+        "WITH target AS MATERIALIZED (SELECT p.run, p.id, p.signals FROM {of}.processes p
+             WHERE p.namespace = {namespace} AND p.id = ANY ({ids}) AND p.current AND p.status IN {UNFINISHED}
+             ORDER BY p.run FOR NO KEY UPDATE),
+         fresh AS MATERIALIZED (SELECT t.run, t.signals + row_number() OVER (PARTITION BY t.run ORDER BY j.ord) AS number,
+                 j.name, j.event_id, j.payload
+             FROM {j} JOIN target t ON t.id = j.id
+             WHERE {owner}
+                 AND NOT EXISTS (SELECT 1 FROM {of}.events e WHERE e.run = t.run AND e.event_id = j.event_id)),
+         put AS (INSERT INTO {of}.events (run, number, name, event_id, payload, raised_at)
+             SELECT run, number, name, event_id, payload::json, now() FROM fresh ORDER BY run, event_id
+             ON CONFLICT (run, event_id) DO NOTHING RETURNING 1)
+         UPDATE {of}.processes p SET signals = f.last, {wake}
+         FROM (SELECT run, max(number) AS last FROM fresh GROUP BY run) f WHERE p.run = f.run"
+    )
+}
+
+/// What became of messages.
+pub(super) fn delivered(sql: &mut Sql, of: &Of<'_>, raises: &[(usize, Letter<'_>)]) -> String {
+    let (me, namespace) = (sql.bind(of.instance), sql.bind(of.namespace));
+    let j = letters(sql, raises);
+    format!(
+        "SELECT j.ord, p.run, e.number, p.owner IS NOT NULL AND p.owner = {me}, p.status IN {UNFINISHED}
+         FROM {j} JOIN {of}.processes p ON p.namespace = {namespace} AND p.id = j.id AND p.current
+             LEFT JOIN {of}.events e ON e.run = p.run AND e.event_id = j.event_id"
+    )
+}
+
+/// The outcomes of messages, from the rows of [`delivered`].
+pub(super) fn outcomes(
+    raises: &[(usize, Letter<'_>)],
+    rows: &[sqlx::postgres::PgRow],
+) -> Result<Vec<(usize, Outcome)>> {
+    let mut found: HashMap<usize, Outcome> = HashMap::new();
+    for row in rows {
+        let nth = place(row)?;
+        let from = raises.get(nth).is_some_and(|(_, letter)| letter.from.is_some());
+        let raised = match (get::<Option<i64>>(row, 2)?, get::<bool>(row, 4)?) {
+            (Some(number), _) => Raised::Delivered { run: run(row, 1)?, number, mine: get(row, 3)? },
+            // Its run took the place of another while this batch waited for that one's row. Again, from the start.
+            (None, true) if !from => return Err(StorageError::unavailable("a process was restarted meanwhile")),
+            (None, _) => Raised::Finished,
+        };
+        found.insert(nth, Outcome::Raised(raised));
+    }
+    let absent = Outcome::Raised(Raised::NotFound);
+    Ok(raises.iter().enumerate().map(|(nth, (at, _))| (*at, found.remove(&nth).unwrap_or(absent.clone()))).collect())
+}
+
+/// Enters those that wait, and answers with what they wait for. The awaited row is locked, and marked: whoever ends it
+/// either has done so before this lock, or sees the mark and the waiter.
+pub(super) async fn awaits(
+    connection: &mut PgConnection,
+    of: &Of<'_>,
+    sorted: &Sorted<'_>,
+) -> Result<Vec<(usize, Outcome)>> {
+    let mut sql = Sql::default();
+    let namespace = sql.bind(of.namespace);
+    let each = || sorted.awaits.iter().map(|(_, wait)| *wait);
+    let j = sql
+        .rows()
+        .column("waiter", each().map(|(waiter, ..)| waiter.0))
+        .column("id", each().map(|(_, id, _)| id))
+        .column("target", each().map(|(.., target)| target.map(|target| target.0)))
+        .named("j");
+    sql.text = format!(
+        "WITH target AS MATERIALIZED (SELECT j.ord, j.waiter, p.run, p.status, p.output
+             FROM {j} JOIN {of}.processes p ON p.run = coalesce(j.target, (SELECT q.run FROM {of}.processes q
+                 WHERE q.namespace = {namespace} AND q.id = j.id AND q.current))
+             ORDER BY p.run FOR NO KEY UPDATE OF p),
+         marked AS (UPDATE {of}.processes p SET awaited = true FROM target t
+             WHERE p.run = t.run AND NOT p.awaited AND t.status IN {UNFINISHED}),
+         waiting AS (INSERT INTO {of}.waiters (target, waiter)
+             SELECT t.run, t.waiter FROM target t WHERE t.status IN {UNFINISHED} ORDER BY 1, 2 ON CONFLICT DO NOTHING)
+         SELECT ord, run, status, output FROM target"
+    );
+    let rows = sql.run(connection, Commits::No).await?;
+    let mut found = by_place(&rows, |row| {
+        let status = status(row, 2)?;
+        let ended = if status.is_finished() { Some((status, maybe_json(row, 3)?)) } else { None };
+        Ok(Outcome::Awaits(Some((run(row, 1)?, ended))))
+    })?;
+    let places = sorted.awaits.iter().enumerate();
+    Ok(places.map(|(nth, (at, _))| (*at, found.remove(&nth).unwrap_or(Outcome::Awaits(None)))).collect())
+}
+
+/// The ids that a batch's messages, awaits and orders are about, and the runs that it awaits: their rows are locked.
+pub(super) fn others<'b>(ops: &'b [Op]) -> (Vec<&'b str>, Vec<RunId>) {
+    let mut ids: Vec<&'b str> = Vec::new();
+    let mut runs = Vec::new();
+    for op in ops {
+        match op {
+            Op::Raise(raise) => ids.push(&raise.id),
+            Op::Spawn(spawn) if spawn.restart_finished => ids.push(&spawn.id),
+            Op::Record(RecordOp { effect: Some(Effect::Raise(raise)), .. }) => ids.push(&raise.id),
+            Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. }) if spawn.restart_finished => {
+                ids.push(&spawn.id);
+            }
+            Op::Await { target: Some(target), .. } => runs.push(*target),
+            Op::Await { id, .. } => ids.push(id),
+            Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } => ids.push(id),
+            _ => {}
+        }
+    }
+    (ids, runs)
+}
