@@ -43,10 +43,10 @@ impl PostgresSchema {
         &self.name
     }
 
-    /// A connection of the test's own.
+    /// A connection of the test's own, by another name than the storage's.
     pub async fn connect(&self) -> PgConnection {
         let options: PgConnectOptions = self.url.parse().unwrap();
-        options.log_statements(tracing::log::LevelFilter::Trace).connect().await.unwrap()
+        options.application_name("test").connect().await.unwrap()
     }
 
     /// SQL with `{s}` for the schema.
@@ -58,8 +58,10 @@ impl PostgresSchema {
 impl Backend for PostgresSchema {
     type Storage = Postgres;
     async fn new() -> Self {
-        let url = Self::address().unwrap();
-        Self { url, name: format!("test_{}", durable_core::RunId::new().0.simple()) }
+        let (url, name) = (Self::address().unwrap(), format!("test_{}", durable_core::RunId::new().0.simple()));
+        // So that the sessions of one test can be told from those of others.
+        let and = if url.contains('?') { '&' } else { '?' };
+        Self { url: format!("{url}{and}application_name={name}"), name }
     }
     async fn storage(&self) -> Postgres {
         Postgres::connect(&self.url).schema(&self.name).await.unwrap()
