@@ -18,8 +18,8 @@ use crate::errors::reading;
 use crate::names::Schema;
 use crate::rows::{get, time};
 use crate::session;
-use crate::sql::Sql;
-use crate::store::{self, Shared};
+use crate::sql::{Commits, Sql};
+use crate::store::Shared;
 
 /// One run of a server: locks of another one are gone, whatever a heartbeat says. After a crash of one of its processes
 /// the server goes on with its memory cleared, and so with other statistics; a standby that takes over has others, too.
@@ -127,7 +127,7 @@ fn holds(shared: &Shared, key: &str) -> String {
 async fn run(session: &mut PgListener, sql: Sql) -> Result<Vec<PgRow>> {
     use sqlx::Acquire;
     let connection = session.acquire().await.map_err(reading)?;
-    store::run(connection, sql).await
+    sql.run(connection, Commits::No).await
 }
 
 /// Keeps an instance's lock, and its heartbeat.
@@ -252,7 +252,7 @@ pub(crate) async fn listener(options: &Options) -> sqlx::Result<PgListener> {
         .max_lifetime(None)
         .idle_timeout(None)
         .test_before_acquire(false)
-        .acquire_timeout(Duration::from_secs(5))
+        .acquire_timeout(Duration::from_secs(2))
         .after_connect(move |connection, _| Box::pin(session::set(connection, bounds)))
         .connect_lazy_with(options.options.clone());
     let mut listener = PgListener::connect_with(&pool).await?;

@@ -5,11 +5,14 @@
 mod batch;
 mod connect;
 mod errors;
+mod fence;
 mod heart;
 mod lend;
 mod listen;
 mod migrate;
 mod names;
+#[cfg(test)]
+mod plans;
 mod read;
 mod rows;
 mod session;

@@ -40,6 +40,11 @@ pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds) -> sqlx::
         // Statements are found by their text and run again and again: planning each anew, for each size of a batch, is
         // a third of the time. Their plans are pinned by a test.
         ("plan_cache_mode", "force_generic_plan".to_owned()),
+        // A plan that was made while a table was small is used until the server's next look at its statistics, a minute
+        // and a hundred thousand rows later: so every plan is one for large tables from the beginning.
+        ("enable_seqscan", "off".to_owned()),
+        ("enable_hashjoin", "off".to_owned()),
+        ("enable_mergejoin", "off".to_owned()),
         // Compiling a statement takes longer than running it.
         ("jit", "off".to_owned()),
     ];

@@ -5,7 +5,7 @@ use sqlx::postgres::PgConnection;
 use std::collections::HashMap;
 use uuid::Uuid;
 
-use super::parts::{Sorted, starter_owns, wake};
+use super::parts::{Sorted, current, number, starter_owns, wake};
 use super::read::{by_place, place};
 use super::{Of, UNFINISHED};
 use crate::rows::{get, maybe_json, run, status};
@@ -50,18 +50,16 @@ fn letters(sql: &mut Sql, raises: &[(usize, Letter<'_>)]) -> String {
 /// gap in the numbers, which does no harm.
 pub(super) fn put(sql: &mut Sql, of: &Of<'_>, raises: &[(usize, Letter<'_>)]) -> String {
     let (me, namespace) = (sql.bind(of.instance), sql.bind(of.namespace));
-    let ids = sql.bind(raises.iter().map(|(_, letter)| &*letter.raise.id).collect::<Vec<_>>());
     let j = letters(sql, raises);
     let (owner, wake) = (starter_owns(of, &me), wake(&me));
+    let (current, there) = (current(of, &namespace, "j.id"), number(of, "t.run", "t.event_id"));
     format!(
-        "WITH target AS MATERIALIZED (SELECT p.run, p.id, p.signals FROM {of}.processes p
-             WHERE p.namespace = {namespace} AND p.id = ANY ({ids}) AND p.current AND p.status IN {UNFINISHED}
-             ORDER BY p.run FOR NO KEY UPDATE),
-         fresh AS MATERIALIZED (SELECT t.run, t.signals + row_number() OVER (PARTITION BY t.run ORDER BY j.ord) AS number,
-                 j.name, j.event_id, j.payload
-             FROM {j} JOIN target t ON t.id = j.id
-             WHERE {owner}
-                 AND NOT EXISTS (SELECT 1 FROM {of}.events e WHERE e.run = t.run AND e.event_id = j.event_id)),
+        "WITH target AS MATERIALIZED (SELECT j.ord, j.name, j.event_id, j.payload, p.run, p.signals
+             FROM {j} JOIN {of}.processes p ON p.run = {current}
+             WHERE p.current AND p.status IN {UNFINISHED} AND {owner} ORDER BY p.run FOR NO KEY UPDATE OF p),
+         fresh AS MATERIALIZED (SELECT t.run, t.name, t.event_id, t.payload,
+                 t.signals + row_number() OVER (PARTITION BY t.run ORDER BY t.ord) AS number
+             FROM target t WHERE {there} IS NULL),
          put AS (INSERT INTO {of}.events (run, number, name, event_id, payload, raised_at)
              SELECT run, number, name, event_id, payload::json, now() FROM fresh ORDER BY run, event_id
              ON CONFLICT (run, event_id) DO NOTHING RETURNING 1)
@@ -74,10 +72,10 @@ pub(super) fn put(sql: &mut Sql, of: &Of<'_>, raises: &[(usize, Letter<'_>)]) ->
 pub(super) fn delivered(sql: &mut Sql, of: &Of<'_>, raises: &[(usize, Letter<'_>)]) -> String {
     let (me, namespace) = (sql.bind(of.instance), sql.bind(of.namespace));
     let j = letters(sql, raises);
+    let (current, number) = (current(of, &namespace, "j.id"), number(of, "p.run", "j.event_id"));
     format!(
-        "SELECT j.ord, p.run, e.number, p.owner IS NOT NULL AND p.owner = {me}, p.status IN {UNFINISHED}
-         FROM {j} JOIN {of}.processes p ON p.namespace = {namespace} AND p.id = j.id AND p.current
-             LEFT JOIN {of}.events e ON e.run = p.run AND e.event_id = j.event_id"
+        "SELECT j.ord, p.run, {number}, p.owner IS NOT DISTINCT FROM {me}, p.status IN {UNFINISHED}
+         FROM {j} JOIN {of}.processes p ON p.run = {current}"
     )
 }
 
@@ -110,25 +108,7 @@ pub(super) async fn awaits(
     sorted: &Sorted<'_>,
 ) -> Result<Vec<(usize, Outcome)>> {
     let mut sql = Sql::default();
-    let namespace = sql.bind(of.namespace);
-    let each = || sorted.awaits.iter().map(|(_, wait)| *wait);
-    let j = sql
-        .rows()
-        .column("waiter", each().map(|(waiter, ..)| waiter.0))
-        .column("id", each().map(|(_, id, _)| id))
-        .column("target", each().map(|(.., target)| target.map(|target| target.0)))
-        .named("j");
-    sql.text = format!(
-        "WITH target AS MATERIALIZED (SELECT j.ord, j.waiter, p.run, p.status, p.output
-             FROM {j} JOIN {of}.processes p ON p.run = coalesce(j.target, (SELECT q.run FROM {of}.processes q
-                 WHERE q.namespace = {namespace} AND q.id = j.id AND q.current))
-             ORDER BY p.run FOR NO KEY UPDATE OF p),
-         marked AS (UPDATE {of}.processes p SET awaited = true FROM target t
-             WHERE p.run = t.run AND NOT p.awaited AND t.status IN {UNFINISHED}),
-         waiting AS (INSERT INTO {of}.waiters (target, waiter)
-             SELECT t.run, t.waiter FROM target t WHERE t.status IN {UNFINISHED} ORDER BY 1, 2 ON CONFLICT DO NOTHING)
-         SELECT ord, run, status, output FROM target"
-    );
+    sql.text = awaits_text(&mut sql, of, sorted);
     let rows = sql.run(connection, Commits::No).await?;
     let mut found = by_place(&rows, |row| {
         let status = status(row, 2)?;
@@ -137,6 +117,28 @@ pub(super) async fn awaits(
     })?;
     let places = sorted.awaits.iter().enumerate();
     Ok(places.map(|(nth, (at, _))| (*at, found.remove(&nth).unwrap_or(Outcome::Awaits(None)))).collect())
+}
+
+pub(super) fn awaits_text(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> String {
+    let namespace = sql.bind(of.namespace);
+    let each = || sorted.awaits.iter().map(|(_, wait)| *wait);
+    let j = sql
+        .rows()
+        .column("waiter", each().map(|(waiter, ..)| waiter.0))
+        .column("id", each().map(|(_, id, _)| id))
+        .column("target", each().map(|(.., target)| target.map(|target| target.0)))
+        .named("j");
+    let current = current(of, &namespace, "j.id");
+    format!(
+        "WITH target AS MATERIALIZED (SELECT j.ord, j.waiter, p.run, p.status, p.output
+             FROM {j} JOIN {of}.processes p ON p.run = coalesce(j.target, {current})
+             ORDER BY p.run FOR NO KEY UPDATE OF p),
+         marked AS (UPDATE {of}.processes p SET awaited = true FROM target t
+             WHERE p.run = t.run AND NOT p.awaited AND t.status IN {UNFINISHED}),
+         waiting AS (INSERT INTO {of}.waiters (target, waiter)
+             SELECT t.run, t.waiter FROM target t WHERE t.status IN {UNFINISHED} ORDER BY 1, 2 ON CONFLICT DO NOTHING)
+         SELECT ord, run, status, output FROM target"
+    )
 }
 
 /// The ids that a batch's messages, awaits and orders are about, and the runs that it awaits: their rows are locked.

@@ -98,3 +98,19 @@ fn with_effect<'b>(sorted: &Sorted<'b>, of_kind: impl Fn(&Effect) -> bool) -> Ve
     let has = |(_, record): &&(usize, &RecordOp)| record.effect.as_ref().is_some_and(&of_kind);
     sorted.all_records.iter().filter(has).copied().collect()
 }
+
+/// Every statement that a batch is made of.
+#[cfg(test)]
+pub(crate) fn statements(schema: &Schema, batch: &Batch) -> Vec<(&'static str, crate::sql::Sql)> {
+    let of = Of {
+        schema,
+        instance: batch.fence.instance.0,
+        generation: batch.fence.generation,
+        namespace: &batch.namespace,
+    };
+    let sorted = sort(&batch.ops);
+    if single::fits(&sorted) {
+        return vec![("a batch in one", single::statement(&of, &sorted).sql)];
+    }
+    whole::statements(&of, &batch.ops, &sorted)
+}

@@ -62,7 +62,7 @@ fn change(of: &Of<'_>, id: &str, only: &str, set: impl FnOnce(&str) -> String) -
     })
 }
 
-pub(super) fn before(of: &Of<'_>, id: &str) -> Sql {
+fn before(of: &Of<'_>, id: &str) -> Sql {
     about(of, id, |_, namespace, id, _| {
         format!(
             "SELECT p.run, p.status FROM {of}.processes p
@@ -71,7 +71,7 @@ pub(super) fn before(of: &Of<'_>, id: &str) -> Sql {
     })
 }
 
-pub(super) fn cancelled(of: &Of<'_>, id: &str) -> [Sql; 3] {
+fn cancelled(of: &Of<'_>, id: &str) -> [Sql; 3] {
     let told = change(of, id, &format!("p.status IN {UNFINISHED} AND NOT (p.claim = 0 AND p.owner IS NULL)"), |me| {
         let wake = wake(me);
         format!("signals = p.signals + 1, {wake}, cancel_requested_at = coalesce(p.cancel_requested_at, now())")
@@ -91,7 +91,7 @@ pub(super) fn cancelled(of: &Of<'_>, id: &str) -> [Sql; 3] {
     [told, ended, woken]
 }
 
-pub(super) fn resumed(of: &Of<'_>, id: &str, forget: &[Forget]) -> Vec<Sql> {
+fn resumed(of: &Of<'_>, id: &str, forget: &[Forget]) -> Vec<Sql> {
     let mut statements = Vec::new();
     if !forget.is_empty() {
         statements.push(about(of, id, |sql, namespace, id, _| {
@@ -135,7 +135,7 @@ fn forgotten(sql: &mut Sql, forget: &[Forget]) -> String {
 }
 
 /// All runs of the id, if the current one may go. The rows themselves last: the others are found through them.
-pub(super) fn deleted(of: &Of<'_>, id: &str) -> Vec<Sql> {
+fn deleted(of: &Of<'_>, id: &str) -> Vec<Sql> {
     let runs = |namespace: &str, id: &str| {
         format!(
             "SELECT r.run FROM {of}.processes r WHERE r.namespace = {namespace} AND r.id = {id}
@@ -154,4 +154,15 @@ pub(super) fn deleted(of: &Of<'_>, id: &str) -> Vec<Sql> {
         statements.push(sql);
     }
     statements
+}
+
+/// Every statement of an order.
+#[cfg(test)]
+pub(super) fn statements(of: &Of<'_>, order: &Op) -> Vec<Sql> {
+    match order {
+        Op::Cancel { id } => cancelled(of, id).into_iter().chain([before(of, id)]).collect(),
+        Op::Resume { id, forget } => resumed(of, id, forget),
+        Op::Delete { id } => deleted(of, id),
+        _ => Vec::new(),
+    }
 }

@@ -49,6 +49,11 @@ impl Sorted<'_> {
     }
 }
 
+// Plans are kept, also those that were made while a table was empty or an instance owned nothing, and then looked as
+// good as any. So the statements leave little to choose: a row is found by its run, and a run by a query that gives one
+// value, where a join could be turned around; and it is `IS NOT DISTINCT FROM` the instance where it could be `=`, for
+// which an index on the owner would do.
+
 /// The instance's fence, locked: a row of its own, which a take-over or a later generation changes. Who has waited for
 /// them gets the row as it is now, looks at it again, and finds nothing.
 pub(super) fn fence(sql: &mut Sql, of: &Of<'_>) -> String {
@@ -93,9 +98,24 @@ pub(super) fn starts(sql: &mut Sql, spawns: &[(usize, Start<'_>)]) -> String {
 /// Whether a row `j` is nobody's operation, or that of a run which the instance owns.
 pub(super) fn starter_owns(of: &Of<'_>, me: &str) -> String {
     format!(
-        "(j.from_run IS NULL OR EXISTS (SELECT 1 FROM {of}.processes o
-             WHERE o.run = j.from_run AND o.owner = {me} AND o.claim = j.from_claim))"
+        "(j.from_run IS NULL OR (SELECT o.owner IS NOT DISTINCT FROM {me} AND o.claim = j.from_claim
+             FROM {of}.processes o WHERE o.run = j.from_run))"
     )
+}
+
+/// The current run of an id, as a value.
+pub(super) fn current(of: &Of<'_>, namespace: &str, id: &str) -> String {
+    format!("(SELECT q.run FROM {of}.processes q WHERE q.namespace = {namespace} AND q.id = {id} AND q.current)")
+}
+
+/// The run `run`, as a value; null if it is not there.
+pub(super) fn existing(of: &Of<'_>, run: &str) -> String {
+    format!("(SELECT q.run FROM {of}.processes q WHERE q.run = {run})")
+}
+
+/// The number of the message with the id `event_id` in a run's mailbox, as a value; null if it is not there.
+pub(super) fn number(of: &Of<'_>, run: &str, event_id: &str) -> String {
+    format!("(SELECT e.number FROM {of}.events e WHERE e.run = {run} AND e.event_id = {event_id})")
 }
 
 /// What differs between records: those of an effect say what came of it.
@@ -126,7 +146,7 @@ pub(super) fn recorded(
     format!(
         "INSERT INTO {of}.steps AS s (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
          SELECT j.run, j.scope, j.name, j.key, j.op, j.state, {expression}, j.attempts, j.claim, now()
-         FROM {j} JOIN {of}.processes p ON p.run = j.run AND p.owner = {me} AND p.claim = j.claim {join}
+         FROM {j} JOIN {of}.processes p ON p.run = j.run AND p.owner IS NOT DISTINCT FROM {me} AND p.claim = j.claim {join}
          WHERE {gate}
          ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
              payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,
@@ -170,9 +190,10 @@ pub(super) fn taken(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], 
         .column("claim", each().map(|(.., claim)| claim))
         .named("j");
     Some(format!(
-        "UPDATE {of}.events e SET taken_at = now()
-         FROM {j} JOIN {of}.processes p ON p.run = j.run AND p.owner = {me} AND p.claim = j.claim
-         WHERE e.run = j.run AND e.number = j.number AND e.taken_at IS NULL AND {gate} RETURNING 1"
+        "UPDATE {of}.events e SET taken_at = coalesce(e.taken_at, now()) FROM {j}
+         WHERE e.run = j.run AND e.number = j.number AND {gate}
+             AND (SELECT p.owner IS NOT DISTINCT FROM {me} AND p.claim = j.claim FROM {of}.processes p WHERE p.run = j.run)
+         RETURNING 1"
     ))
 }
 
@@ -201,7 +222,7 @@ pub(super) fn accepted(sql: &mut Sql, of: &Of<'_>, accepts: &[(usize, (RunId, i6
         .named("j");
     format!(
         "UPDATE {of}.processes p SET cancelled_at = coalesce(p.cancelled_at, now())
-         FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner = {me} AND {gate} RETURNING p.run"
+         FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner IS NOT DISTINCT FROM {me} AND {gate} RETURNING p.run"
     )
 }
 
@@ -217,7 +238,7 @@ pub(super) fn seen(sql: &mut Sql, of: &Of<'_>, seen: &[(usize, (RunId, i64, i64)
         .named("j");
     format!(
         "UPDATE {of}.processes p SET signalled = p.signalled AND p.signals <> j.signals
-         FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner = {me} AND {gate} RETURNING p.run"
+         FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner IS NOT DISTINCT FROM {me} AND {gate} RETURNING p.run"
     )
 }
 
@@ -239,7 +260,7 @@ pub(super) fn finished(sql: &mut Sql, of: &Of<'_>, finishes: &[(usize, &Finish)]
         "UPDATE {of}.processes p SET status = j.status, output = j.output::json, reason = j.reason, unasked = j.unasked,
              owner = NULL, wake_at = NULL, waiting_for = NULL, signalled = false, status_at = now(),
              finished_at = CASE WHEN j.ended THEN now() END
-         FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner = {me} AND {gate} RETURNING p.run"
+         FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner IS NOT DISTINCT FROM {me} AND {gate} RETURNING p.run"
     )
 }
 
@@ -264,7 +285,7 @@ pub(super) fn parked(sql: &mut Sql, of: &Of<'_>, parks: &[(usize, &Park)], gate:
     format!(
         "UPDATE {of}.processes p SET status = 'waiting', owner = NULL, calm_claim = p.claim, signalled = false,
              wake_at = j.wake_at::timestamptz, waiting_for = j.waiting_for, status_at = now()
-         FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner = {me}
+         FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner IS NOT DISTINCT FROM {me}
              AND (j.seen IS NULL OR j.seen = p.signals) AND {gate} RETURNING p.run"
     )
 }

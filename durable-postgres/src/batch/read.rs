@@ -1,15 +1,14 @@
 //! What became of operations, where it is not what was wanted.
 
-use durable_core::storage::{Finish, Op, Outcome, Result, RunId, Spawned, StorageError};
+use durable_core::storage::{Finish, Op, Outcome, RecordOp, Result, RunId, Spawned, StorageError};
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
 
 use super::Of;
-use super::parts::{Sorted, Start, record_rows, starts};
+use super::parts::{self, Sorted, Start, record_rows, starts};
 use crate::rows::{boxed, get, run};
 use crate::sql::{Commits, Sql};
-use durable_core::storage::RecordOp;
 
 /// The place, from 0, of the row of the batch that a row answers.
 pub(super) fn place(row: &PgRow) -> Result<usize> {
@@ -36,18 +35,22 @@ pub(super) async fn existing(
     spawns: &[(usize, Start<'_>)],
 ) -> Result<HashMap<usize, Outcome>> {
     let mut sql = Sql::default();
-    let namespace = sql.bind(of.namespace);
-    let j = starts(&mut sql, spawns);
-    sql.text = format!(
-        "SELECT j.ord, p.run, p.kind, p.input_digest, p.run <> j.run FROM {j} JOIN {of}.processes p
-             ON p.run = coalesce((SELECT q.run FROM {of}.processes q WHERE q.run = j.run),
-                 (SELECT q.run FROM {of}.processes q WHERE q.namespace = {namespace} AND q.id = j.id AND q.current))"
-    );
+    sql.text = existing_text(&mut sql, of, spawns);
     let rows = sql.run(connection, Commits::No).await?;
     by_place(&rows, |row| {
         let (run, existed) = (run(row, 1)?, get(row, 4)?);
         Ok(Outcome::Spawned(Spawned { run, existed, kind: boxed(get(row, 2)?), digest: boxed(get(row, 3)?) }))
     })
+}
+
+pub(super) fn existing_text(sql: &mut Sql, of: &Of<'_>, spawns: &[(usize, Start<'_>)]) -> String {
+    let namespace = sql.bind(of.namespace);
+    let j = starts(sql, spawns);
+    let (existing, current) = (parts::existing(of, "j.run"), parts::current(of, &namespace, "j.id"));
+    format!(
+        "SELECT j.ord, p.run, p.kind, p.input_digest, p.run <> j.run FROM {j} JOIN {of}.processes p
+             ON p.run = coalesce({existing}, {current})"
+    )
 }
 
 /// The places of those records that are not in the database as they were sent. Only this instance writes records of its
@@ -58,17 +61,21 @@ pub(super) async fn lost(
     records: &[(usize, &RecordOp)],
 ) -> Result<Vec<usize>> {
     let mut sql = Sql::default();
-    let j = record_rows(&mut sql, records);
-    sql.text = format!(
-        "SELECT j.ord FROM {j} WHERE NOT EXISTS (SELECT 1 FROM {of}.steps s WHERE s.run = j.run AND s.scope = j.scope
-             AND s.name = j.name AND s.key = j.key AND s.claim = j.claim AND s.state = j.state)"
-    );
+    sql.text = lost_text(&mut sql, of, records);
     let rows = sql.run(connection, Commits::No).await?;
     let mut lost = Vec::new();
     for row in &rows {
         lost.extend(records.get(place(row)?).map(|(at, _)| *at));
     }
     Ok(lost)
+}
+
+pub(super) fn lost_text(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)]) -> String {
+    let j = record_rows(sql, records);
+    format!(
+        "SELECT j.ord FROM {j} WHERE (SELECT s.claim = j.claim AND s.state = j.state FROM {of}.steps s
+             WHERE s.run = j.run AND s.scope = j.scope AND s.name = j.name AND s.key = j.key) IS NOT TRUE"
+    )
 }
 
 /// How a run stands that was not changed as it should have been.
@@ -83,17 +90,21 @@ struct State {
 
 async fn states(connection: &mut PgConnection, of: &Of<'_>, runs: Vec<Uuid>) -> Result<HashMap<RunId, State>> {
     let mut sql = Sql::default();
-    let (me, runs) = (sql.bind(of.instance), sql.bind(runs));
-    sql.text = format!(
-        "SELECT p.run, p.status, p.claim, p.calm_claim, p.signals, p.owner IS NOT NULL,
-             p.owner IS NOT NULL AND p.owner = {me}
-         FROM {of}.processes p WHERE p.run = ANY ({runs})"
-    );
+    sql.text = states_text(&mut sql, of, runs);
     let state = |row: &PgRow| {
         let (status, claim, calm, signals) = (get(row, 1)?, get(row, 2)?, get(row, 3)?, get(row, 4)?);
         Ok((run(row, 0)?, State { status, claim, calm, signals, owned: get(row, 5)?, mine: get(row, 6)? }))
     };
     sql.run(connection, Commits::No).await?.iter().map(state).collect()
+}
+
+pub(super) fn states_text(sql: &mut Sql, of: &Of<'_>, runs: Vec<Uuid>) -> String {
+    let (me, runs) = (sql.bind(of.instance), sql.bind(runs));
+    format!(
+        "SELECT p.run, p.status, p.claim, p.calm_claim, p.signals, p.owner IS NOT NULL,
+             p.owner IS NOT NULL AND p.owner = {me}
+         FROM {of}.processes p WHERE p.run = ANY ({runs})"
+    )
 }
 
 /// Notes the outcomes of changes of owned rows, of which these have been made. The others may have been by an earlier

@@ -48,13 +48,14 @@ pub(super) fn lock(sql: &mut Sql, of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) 
     let fence = parts::fence(sql, of);
     let (ids, targets) = mail::others(ops);
     let (namespace, ids) = (sql.bind(of.namespace), sql.bind(ids));
+    let current = parts::current(of, &namespace, "i.id");
     let mut runs = sorted.owned();
     runs.extend(targets.iter().map(|run| run.0));
     let (runs, ending) = (sql.bind(runs), sql.bind(sorted.ending()));
     format!(
         "WITH fence AS MATERIALIZED ({fence}),
          wanted AS MATERIALIZED (SELECT unnest({runs}) AS run
-             UNION SELECT run FROM {of}.processes WHERE namespace = {namespace} AND id = ANY ({ids}) AND current
+             UNION SELECT {current} FROM unnest({ids}) AS i (id)
              UNION SELECT waiter FROM {of}.waiters WHERE target = ANY ({ending})),
          held AS MATERIALIZED (SELECT p.run FROM {of}.processes p
              WHERE p.run = ANY (ARRAY (SELECT run FROM wanted)) AND EXISTS (SELECT 1 FROM fence)
@@ -82,14 +83,16 @@ async fn write(connection: &mut PgConnection, of: &Of<'_>, ops: &[Op], sorted: &
         outcomes[*at] = Some(orders::carry_out(connection, of, order).await?);
     }
     for (at, (kind, limit)) in &sorted.claims {
-        let rows = run_part(connection, |sql| {
-            let [due, claimed] = parts::claimed(sql, of, kind, *limit, OPEN);
-            format!("WITH due AS MATERIALIZED ({due}) {claimed}")
-        });
+        let rows = run_part(connection, |sql| claims(sql, of, kind, *limit));
         let claimed = |row: &PgRow| Ok(Claimed { run: run(row, 0)?, claim: get(row, 1)? });
         outcomes[*at] = Some(Outcome::Claimed(rows.await?.iter().map(claimed).collect::<Result<_>>()?));
     }
     read::complete(ops, outcomes)
+}
+
+fn claims(sql: &mut Sql, of: &Of<'_>, kind: &str, limit: usize) -> String {
+    let [due, claimed] = parts::claimed(sql, of, kind, limit, OPEN);
+    format!("WITH due AS MATERIALIZED ({due}) {claimed}")
 }
 
 type Outcomes = [Option<Outcome>];
@@ -129,11 +132,12 @@ async fn spawns(
 pub(super) fn restarted(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> String {
     let (me, namespace) = (sql.bind(of.instance), sql.bind(of.namespace));
     let j = parts::starts(sql, &sorted.spawns);
-    let owner = parts::starter_owns(of, &me);
+    let (owner, current) = (parts::starter_owns(of, &me), parts::current(of, &namespace, "j.id"));
+    let existing = parts::existing(of, "j.run");
     format!(
         "UPDATE {of}.processes p SET current = false FROM {j}
-         WHERE p.namespace = {namespace} AND p.id = j.id AND p.current AND j.restart AND p.status IN {FINISHED}
-             AND p.kind = j.kind AND NOT EXISTS (SELECT 1 FROM {of}.processes q WHERE q.run = j.run) AND {owner}"
+         WHERE p.run = {current} AND p.current AND j.restart AND p.status IN {FINISHED} AND p.kind = j.kind
+             AND {existing} IS NULL AND {owner}"
     )
 }
 
@@ -206,11 +210,9 @@ pub(super) fn plain_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>
 /// What the id has now.
 pub(super) fn start_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>) -> String {
     let namespace = sql.bind(of.namespace);
-    let join = format!(
-        "JOIN {of}.processes c ON c.run = coalesce(
-             (SELECT q.run FROM {of}.processes q WHERE q.run = j.effect_token::uuid),
-             (SELECT q.run FROM {of}.processes q WHERE q.namespace = {namespace} AND q.id = j.effect_id AND q.current))"
-    );
+    let (current, existing) =
+        (parts::current(of, &namespace, "j.effect_id"), parts::existing(of, "j.effect_token::uuid"));
+    let join = format!("JOIN {of}.processes c ON c.run = coalesce({existing}, {current})");
     let expression = "json_build_object('run', c.run, 'existed', c.run <> j.effect_token::uuid, 'kind', c.kind,
         'digest', c.input_digest)";
     parts::recorded(sql, of, records, &Payload { expression, join: &join }, OPEN)
@@ -219,11 +221,12 @@ pub(super) fn start_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>
 /// What became of the message.
 pub(super) fn raise_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>) -> String {
     let namespace = sql.bind(of.namespace);
-    let join = format!("LEFT JOIN {of}.processes c ON c.namespace = {namespace} AND c.id = j.effect_id AND c.current");
+    let (current, number) =
+        (parts::current(of, &namespace, "j.effect_id"), parts::number(of, "c.run", "j.effect_token"));
+    let join = format!("LEFT JOIN {of}.processes c ON c.run = {current}");
     let delivered = Raised::Delivered { run: RunId(uuid::Uuid::nil()), number: 0, mine: false };
     let expression = format!(
-        "(CASE WHEN c.run IS NULL THEN '{}' WHEN EXISTS (SELECT 1 FROM {of}.events e
-             WHERE e.run = c.run AND e.event_id = j.effect_token) THEN '{}' ELSE '{}' END)::json",
+        "(CASE WHEN c.run IS NULL THEN '{}' WHEN {number} IS NOT NULL THEN '{}' ELSE '{}' END)::json",
         Raised::NotFound.as_json(),
         delivered.as_json(),
         Raised::Finished.as_json()
@@ -273,4 +276,48 @@ fn extend(made: &mut HashSet<RunId>, rows: &[PgRow]) -> Result<()> {
         made.insert(run(row, 0)?);
     }
     Ok(())
+}
+
+/// Every statement of such a batch.
+#[cfg(test)]
+pub(super) fn statements(of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) -> Vec<(&'static str, Sql)> {
+    let made = |part: &mut dyn FnMut(&mut Sql) -> String| {
+        let mut sql = Sql::default();
+        sql.text = part(&mut sql);
+        sql
+    };
+    let starts = with_effect(sorted, |effect| matches!(effect, Effect::Spawn(_)));
+    let raises = with_effect(sorted, |effect| matches!(effect, Effect::Raise(_)));
+    let mut statements = vec![
+        ("lock", made(&mut |sql| lock(sql, of, ops, sorted))),
+        ("restarted", made(&mut |sql| restarted(sql, of, sorted))),
+        ("spawned", made(&mut |sql| parts::spawned(sql, of, &sorted.spawns, OPEN))),
+        ("existing", made(&mut |sql| read::existing_text(sql, of, &sorted.spawns))),
+        ("put", made(&mut |sql| mail::put(sql, of, &sorted.raises))),
+        ("delivered", made(&mut |sql| mail::delivered(sql, of, &sorted.raises))),
+        ("start records", made(&mut |sql| start_records(sql, of, &starts))),
+        ("raise records", made(&mut |sql| raise_records(sql, of, &raises))),
+        ("records", made(&mut |sql| plain_records(sql, of, &sorted.records))),
+        ("lost", made(&mut |sql| read::lost_text(sql, of, &sorted.records))),
+        ("taken", made(&mut |sql| parts::taken(sql, of, &sorted.all_records, OPEN).unwrap())),
+        ("awaited", made(&mut |sql| parts::awaited(sql, of, &sorted.all_records, OPEN).unwrap())),
+        ("awaits", made(&mut |sql| mail::awaits_text(sql, of, sorted))),
+        ("accepted", made(&mut |sql| parts::accepted(sql, of, &sorted.accepts, OPEN))),
+        ("seen", made(&mut |sql| parts::seen(sql, of, &sorted.seen, OPEN))),
+        ("finished", made(&mut |sql| parts::finished(sql, of, &sorted.finishes, OPEN))),
+        ("unwaiting", made(&mut |sql| parts::unwaiting(sql, of, sorted.ending(), OPEN))),
+        (
+            "woken",
+            made(&mut |sql| {
+                let ended = parts::ended(sql, of, sorted.ending());
+                parts::woken(sql, of, &ended)
+            }),
+        ),
+        ("parked", made(&mut |sql| parts::parked(sql, of, &sorted.parks, OPEN))),
+        ("states", made(&mut |sql| read::states_text(sql, of, sorted.owned()))),
+        ("claimed", made(&mut |sql| claims(sql, of, "kind", 10))),
+    ];
+    statements
+        .extend(sorted.orders.iter().flat_map(|(_, order)| orders::statements(of, order)).map(|sql| ("order", sql)));
+    statements
 }
