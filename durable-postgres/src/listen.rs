@@ -1,6 +1,7 @@
 //! Hints between instances: `NOTIFY` after a commit that concerns others, `LISTEN` on a connection of its own. What is
 //! missed is found by polling.
 
+use chrono::{TimeDelta, Utc};
 use durable_core::storage::{Batch, Op, Outcome, Raised};
 use sqlx::AssertSqlSafe;
 use sqlx::Executor;
@@ -63,7 +64,7 @@ impl Hints {
         }
         hints.untold.store(true, Ordering::SeqCst);
         if !hints.telling.swap(true, Ordering::SeqCst) {
-            tokio::spawn(Telling(shared.clone()).tell());
+            tokio::spawn(Telling(Some(shared.clone())).tell());
         }
     }
 
@@ -102,27 +103,31 @@ impl Drop for Hints {
     }
 }
 
-/// Whoever holds it tells; let go of, another may.
-struct Telling(Arc<Shared>);
+/// Whoever holds it tells; dropped on the way, another may.
+struct Telling(Option<Arc<Shared>>);
 
 impl Telling {
-    async fn tell(self) {
-        let hints = &self.0.hints;
-        while hints.untold.swap(false, Ordering::SeqCst) {
-            if let Err(error) = notify(&self.0).await {
-                tracing::debug!("other instances could not be told: {error}");
+    async fn tell(mut self) {
+        while let Some(shared) = &self.0 {
+            while shared.hints.untold.swap(false, Ordering::SeqCst) {
+                if let Err(error) = notify(shared).await {
+                    tracing::debug!("other instances could not be told: {error}");
+                }
+                tokio::time::sleep(PAUSE).await;
             }
-            tokio::time::sleep(PAUSE).await;
+            shared.hints.telling.store(false, Ordering::SeqCst);
+            // Said between the last look and this moment, by somebody who saw that somebody was telling.
+            if !shared.hints.untold.load(Ordering::SeqCst) || shared.hints.telling.swap(true, Ordering::SeqCst) {
+                self.0 = None;
+            }
         }
     }
 }
 
 impl Drop for Telling {
     fn drop(&mut self) {
-        self.0.hints.telling.store(false, Ordering::SeqCst);
-        // Said between the last look and this moment: for the next to take with it.
-        if self.0.hints.untold.load(Ordering::SeqCst) && tokio::runtime::Handle::try_current().is_ok() {
-            Hints::tell(&self.0);
+        if let Some(shared) = &self.0 {
+            shared.hints.telling.store(false, Ordering::SeqCst);
         }
     }
 }
@@ -194,6 +199,9 @@ async fn begin(shared: &Shared, tested: &mut bool) -> Result<Option<PgListener>,
     Ok(Some(listening))
 }
 
+/// By this program's clock: it may be wrong by that much.
+const SOON: TimeDelta = TimeDelta::seconds(5);
+
 /// Whether a batch has written something that another instance may be waiting for. In case of doubt it has.
 pub(crate) fn concerns_others(batch: &Batch, outcomes: &[Outcome]) -> bool {
     batch.ops.iter().zip(outcomes).any(|(op, outcome)| match (op, outcome) {
@@ -202,7 +210,8 @@ pub(crate) fn concerns_others(batch: &Batch, outcomes: &[Outcome]) -> bool {
         (_, Outcome::Raised(raised)) => matches!(raised, Raised::Delivered { mine: false, .. }),
         // Its output may be awaited through a handle elsewhere.
         (Op::Finish(_), Outcome::Finished { .. }) => true,
-        (Op::Park(park), Outcome::Recorded) => park.wake_at.is_some(),
+        // One that is due later is found by polling until then.
+        (Op::Park(park), Outcome::Recorded) => park.wake_at.is_some_and(|at| at <= Utc::now() + SOON),
         (Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. }, _) => true,
         _ => false,
     })

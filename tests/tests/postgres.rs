@@ -682,10 +682,13 @@ fn a_program_that_stops_inside_a_transaction() {
         start(&storage, me, "target").await;
         let mut connection = schema.connect().await;
         let before = everything(&schema).await;
-        let batch = batch(me, 0, vec![spawn("new", true).0, raise("target", "m"), Op::Cancel { id: "target".into() }]);
+        // Long enough that it can be stopped behind its first changes.
+        let mut ops = vec![spawn("new", true).0, raise("target", "m"), Op::Cancel { id: "target".into() }];
+        ops.extend((0..20).map(|n| Op::Cancel { id: format!("nobody-{n}").into() }));
+        let batch = batch(me, 0, ops);
         let mut call = storage.commit(&batch);
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state = 'idle in transaction'
-            AND query LIKE '%INSERT INTO%'";
+            AND query LIKE '%cancel_requested_at%'";
         loop {
             assert!(futures_util::poll!(&mut call).is_pending());
             tokio::time::sleep(Duration::from_millis(3)).await;
