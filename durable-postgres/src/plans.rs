@@ -40,8 +40,15 @@ const FILL: &[&str] = &[
     "ANALYZE {s}.processes, {s}.steps, {s}.events, {s}.waiters, {s}.audit",
 ];
 
-/// A batch with everything in it.
-fn everything(fits_in_one: bool) -> Batch {
+/// What a batch is made of: everything that goes into one statement, messages and what goes with them, everything.
+#[derive(PartialEq, Eq)]
+enum Kind {
+    Single,
+    Messages,
+    Whole,
+}
+
+fn batch_of(kind: Kind) -> Batch {
     let run = RunId::new();
     let id: Box<str> = "p-1".into();
     let spawn = |restart_finished| Spawn {
@@ -79,7 +86,11 @@ fn everything(fits_in_one: bool) -> Batch {
         Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(1), waiting_for: None }),
         Op::Claim { kind: "kind".into(), limit: 10 },
     ];
-    if !fits_in_one {
+    if kind == Kind::Messages {
+        ops.truncate(2);
+        ops.push(Op::Raise(raise()));
+    }
+    if kind == Kind::Whole {
         ops.extend([
             Op::Spawn(spawn(true)),
             Op::Raise(raise()),
@@ -123,8 +134,9 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
         ("release", fence::release(schema, instance, 1000)),
         ("forget", fence::forget(schema, instance)),
     ];
-    statements.extend(batch::statements(schema, &everything(true)));
-    statements.extend(batch::statements(schema, &everything(false)));
+    for kind in [Kind::Single, Kind::Messages, Kind::Whole] {
+        statements.extend(batch::statements(schema, &batch_of(kind)));
+    }
     statements
 }
 

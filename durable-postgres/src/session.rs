@@ -37,8 +37,8 @@ pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds) -> sqlx::
         ("lock_timeout", ms(bounds.lock)),
         // Every statement has its own view of what is committed: the interleavings are thought through for this.
         ("default_transaction_isolation", "read committed".to_owned()),
-        // Statements are found by their text and run again and again: planning each anew, for each size of a batch, is
-        // a third of the time. Their plans are pinned by a test.
+        // Statements are run again and again with batches of all sizes. Planning one takes as long as committing a small
+        // batch: with plans of its own for each, a process of one step takes 1.3 ms instead of 0.75.
         ("plan_cache_mode", "force_generic_plan".to_owned()),
         // A plan that was made while a table was small is used until the server's next look at its statistics, a minute
         // and a hundred thousand rows later: so every plan is one for large tables from the beginning.

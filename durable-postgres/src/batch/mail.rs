@@ -45,27 +45,45 @@ fn letters(sql: &mut Sql, raises: &[(usize, Letter<'_>)]) -> String {
         .named("j")
 }
 
-/// Puts messages into mailboxes. Each process's are numbered on from its last signal, in the order of the batch, under
-/// the lock of its row. One that another instance has put in between this statement's snapshot and that lock leaves a
-/// gap in the numbers, which does no harm.
-pub(super) fn put(sql: &mut Sql, of: &Of<'_>, raises: &[(usize, Letter<'_>)]) -> String {
+/// Queries that put messages into mailboxes, and their names. Each process's messages are numbered on from its last
+/// signal, in the order of the batch, under the lock of its row. One that another instance has put in between the
+/// statement's snapshot and that lock leaves a gap in the numbers, which does no harm.
+pub(super) fn put(
+    sql: &mut Sql,
+    of: &Of<'_>,
+    raises: &[(usize, Letter<'_>)],
+    gate: &str,
+) -> [(&'static str, String); 4] {
     let (me, namespace) = (sql.bind(of.instance), sql.bind(of.namespace));
     let j = letters(sql, raises);
     let (owner, wake) = (starter_owns(of, &me), wake(&me));
     let (current, there) = (current(of, &namespace, "j.id"), number(of, "t.run", "t.event_id"));
-    format!(
-        "WITH target AS MATERIALIZED (SELECT j.ord, j.name, j.event_id, j.payload, p.run, p.signals
-             FROM {j} JOIN {of}.processes p ON p.run = {current}
-             WHERE p.current AND p.status IN {UNFINISHED} AND {owner} ORDER BY p.run FOR NO KEY UPDATE OF p),
-         fresh AS MATERIALIZED (SELECT t.run, t.name, t.event_id, t.payload,
-                 t.signals + row_number() OVER (PARTITION BY t.run ORDER BY t.ord) AS number
-             FROM target t WHERE {there} IS NULL),
-         put AS (INSERT INTO {of}.events (run, number, name, event_id, payload, raised_at)
-             SELECT run, number, name, event_id, payload::json, now() FROM fresh ORDER BY run, event_id
-             ON CONFLICT (run, event_id) DO NOTHING RETURNING 1)
-         UPDATE {of}.processes p SET signals = f.last, {wake}
-         FROM (SELECT run, max(number) AS last FROM fresh GROUP BY run) f WHERE p.run = f.run"
-    )
+    let target = format!(
+        "SELECT j.ord, j.name, j.event_id, j.payload, p.run, p.signals, p.owner IS NOT DISTINCT FROM {me} AS mine
+         FROM {j} JOIN {of}.processes p ON p.run = {current}
+         WHERE p.current AND p.status IN {UNFINISHED} AND {owner} AND {gate} ORDER BY p.run FOR NO KEY UPDATE OF p"
+    );
+    let fresh = format!(
+        "SELECT t.ord, t.run, t.name, t.event_id, t.payload, t.mine,
+             t.signals + row_number() OVER (PARTITION BY t.run ORDER BY t.ord) AS number
+         FROM target t WHERE {there} IS NULL"
+    );
+    let put = format!(
+        "INSERT INTO {of}.events (run, number, name, event_id, payload, raised_at)
+         SELECT run, number, name, event_id, payload::json, now() FROM fresh ORDER BY run, event_id
+         ON CONFLICT (run, event_id) DO NOTHING RETURNING 1"
+    );
+    let counted = format!(
+        "UPDATE {of}.processes p SET signals = f.last, {wake}
+         FROM (SELECT run, max(number) AS last FROM fresh GROUP BY run) f WHERE p.run = f.run RETURNING 1"
+    );
+    [("target AS MATERIALIZED", target), ("fresh AS MATERIALIZED", fresh), ("put AS", put), ("counted AS", counted)]
+}
+
+/// They as one statement.
+pub(super) fn put_text(sql: &mut Sql, of: &Of<'_>, raises: &[(usize, Letter<'_>)], gate: &str) -> String {
+    let queries = put(sql, of, raises, gate).map(|(name, query)| format!("{name} ({query})"));
+    format!("WITH {} SELECT 1", queries.join(",\n"))
 }
 
 /// What became of messages.

@@ -8,7 +8,7 @@ mod read;
 mod single;
 mod whole;
 
-use durable_core::storage::{Batch, Effect, Op, Outcome, RecordOp, Result};
+use durable_core::storage::{Batch, Effect, Op, Outcome, RecordOp, Result, StorageError};
 use sqlx::postgres::PgConnection;
 use std::fmt;
 use uuid::Uuid;
@@ -43,12 +43,19 @@ pub(crate) async fn commit(connection: &mut PgConnection, schema: &Schema, batch
         namespace: &batch.namespace,
     };
     let sorted = sort(&batch.ops);
-    if single::fits(&sorted)
-        && let Some(outcomes) = single::commit(connection, &of, &batch.ops, &sorted).await?
-    {
-        return Ok(outcomes);
+    let answer = if single::fits(&sorted) {
+        single::commit(connection, &of, &batch.ops, &sorted).await?
+    } else {
+        single::Answer::Nothing
+    };
+    match answer {
+        single::Answer::Done(outcomes) => Ok(outcomes),
+        single::Answer::Nothing => whole::commit(connection, &of, &batch.ops, &sorted).await,
+        single::Answer::Partly => {
+            let again = whole::commit(connection, &of, &batch.ops, &sorted).await;
+            again.map_err(|error| StorageError::unknown(error.to_string()))
+        }
     }
-    whole::commit(connection, &of, &batch.ops, &sorted).await
 }
 
 fn sort(ops: &[Op]) -> Sorted<'_> {

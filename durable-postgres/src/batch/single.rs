@@ -11,23 +11,30 @@
 //!   for each run into a batch.
 //! - Claims choose among rows that wait by the snapshot; the others change rows that somebody owns.
 //!
-//! What does not fit: messages (their process may be one that ends or parks in the same batch), the end of a process
-//! that others await (they may be ending or parking in the same batch), and orders.
+//! - Messages change the rows of processes that are named by their ids, which may be those of any run: they go with
+//!   starts and records alone. One to a process that is started in the same batch is not put in, and found below.
+//!
+//! What does not fit: the end of a process that others await (they may be ending or parking in the same batch), and
+//! orders. Nor does it tell why a message was not put in: then the whole batch is written once more, as a transaction
+//! that finds everything else done.
 
-use durable_core::storage::{Claimed, Op, Outcome, Result, RunId, StorageError};
+use durable_core::storage::{Claimed, Op, Outcome, Raised, Result, RunId, StorageError};
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::HashSet;
 use uuid::Uuid;
 
 use super::parts::{self, Payload, Sorted};
-use super::{Of, read};
+use super::{Of, mail, read};
 use crate::rows::get;
 use crate::sql::{Commits, Sql};
 
 pub(super) fn fits(sorted: &Sorted<'_>) -> bool {
     let plain_starts = sorted.spawns.iter().all(|(_, start)| start.from.is_none() && !start.spawn.restart_finished);
+    let plain_raises = sorted.raises.iter().all(|(_, letter)| letter.from.is_none());
+    let others_rows = sorted.owned().is_empty() && sorted.claims.is_empty();
     plain_starts
-        && sorted.raises.is_empty()
+        && plain_raises
+        && (sorted.raises.is_empty() || others_rows)
         && sorted.awaits.is_empty()
         && sorted.orders.is_empty()
         && sorted.claims.len() <= 1
@@ -39,6 +46,9 @@ enum Told {
     /// How many.
     Spawned,
     Recorded,
+    /// How many were put in; and of those that were about to be: which messages, of which runs, with which numbers, and
+    /// whose: five columns.
+    Raised,
     /// Which runs.
     Owned,
     /// Which runs, and under which claims: two columns.
@@ -59,7 +69,16 @@ pub(super) fn statement(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
     // Nothing is written before the fence is held. Where rows of processes are changed they are locked first, in their
     // order; and as they are now: somebody may have come to await one of them since the snapshot, and is missing in it.
     let owned = sorted.owned();
-    if owned.is_empty() {
+    if !sorted.raises.is_empty() {
+        let queries = mail::put(&mut sql, of, &sorted.raises, "EXISTS (SELECT 1 FROM fence)");
+        with.extend(queries.map(|(name, query)| format!("{name} ({query})")));
+        with.push("clear AS MATERIALIZED (SELECT 1 FROM fence WHERE (SELECT count(*) FROM target) >= 0)".to_owned());
+        columns.push("(SELECT count(*) FROM put)".to_owned());
+        for column in ["ord", "run", "number", "mine"] {
+            columns.push(format!("(SELECT array_agg({column}) FROM fresh)"));
+        }
+        told.push(Told::Raised);
+    } else if owned.is_empty() {
         with.push("clear AS MATERIALIZED (SELECT 1 FROM fence)".to_owned());
     } else {
         let (owned, ending) = (sql.bind(owned), sql.bind(sorted.ending()));
@@ -124,13 +143,22 @@ pub(super) fn statement(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
     Statement { sql, told }
 }
 
-/// Commits it. None if an end must look for those that await it: nothing is written then.
+/// What came of it.
+pub(super) enum Answer {
+    Done(Vec<Outcome>),
+    /// An end must look for those that await it: nothing is written.
+    Nothing,
+    /// A message was not put in, and why must be found out: all else is written.
+    Partly,
+}
+
+/// Commits it.
 pub(super) async fn commit(
     connection: &mut PgConnection,
     of: &Of<'_>,
     ops: &[Op],
     sorted: &Sorted<'_>,
-) -> Result<Option<Vec<Outcome>>> {
+) -> Result<Answer> {
     let Statement { sql, told } = statement(of, sorted);
     let rows = sql.run(connection, Commits::Yes).await?;
     let Some(row) = rows.first() else { return Err(StorageError::unknown("a batch has no answer")) };
@@ -141,9 +169,9 @@ pub(super) async fn commit(
         return Err(StorageError::Fenced);
     }
     if !clear {
-        return Ok(None);
+        return Ok(Answer::Nothing);
     }
-    outcomes(connection, of, ops, sorted, row, &told).await.map(Some).map_err(unknown)
+    outcomes(connection, of, ops, sorted, row, &told).await.map_err(unknown)
 }
 
 async fn outcomes(
@@ -153,7 +181,7 @@ async fn outcomes(
     sorted: &Sorted<'_>,
     row: &PgRow,
     told: &[Told],
-) -> Result<Vec<Outcome>> {
+) -> Result<Answer> {
     let mut outcomes: Vec<Option<Outcome>> = vec![None; ops.len()];
     let mut made: HashSet<RunId> = HashSet::new();
     let mut column = 2;
@@ -176,6 +204,21 @@ async fn outcomes(
                             .ok_or_else(|| StorageError::unavailable("a process was deleted meanwhile"))?,
                     });
                 }
+            }
+            Told::Raised => {
+                let places = get::<Option<Vec<i64>>>(row, column + 1)?.unwrap_or_default();
+                if places.len() != sorted.raises.len() || !all(places.len())? {
+                    return Ok(Answer::Partly);
+                }
+                let runs = get::<Vec<Uuid>>(row, column + 2)?;
+                let numbers = get::<Vec<i64>>(row, column + 3)?;
+                let mine = get::<Vec<bool>>(row, column + 4)?;
+                for (((place, run), number), mine) in places.into_iter().zip(runs).zip(numbers).zip(mine) {
+                    let nth = usize::try_from(place - 1).map_err(StorageError::schema)?;
+                    let (at, _) = sorted.raises.get(nth).ok_or_else(|| StorageError::schema("no such message"))?;
+                    outcomes[*at] = Some(Outcome::Raised(Raised::Delivered { run: RunId(run), number, mine }));
+                }
+                column += 4;
             }
             Told::Recorded => {
                 let lost = if all(sorted.records.len())? {
@@ -203,5 +246,5 @@ async fn outcomes(
         column += 1;
     }
     read::owned(connection, of, sorted, &made, &mut |at, outcome| outcomes[at] = Some(outcome)).await?;
-    read::complete(ops, outcomes)
+    read::complete(ops, outcomes).map(Answer::Done)
 }

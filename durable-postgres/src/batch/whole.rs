@@ -150,7 +150,7 @@ async fn raises(
     if sorted.raises.is_empty() {
         return Ok(());
     }
-    run_part(connection, |sql| mail::put(sql, of, &sorted.raises)).await?;
+    run_part(connection, |sql| mail::put_text(sql, of, &sorted.raises, OPEN)).await?;
     let rows = run_part(connection, |sql| mail::delivered(sql, of, &sorted.raises)).await?;
     for (at, outcome) in mail::outcomes(&sorted.raises, &rows)? {
         outcomes[at] = Some(outcome);
@@ -293,7 +293,7 @@ pub(super) fn statements(of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) -> Vec<(&
         ("restarted", made(&mut |sql| restarted(sql, of, sorted))),
         ("spawned", made(&mut |sql| parts::spawned(sql, of, &sorted.spawns, OPEN))),
         ("existing", made(&mut |sql| read::existing_text(sql, of, &sorted.spawns))),
-        ("put", made(&mut |sql| mail::put(sql, of, &sorted.raises))),
+        ("put", made(&mut |sql| mail::put_text(sql, of, &sorted.raises, OPEN))),
         ("delivered", made(&mut |sql| mail::delivered(sql, of, &sorted.raises))),
         ("start records", made(&mut |sql| start_records(sql, of, &starts))),
         ("raise records", made(&mut |sql| raise_records(sql, of, &raises))),
