@@ -6,12 +6,13 @@ use durable_core::storage::{Batch, Op, Outcome, Raised};
 use sqlx::AssertSqlSafe;
 use sqlx::Executor;
 use sqlx::postgres::PgListener;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::errors::code;
 use crate::heart::listener;
 use crate::names::Schema;
 use crate::sql::{Commits, Sql};
@@ -32,8 +33,6 @@ pub(crate) struct Hints {
     telling: AtomicBool,
     /// Other instances were there at the last look.
     company: AtomicBool,
-    /// Sent so far; for figures and tests.
-    sent: AtomicU64,
 }
 
 impl Hints {
@@ -46,7 +45,6 @@ impl Hints {
             untold: AtomicBool::new(false),
             telling: AtomicBool::new(false),
             company: AtomicBool::new(true),
-            sent: AtomicU64::new(0),
         }
     }
 
@@ -138,14 +136,15 @@ async fn notify(shared: &Shared) -> durable_core::storage::Result<()> {
     let channel = sql.bind(&*shared.hints.channel);
     sql.text = format!("SELECT pg_notify({channel}, '')");
     let result = sql.run(&mut lent.connection, Commits::No).await;
-    lent.done(result)?;
-    shared.hints.sent.fetch_add(1, Ordering::Relaxed);
-    Ok(())
+    lent.done(result).map(|_| ())
 }
 
-/// Listens until the storage is gone, or until it is known that nothing can be heard.
+/// Listens until the storage is gone. Where nothing can be heard it tries again now and then: it may have been an
+/// exceptionally slow moment.
 async fn listen(shared: Weak<Shared>) {
     const LONGEST: Duration = Duration::from_secs(5);
+    const DEAF: Duration = Duration::from_secs(300);
+    let mut told = false;
     let mut pause = PAUSE;
     let mut tested = false;
     loop {
@@ -166,11 +165,13 @@ async fn listen(shared: Weak<Shared>) {
                 }
             }
             Ok(None) => {
-                tracing::warn!(
-                    "this program does not hear notifications (a transaction-mode pooler, or a database without them?): \
-                     it finds what others wrote by polling"
-                );
-                std::future::pending::<()>().await;
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(
+                        "this program does not hear notifications (a transaction-mode pooler, or a database without \
+                         them?): it finds what others wrote by polling"
+                    );
+                }
+                tokio::time::sleep(DEAF).await;
             }
             Err(error) => tracing::debug!("listening failed: {error}"),
         }
@@ -186,7 +187,13 @@ async fn begin(shared: &Shared, tested: &mut bool) -> Result<Option<PgListener>,
     let mut listening = listener(shared.connections.options()).await.map_err(|e| text(&e))?;
     let channel = &shared.hints.channel;
     // The channel's name is made of the schema's checked one.
-    listening.execute(AssertSqlSafe(format!("LISTEN \"{channel}\""))).await.map_err(|e| text(&e))?;
+    match listening.execute(AssertSqlSafe(format!("LISTEN \"{channel}\""))).await {
+        // The database does not know the statement.
+        Err(error) if code(&error).is_some_and(|code| ["0A", "42"].iter().any(|class| code.starts_with(class))) => {
+            return Ok(None);
+        }
+        listens => listens.map_err(|e| text(&e))?,
+    };
     if !*tested {
         notify(shared).await.map_err(|e| text(&e))?;
         match tokio::time::timeout(PATIENCE, listening.try_recv()).await {
