@@ -11,7 +11,10 @@ use durable_tests::*;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const GO: Event<u32> = Event::new("Go");
 const IT: Definition<u32, u32> = Definition::new("it");
@@ -617,56 +620,153 @@ fn a_lock_of_another_run_of_the_server_proves_nothing() {
     });
 }
 
-/// The server ends all sessions again and again while everything is under way: processes see nothing of it, and no
-/// recorded step runs twice.
+/// Processes that are under way while `disturb` does its worst: they see nothing of it, and no recorded step runs twice.
+async fn disturbed(schema: &PostgresSchema, url: &str, disturb: impl AsyncFnOnce()) {
+    const MANY: u32 = 60;
+    let effects = Effects::default();
+    let counted = effects.clone();
+    let steps = move |proc: Process, input: u32| {
+        let effects = counted.clone();
+        async move {
+            for n in 0..5 {
+                proc.step(("step", n), || async {
+                    effects.add(format!("{} {n}", proc.id()));
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    Ok::<_, Failure>(())
+                })
+                .await?;
+                proc.delay(("pause", n), Duration::from_millis(20)).await?;
+            }
+            Ok::<_, Failure>(proc.event(GO).await? + input)
+        }
+    };
+    let storage = Postgres::connect(url).schema(schema.name()).await.unwrap();
+    let host = Host::builder(storage)
+        .heartbeat(Duration::from_millis(500), Duration::from_secs(10))
+        .quiet_time(Duration::from_millis(50))
+        .poll(Duration::from_millis(200))
+        .register(IT, steps)
+        .start()
+        .await
+        .unwrap();
+    let mut handles = Vec::new();
+    for n in 0..MANY {
+        handles.push(host.spawn(IT, format!("it-{n}"), &n).await.unwrap());
+    }
+    let raise = |handle: &Handle<u32, Failure>| {
+        let handle = handle.clone();
+        tokio::spawn(async move { handle.raise(GO, &1).id("m").await })
+    };
+    let raising: Vec<_> = handles.iter().map(raise).collect();
+    disturb().await;
+    for raised in raising {
+        raised.await.unwrap().unwrap();
+    }
+    for (n, handle) in (0..).zip(&handles) {
+        assert_eq!(handle.output().await.unwrap(), n + 1);
+        assert_eq!(handle.status().await.unwrap().status, Status::Completed);
+    }
+    let all = effects.all();
+    let different: HashSet<_> = all.iter().collect();
+    assert_eq!((all.len(), different.len()), (MANY as usize * 5, MANY as usize * 5), "each step once");
+}
+
 #[test]
 fn sessions_that_end_at_any_moment() {
     test(async {
-        const MANY: u32 = 60;
         let schema = PostgresSchema::new().await;
-        let effects = Effects::default();
-        let counted = effects.clone();
-        let steps = move |proc: Process, input: u32| {
-            let effects = counted.clone();
-            async move {
-                for n in 0..5 {
-                    proc.step(("step", n), || async {
-                        effects.add(format!("{} {n}", proc.id()));
-                        tokio::time::sleep(Duration::from_millis(5)).await;
-                        Ok::<_, Failure>(())
-                    })
-                    .await?;
-                    proc.delay(("pause", n), Duration::from_millis(20)).await?;
-                }
-                Ok::<_, Failure>(proc.event(GO).await? + input)
-            }
-        };
-        let host = quick(&schema).await.register(IT, steps).start().await.unwrap();
         let mut connection = schema.connect().await;
-        let mut handles = Vec::new();
-        for n in 0..MANY {
-            handles.push(host.spawn(IT, format!("it-{n}"), &n).await.unwrap());
-        }
-        let raising: Vec<_> = handles
-            .iter()
-            .cloned()
-            .map(|handle| tokio::spawn(async move { handle.raise(GO, &1).id("m").await }))
-            .collect();
-        for _ in 0..20 {
-            let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
-            sqlx::query(sql).bind(schema.name()).execute(&mut connection).await.unwrap();
-            tokio::time::sleep(Duration::from_millis(60)).await;
-        }
-        for raised in raising {
-            raised.await.unwrap().unwrap();
-        }
-        for (n, handle) in (0..).zip(&handles) {
-            assert_eq!(handle.output().await.unwrap(), n + 1);
-        }
-        let all = effects.all();
-        let different: HashSet<_> = all.iter().collect();
-        assert_eq!((all.len(), different.len()), (MANY as usize * 5, MANY as usize * 5), "each step once");
+        disturbed(&schema, schema.url(), async || {
+            for _ in 0..20 {
+                let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
+                sqlx::query(sql).bind(schema.name()).execute(&mut connection).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(60)).await;
+            }
+        })
+        .await;
     });
+}
+
+/// What is sent arrives and is carried out, and the answers are lost with their connections.
+#[test]
+fn answers_that_are_lost() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let proxy = Proxy::before(schema.url()).await;
+        disturbed(&schema, &proxy.url, async || {
+            for round in 0..20 {
+                proxy.swallow(true);
+                tokio::time::sleep(Duration::from_millis(20 + round % 3 * 10)).await;
+                proxy.swallow(false);
+                tokio::time::sleep(Duration::from_millis(60)).await;
+            }
+        })
+        .await;
+        assert!(proxy.lost.load(Ordering::SeqCst) > 20, "answers were lost");
+    });
+}
+
+/// Between a program and the server.
+struct Proxy {
+    url: String,
+    /// Answers do not pass.
+    swallows: Arc<AtomicBool>,
+    /// How many did not.
+    lost: Arc<AtomicUsize>,
+}
+
+impl Proxy {
+    async fn before(url: &str) -> Self {
+        let options: PgConnectOptions = url.parse().unwrap();
+        let server = (options.get_host().to_owned(), options.get_port());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let here = listener.local_addr().unwrap();
+        let url = url.replace(&format!("@{}:{}/", server.0, server.1), &format!("@{here}/"));
+        assert!(url.contains(&here.to_string()), "the address has another form than the proxy can change");
+        let (swallows, lost) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let proxy = Self { url, swallows: swallows.clone(), lost: lost.clone() };
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let Ok(server) = tokio::net::TcpStream::connect((&*server.0, server.1)).await else { continue };
+                tokio::spawn(pass(client, server, swallows.clone(), lost.clone()));
+            }
+        });
+        proxy
+    }
+
+    fn swallow(&self, swallow: bool) {
+        self.swallows.store(swallow, Ordering::SeqCst);
+    }
+}
+
+async fn pass(
+    mut client: tokio::net::TcpStream,
+    mut server: tokio::net::TcpStream,
+    swallows: Arc<AtomicBool>,
+    lost: Arc<AtomicUsize>,
+) {
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.split(), server.split());
+    let answers = async {
+        let mut buffer = vec![0; 65_536];
+        loop {
+            match from_server.read(&mut buffer).await {
+                Ok(length) if length > 0 && !swallows.load(Ordering::SeqCst) => {
+                    if to_client.write_all(&buffer[..length]).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(length) if length > 0 => {
+                    lost.fetch_add(1, Ordering::SeqCst);
+                    return;
+                }
+                _ => return,
+            }
+        }
+    };
+    tokio::select! {
+        () = answers => {}
+        _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+    }
 }
 
 /// Interleaving 8. A program that is stopped in the middle of a transaction keeps its locks no longer than it may; when
