@@ -11,7 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use durable_core::memory::Memory;
+pub use durable_postgres::Postgres;
 pub use durable_sqlite::Sqlite;
+
+mod postgres;
+pub use postgres::PostgresSchema;
 
 /// A storage under test, and what keeps it there.
 pub trait Backend: Send + Sync + Sized + 'static {
@@ -114,6 +118,10 @@ macro_rules! on_each_backend {
             #[test]
             fn sqlite() {
                 $crate::run(super::$case::<$crate::SqliteFile>());
+            }
+            #[test]
+            fn postgres() {
+                $crate::PostgresSchema::run(super::$case::<$crate::PostgresSchema>());
             }
         })*
     };

@@ -33,3 +33,23 @@ mod sqlite {
     }
     durable_core::conformance!(Tested);
 }
+
+mod postgres {
+    use durable_core::conformance::Subject;
+    use durable_tests::{Backend, Postgres, PostgresSchema};
+
+    struct Tested(PostgresSchema);
+    impl Subject for Tested {
+        type Storage = Postgres;
+        async fn new() -> Self {
+            Self(PostgresSchema::new().await)
+        }
+        async fn open(&self) -> Postgres {
+            self.0.storage().await
+        }
+        fn missing() -> Option<String> {
+            PostgresSchema::address().err()
+        }
+    }
+    durable_core::conformance!(Tested);
+}

@@ -420,11 +420,27 @@ async fn two_race_for_each_process<B: Backend>() {
 }
 
 /// Code that blocks every thread of the runtime for twice the expiry does not cost the lease.
-#[test]
-fn a_blocked_runtime_is_not_taken_over() {
+mod a_blocked_runtime_is_not_taken_over {
+    use super::*;
+
+    #[test]
+    fn sqlite() {
+        a_blocked_runtime::<SqliteFile>();
+    }
+
+    #[test]
+    fn postgres() {
+        match PostgresSchema::address() {
+            Ok(_) => a_blocked_runtime::<PostgresSchema>(),
+            Err(why) => println!("not run: {why}"),
+        }
+    }
+}
+
+fn a_blocked_runtime<B: Backend>() {
     const EXPIRY: Duration = Duration::from_millis(1500);
     let backend_runtime = tokio::runtime::Runtime::new().unwrap();
-    let backend = backend_runtime.block_on(SqliteFile::new());
+    let backend = backend_runtime.block_on(B::new());
     let blocked = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let settings = |builder: HostBuilder| builder.heartbeat(EXPIRY / 5, EXPIRY);
     let effects = Effects::default();

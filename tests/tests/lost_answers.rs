@@ -88,6 +88,10 @@ macro_rules! each_operation {
             fn sqlite() {
                 run(all::<SqliteFile>());
             }
+            #[test]
+            fn postgres() {
+                PostgresSchema::run(all::<PostgresSchema>());
+            }
         })*
     };
 }

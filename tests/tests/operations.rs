@@ -861,7 +861,8 @@ async fn namespaces_do_not_see_each_other<B: Backend>() {
     let two = hosts[1].spawn(SAME, "s", &2).await.unwrap();
     two.raise(PAID, &1).await.unwrap();
     assert_eq!(two.output().await.unwrap(), 2);
-    assert_eq!(one.status().await.unwrap().status, Status::Running);
+    // It may have parked by now.
+    assert!(matches!(one.status().await.unwrap().status, Status::Running | Status::Waiting));
     assert_eq!(hosts[0].processes().count().await.unwrap().len(), 1);
     assert_eq!(hosts[0].processes().list(10).await.unwrap()[0].run, one.run().unwrap());
 }

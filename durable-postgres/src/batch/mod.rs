@@ -1,0 +1,123 @@
+//! A batch as SQL. Most are one statement ([`single`]), which is one round trip and a transaction of its own; those that
+//! reach into other processes are a transaction of several ([`whole`]).
+
+mod mail;
+mod orders;
+mod parts;
+mod read;
+mod single;
+mod whole;
+
+use durable_core::storage::{Batch, Effect, Op, Outcome, RecordOp, Result, StorageError};
+use sqlx::postgres::PgConnection;
+use std::fmt;
+use uuid::Uuid;
+
+use crate::names::Schema;
+use parts::{Sorted, Start};
+
+const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
+/// Both lists are used positively: a status that this version does not know is neither.
+const FINISHED: &str = "('completed', 'failed', 'cancelled')";
+
+/// Whose batch it is, and where it goes: displayed as the schema.
+struct Of<'b> {
+    schema: &'b Schema,
+    instance: Uuid,
+    generation: i64,
+    namespace: &'b str,
+}
+
+impl fmt::Display for Of<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.schema.fmt(f)
+    }
+}
+
+/// Commits a batch. An error says that nothing was written, or, as `Unknown`, that it may have been.
+pub(crate) async fn commit(connection: &mut PgConnection, schema: &Schema, batch: &Batch) -> Result<Vec<Outcome>> {
+    let of = Of {
+        schema,
+        instance: batch.fence.instance.0,
+        generation: batch.fence.generation,
+        namespace: &batch.namespace,
+    };
+    let sorted = sort(&batch.ops);
+    let answer = if single::fits(&sorted) {
+        single::commit(connection, &of, &batch.ops, &sorted).await?
+    } else {
+        single::Answer::Nothing
+    };
+    match answer {
+        single::Answer::Done(outcomes) => Ok(outcomes),
+        single::Answer::Nothing => whole::commit(connection, &of, &batch.ops, &sorted).await,
+        single::Answer::Partly => {
+            let again = whole::commit(connection, &of, &batch.ops, &sorted).await;
+            again.map_err(|error| StorageError::unknown(error.to_string()))
+        }
+    }
+}
+
+fn sort(ops: &[Op]) -> Sorted<'_> {
+    let mut sorted = Sorted {
+        spawns: Vec::new(),
+        raises: Vec::new(),
+        records: Vec::new(),
+        all_records: Vec::new(),
+        awaits: Vec::new(),
+        accepts: Vec::new(),
+        seen: Vec::new(),
+        finishes: Vec::new(),
+        parks: Vec::new(),
+        orders: Vec::new(),
+        claims: Vec::new(),
+    };
+    for (at, op) in ops.iter().enumerate() {
+        match op {
+            Op::Spawn(spawn) => sorted.spawns.push((at, Start { spawn, from: None })),
+            Op::Raise(raise) => sorted.raises.push((at, mail::Letter { raise, from: None })),
+            Op::Record(record) => {
+                let from = Some((record.run.0, record.claim));
+                match &record.effect {
+                    Some(Effect::Spawn(spawn)) => sorted.spawns.push((at, Start { spawn, from })),
+                    Some(Effect::Raise(raise)) => sorted.raises.push((at, mail::Letter { raise, from })),
+                    None => sorted.records.push((at, record)),
+                }
+                sorted.all_records.push((at, record));
+            }
+            Op::Await { run, id, target } => sorted.awaits.push((at, (*run, id, *target))),
+            Op::AcceptCancel { run, claim } => sorted.accepts.push((at, (*run, *claim))),
+            Op::Seen { run, claim, signals } => sorted.seen.push((at, (*run, *claim, *signals))),
+            Op::Finish(finish) => sorted.finishes.push((at, finish)),
+            Op::Park(park) => sorted.parks.push((at, park)),
+            Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. } => sorted.orders.push((at, op)),
+            Op::Claim { kind, limit } => sorted.claims.push((at, (kind, *limit))),
+            // One that this version does not know stays without an outcome.
+            _ => {}
+        }
+    }
+    sorted.spawns.sort_by_key(|(_, start)| &start.spawn.id);
+    sorted
+}
+
+/// Records with an effect of one kind.
+fn with_effect<'b>(sorted: &Sorted<'b>, of_kind: impl Fn(&Effect) -> bool) -> Vec<(usize, &'b RecordOp)> {
+    let has = |(_, record): &&(usize, &RecordOp)| record.effect.as_ref().is_some_and(&of_kind);
+    sorted.all_records.iter().filter(has).copied().collect()
+}
+
+/// Every statement that a batch is made of.
+#[cfg(test)]
+pub(crate) fn statements(schema: &Schema, batch: &Batch) -> Vec<(&'static str, crate::sql::Sql)> {
+    let of = Of {
+        schema,
+        instance: batch.fence.instance.0,
+        generation: batch.fence.generation,
+        namespace: &batch.namespace,
+    };
+    let sorted = sort(&batch.ops);
+    if single::fits(&sorted) {
+        return vec![("a batch in one", single::statement(&of, &sorted).sql)];
+    }
+    whole::statements(&of, &batch.ops, &sorted)
+}

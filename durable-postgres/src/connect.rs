@@ -1,0 +1,208 @@
+use durable_core::storage::{Result, StorageError};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
+use sqlx::{ConnectOptions, Error, Row};
+use std::future::{Future, IntoFuture};
+use std::pin::Pin;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::Postgres;
+use crate::errors::{code, reading};
+use crate::lend::Connections;
+use crate::listen::Hints;
+use crate::names::Schema;
+use crate::session::{self, Bounds};
+use crate::store::Shared;
+use crate::{heart, migrate};
+
+/// How a PostgreSQL database is connected to, to be awaited. See [`Postgres::connect`].
+#[derive(Clone)]
+#[must_use = "nothing is connected before it is awaited"]
+pub struct Connect {
+    url: String,
+    schema: String,
+    verify_only: bool,
+    max_connections: usize,
+    listen: bool,
+    bounds: Bounds,
+}
+
+impl Connect {
+    pub(crate) fn new(url: String) -> Self {
+        let schema = "durable".to_owned();
+        Self { url, schema, verify_only: false, max_connections: 8, listen: true, bounds: Bounds::default() }
+    }
+
+    /// The schema that holds the tables; `durable` by default. Letters, digits and underscores.
+    pub fn schema(mut self, name: impl Into<String>) -> Self {
+        self.schema = name.into();
+        self
+    }
+
+    /// Checks the tables and refuses them if they do not fit, instead of bringing them up to date. For a role that may
+    /// not create anything: it needs `USAGE` on the schema and `SELECT, INSERT, UPDATE, DELETE` on all tables in it.
+    pub fn verify_only(mut self) -> Self {
+        self.verify_only = true;
+        self
+    }
+
+    /// How many connections it uses at most, besides one for each host's heartbeat and one that listens; 8 by default.
+    pub fn max_connections(mut self, connections: usize) -> Self {
+        self.max_connections = connections.max(1);
+        self
+    }
+
+    /// Whether it tells other instances of its writes and hears of theirs, by `NOTIFY` and `LISTEN`; true by default.
+    /// Without, they are found by polling.
+    pub fn listen(mut self, listen: bool) -> Self {
+        self.listen = listen;
+        self
+    }
+
+    /// How long a statement may take, and how long it may wait for a lock, before it is given up and tried again; 30 s
+    /// and 2 s by default.
+    pub fn statement_timeout(mut self, statement: Duration, lock: Duration) -> Self {
+        (self.bounds.statement, self.bounds.lock) = (statement, lock);
+        self
+    }
+
+    /// How long the server lets a transaction of this program wait for the program; 4 s by default. What it has locked
+    /// is free after that, so it should be below half of the hosts' expiry.
+    pub fn idle_in_transaction_timeout(mut self, timeout: Duration) -> Self {
+        self.bounds.idle_in_transaction = timeout;
+        self
+    }
+
+    fn options(&self) -> Result<PgConnectOptions> {
+        const FORM: &str = "give `postgres://user:password@host:5432/database`";
+        match self.url.split_once("://") {
+            Some(("postgres" | "postgresql", _)) => {}
+            Some((scheme, _)) => {
+                return Err(StorageError::schema(format!(
+                    "{scheme:?} is not PostgreSQL's; {FORM}, or use the storage of that database"
+                )));
+            }
+            None => return Err(StorageError::schema(format!("the address is not a URL; {FORM}"))),
+        }
+        let options = PgConnectOptions::from_str(&self.url)
+            .map_err(|error| StorageError::schema(format!("the address is not PostgreSQL's ({error}); {FORM}")))?;
+        let options = if self.url.contains("statement-cache-capacity=") {
+            options
+        } else {
+            options.statement_cache_capacity(256)
+        };
+        let options =
+            if options.get_application_name().is_none() { options.application_name("durable") } else { options };
+        // Whoever compiles TLS in wants to know whom they talk to, unless they say otherwise.
+        let tls = cfg!(any(feature = "tls-rustls-aws-lc-rs", feature = "tls-rustls-ring-native-roots"));
+        let said = ["sslmode=", "ssl-mode="].iter().any(|key| self.url.contains(key))
+            || std::env::var_os("PGSSLMODE").is_some();
+        let options =
+            if tls && !said && !is_local(&options) { options.ssl_mode(PgSslMode::VerifyFull) } else { options };
+        Ok(options
+            .log_statements(tracing::log::LevelFilter::Trace)
+            .log_slow_statements(tracing::log::LevelFilter::Debug, Duration::from_secs(1)))
+    }
+
+    async fn connect(self) -> Result<Postgres> {
+        let schema = Schema::new(&self.schema)?;
+        let options = self.options()?;
+        let explain = |error: Error| explain(&options, error);
+        let mut connection = options.connect().await.map_err(explain)?;
+        let version = sqlx::query("SELECT current_setting('server_version_num')::integer, version()");
+        let version = sqlx::Executor::fetch_one(&mut connection, version).await.map_err(explain)?;
+        let (number, words): (i32, String) = (version.get(0), version.get(1));
+        if number < 140_000 {
+            return Err(StorageError::schema(format!("the server is {words}; PostgreSQL 14 or later is needed")));
+        }
+        if self.verify_only {
+            migrate::verify(&mut connection, &schema).await?;
+        } else {
+            migrate::migrate(&mut connection, &schema).await?;
+        }
+        session::set(&mut connection, self.bounds).await.map_err(reading)?;
+        let options = Options { options, bounds: self.bounds };
+        let mut second = connect(&options).await.map_err(reading)?;
+        let locks = heart::locks_are_real(&mut connection, &mut second).await.map_err(reading)?;
+        if !locks {
+            tracing::warn!(
+                "session locks exclude nobody here (a transaction-mode pooler?): whether an instance is dead is told by \
+                 its heartbeat alone"
+            );
+        }
+        let connections = Connections::new(options, self.max_connections);
+        connections.keep([connection, second]);
+        let hints = Hints::new(&schema, self.listen);
+        Ok(Postgres(Arc::new(Shared { schema, connections, locks, hints })))
+    }
+}
+
+impl std::fmt::Debug for Connect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Not the address: it holds the password.
+        f.debug_struct("Connect").field("schema", &self.schema).field("verify_only", &self.verify_only).finish()
+    }
+}
+
+impl IntoFuture for Connect {
+    type Output = Result<Postgres>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.connect())
+    }
+}
+
+/// Where and as whom to connect, and what to set there.
+#[derive(Clone)]
+pub(crate) struct Options {
+    pub(crate) options: PgConnectOptions,
+    pub(crate) bounds: Bounds,
+}
+
+/// A session of the engine.
+pub(crate) async fn connect(options: &Options) -> sqlx::Result<PgConnection> {
+    let mut connection = options.options.connect().await?;
+    session::set(&mut connection, options.bounds).await?;
+    Ok(connection)
+}
+
+fn is_local(options: &PgConnectOptions) -> bool {
+    let host = options.get_host();
+    options.get_socket().is_some()
+        || host.starts_with('/')
+        || host == "localhost"
+        || host == "::1"
+        || host.starts_with("127.")
+}
+
+/// An error at connecting, with what was given, except the password, and what the user may do about it.
+fn explain(options: &PgConnectOptions, error: Error) -> StorageError {
+    let host = options.get_host();
+    let place = match options.get_socket() {
+        Some(socket) => format!("{} (port {})", socket.display(), options.get_port()),
+        None => format!("{host}:{}", options.get_port()),
+    };
+    let user = options.get_username();
+    let database = options.get_database().unwrap_or(user);
+    let code = code(&error);
+    let hint = match (code.as_deref(), &error) {
+        (Some("28P01" | "28000"), _) => {
+            format!("are user {user:?} and the password right, and may it log in from here?")
+        }
+        (Some("3D000"), _) => format!("does database {database:?} exist? `CREATE DATABASE` makes it"),
+        (Some("42501"), _) => format!("user {user:?} lacks a right on database {database:?}"),
+        (Some("53300"), _) => "the server has no connection left: raise `max_connections`, or lower it here".to_owned(),
+        (Some(_), _) => "the server refuses".to_owned(),
+        (None, Error::Tls(_)) => "its certificate cannot be verified: give `?sslmode=verify-full&sslrootcert=…`, or \
+            `?sslmode=require` for TLS with whomever answers, or `?sslmode=disable`"
+            .to_owned(),
+        (None, _) => "is that the address, and does a server listen there?".to_owned(),
+    };
+    let message = match reading(error) {
+        StorageError::Unavailable(why) | StorageError::Unknown(why) | StorageError::Refused(why) => why.to_string(),
+        other => other.to_string(),
+    };
+    StorageError::unavailable(format!("no connection to database {database:?} at {place}: {message}; {hint}"))
+}

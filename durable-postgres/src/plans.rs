@@ -1,0 +1,219 @@
+//! How the server carries statements out, pinned: on tables with a million finished processes none goes through a table
+//! or an index from end to end.
+
+use durable_core::storage::{
+    Batch, Effect, Fence, Filter, Finish, Forget, InstanceId, Op, OpKind, Park, Peer, Poll, Raise, RecordKey, RecordOp,
+    RecordState, RunId, Scope, Spawn, Status, Storage,
+};
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection, Executor, Row};
+
+use crate::names::Schema;
+use crate::session::{self, Bounds};
+use crate::sql::Sql;
+use crate::{Postgres, batch, fence, heart, read};
+
+/// Of a service that has run for long: a million processes that have ended, few of them with rows in other tables, and
+/// a few thousand that live.
+const FILL: &[&str] = &[
+    "INSERT INTO {s}.processes (run, namespace, id, current, kind, status, owner, claim, calm_claim, signals, signalled,
+         awaited, input, input_digest, output, created_at, status_at, finished_at)
+     SELECT gen_random_uuid(), 'default', 'done-' || n, n % 10 > 0, 'kind-' || n % 5, 'completed', NULL, 1, 0, 0, false, false,
+         '{}', 'd', '7', now(), now(), now() FROM generate_series(1, 1000000) n",
+    "INSERT INTO {s}.processes (run, namespace, id, current, kind, status, owner, claim, calm_claim, wake_at, signals,
+         signalled, awaited, input, input_digest, created_at, status_at)
+     SELECT gen_random_uuid(), 'default', 'live-' || n, true, 'kind-' || n % 5,
+         CASE WHEN n % 3 = 0 THEN 'running' ELSE 'waiting' END,
+         CASE WHEN n % 3 = 0 THEN '00000000-0000-7000-8000-00000000000a'::uuid END, 1, 0,
+         CASE WHEN n % 3 = 1 THEN now() + n * interval '1 minute' END, 0, n % 30 = 0, false, '{}', 'd', now(), now()
+     FROM generate_series(1, 20000) n",
+    "INSERT INTO {s}.steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
+     SELECT run, 0, 'step', n::text, 'step', 'done', '1', 0, 1, now()
+     FROM (SELECT run FROM {s}.processes LIMIT 100000) p, generate_series(1, 3) n",
+    "INSERT INTO {s}.events (run, number, name, event_id, payload, raised_at, taken_at)
+     SELECT run, n, 'event', n::text, '1', now(), now()
+     FROM (SELECT run FROM {s}.processes LIMIT 50000) p, generate_series(1, 3) n",
+    "INSERT INTO {s}.waiters (target, waiter) SELECT run, gen_random_uuid() FROM (SELECT run FROM {s}.processes
+         LIMIT 20000) p",
+    "INSERT INTO {s}.audit SELECT gen_random_uuid(), run, now(), scope, name, key, op, state, payload, attempts, claim,
+         recorded_at FROM (SELECT * FROM {s}.steps LIMIT 20000) s",
+    "ANALYZE {s}.processes, {s}.steps, {s}.events, {s}.waiters, {s}.audit",
+];
+
+/// What a batch is made of: everything that goes into one statement, messages and what goes with them, everything.
+#[derive(PartialEq, Eq)]
+enum Kind {
+    Single,
+    Messages,
+    Whole,
+}
+
+fn batch_of(kind: Kind) -> Batch {
+    let run = RunId::new();
+    let id: Box<str> = "p-1".into();
+    let spawn = |restart_finished| Spawn {
+        run: RunId::new(),
+        id: id.clone(),
+        kind: "kind".into(),
+        input: "1".into(),
+        digest: "d".into(),
+        take: true,
+        restart_finished,
+    };
+    let raise = || Raise { id: id.clone(), name: "e".into(), event_id: "x".into(), payload: "1".into() };
+    let key = || RecordKey { scope: Scope::Process, name: "n".into(), key: "k".into() };
+    let record = |effect| {
+        Op::Record(RecordOp {
+            run,
+            claim: 1,
+            key: key(),
+            op: OpKind::Step,
+            state: RecordState::Done,
+            payload: "1".into(),
+            attempts: 0,
+            takes: Some(1),
+            effect,
+            awaited: Some(RunId::new()),
+        })
+    };
+    let finish = Finish { run, claim: 1, status: Status::Completed, output: None, reason: None, unasked: None };
+    let mut ops = vec![
+        Op::Spawn(spawn(false)),
+        record(None),
+        Op::AcceptCancel { run, claim: 1 },
+        Op::Seen { run, claim: 1, signals: 1 },
+        Op::Finish(finish),
+        Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(1), waiting_for: None }),
+        Op::Claim { kind: "kind".into(), limit: 10 },
+    ];
+    if kind == Kind::Messages {
+        ops.truncate(2);
+        ops.push(Op::Raise(raise()));
+    }
+    if kind == Kind::Whole {
+        ops.extend([
+            Op::Spawn(spawn(true)),
+            Op::Raise(raise()),
+            record(Some(Effect::Spawn(spawn(false)))),
+            record(Some(Effect::Raise(raise()))),
+            Op::Await { run, id: id.clone(), target: None },
+            Op::Cancel { id: id.clone() },
+            Op::Resume { id: id.clone(), forget: vec![Forget { key: key(), audit: uuid::Uuid::now_v7() }] },
+            Op::Delete { id: id.clone() },
+        ]);
+    }
+    Batch { fence: Fence { instance: InstanceId::new(), generation: 0 }, namespace: "default".into(), ops }
+}
+
+fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
+    let (instance, run) = (InstanceId::new(), RunId::new());
+    let poll = Poll { instance, namespace: "default".into(), kinds: vec!["kind-1".into()], watched: vec![run] };
+    let seen = Peer {
+        instance,
+        heartbeat_at: chrono::Utc::now(),
+        lock: durable_core::storage::LockState::Unknown,
+        fenced: false,
+    };
+    let key = RecordKey { scope: Scope::Process, name: "n".into(), key: "k".into() };
+    let page = Filter { after: Some(run), limit: 10, ..Filter::default() };
+    let stuck = Filter { status: Some(Status::Stuck), limit: 10, ..Filter::default() };
+    let mut statements = vec![
+        ("load", read::load_statement(schema, &[run], true, Some(1000))),
+        ("owned", read::owned_statement(schema, instance, None, 1000)),
+        ("poll", read::poll_statement(schema, &poll)),
+        ("find", read::find_statement(schema, "default", "p", None)),
+        ("find a run", read::find_statement(schema, "default", "p", Some(run))),
+        ("record", read::record_statement(schema, run, &key)),
+        ("list", read::list_statement(schema, "default", &page)),
+        ("list what is stuck", read::list_statement(schema, "default", &stuck)),
+        ("count what is stuck", read::count_statement(schema, "default", &stuck)),
+        ("peers", heart::peers_statement(schema, "default", instance)),
+        ("refence", fence::refence(schema, instance, 1)),
+        ("fence", fence::fence(schema, &seen)),
+        ("end", fence::end(schema, instance)),
+        ("release", fence::release(schema, instance, 1000)),
+        ("forget", fence::forget(schema, instance)),
+    ];
+    for kind in [Kind::Single, Kind::Messages, Kind::Whole] {
+        statements.extend(batch::statements(schema, &batch_of(kind)));
+    }
+    statements
+}
+
+/// Scans from end to end: of a table, or of an index without a condition.
+fn scans(what: &str, plan: &[String]) -> Vec<String> {
+    const TABLES: [&str; 5] = ["processes", "steps", "events", "waiters", "audit"];
+    let of_table = |line: &str| TABLES.iter().any(|table| line.contains(&format!(" on {table}")));
+    let by_index = |line: &str| line.contains("Index Scan") || line.contains("Index Only Scan");
+    let mut scans = Vec::new();
+    for (nth, line) in plan.iter().enumerate() {
+        if line.contains("Seq Scan") && of_table(line) {
+            scans.push(line.clone());
+        }
+        if by_index(line) && !line.contains("instances") && !line.contains("fences") {
+            let mut own = plan[nth + 1..].iter().take_while(|next| !next.contains("->"));
+            let condition = own.find(|next| next.contains("Index Cond"));
+            // Every process of a namespace is no condition, nor is every message that a process was ever sent, unless
+            // it is deleted.
+            let needs = match () {
+                () if line.contains("_current") || line.contains("_former") => " AND (id = ",
+                () if line.contains("events_id") && what != "order" => " AND (event_id = ",
+                () => "Index Cond",
+            };
+            if condition.is_none_or(|condition| !condition.contains(needs)) {
+                scans.push(line.clone());
+            }
+        }
+    }
+    scans
+}
+
+async fn plan(connection: &mut PgConnection, sql: &Sql) -> Vec<String> {
+    let nulls = vec!["NULL"; sql.types.len()].join(", ");
+    let prepare = format!("PREPARE it ({}) AS {}", sql.types.join(", "), sql.text);
+    connection.execute(AssertSqlSafe(prepare)).await.unwrap();
+    let explain = format!("EXPLAIN (COSTS OFF) EXECUTE it ({nulls})");
+    let rows = connection.fetch_all(AssertSqlSafe(explain)).await.unwrap();
+    connection.execute("DEALLOCATE it").await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+async fn bad_plans(connection: &mut PgConnection, schema: &Schema) -> Vec<String> {
+    let mut found = Vec::new();
+    for (what, sql) in statements(schema) {
+        let plan = plan(connection, &sql).await;
+        let scans = scans(what, &plan);
+        if !scans.is_empty() {
+            found.push(format!("{what}: {scans:#?}\n{}\n{}", sql.text, plan.join("\n")));
+        }
+        if std::env::var_os("DURABLE_SHOW_PLANS").is_some() {
+            println!("== {what}\n{}\n{}", sql.text, plan.join("\n"));
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn no_statement_goes_through_a_table() {
+    let Ok(url) = std::env::var("DURABLE_POSTGRES_URL") else {
+        let required = std::env::var("DURABLE_REQUIRE").unwrap_or_default();
+        assert!(!required.contains("postgres"), "DURABLE_POSTGRES_URL is not set, and is required");
+        println!("not run: DURABLE_POSTGRES_URL is not set");
+        return;
+    };
+    let name = format!("plans_{}", RunId::new().0.simple());
+    let storage = Postgres::connect(&*url).schema(&*name).await.unwrap();
+    assert_eq!(storage.name(), "postgres");
+    let mut connection = PgConnection::connect(&url).await.unwrap();
+    session::set(&mut connection, Bounds::default()).await.unwrap();
+    // Nor on tables of which the server knows nothing yet: those plans are used for a while.
+    let mut found = bad_plans(&mut connection, &storage.0.schema).await;
+    // For the filling alone.
+    connection.execute("SET synchronous_commit = off").await.unwrap();
+    for sql in FILL {
+        connection.execute(AssertSqlSafe(sql.replace("{s}", &name))).await.unwrap();
+    }
+    found.extend(bad_plans(&mut connection, &storage.0.schema).await);
+    connection.execute(AssertSqlSafe(format!("DROP SCHEMA {name} CASCADE"))).await.unwrap();
+    assert!(found.is_empty(), "{}", found.join("\n\n"));
+}

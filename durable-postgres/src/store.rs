@@ -1,0 +1,134 @@
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use durable_core::storage::{
+    Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
+    Record, RecordKey, Result, RunId, Storage, StorageError,
+};
+use sqlx::postgres::PgRow;
+use std::time::Duration;
+
+use crate::lend::Connections;
+use crate::listen::{Hints, concerns_others};
+use crate::names::Schema;
+use crate::rows::{self, readable};
+use crate::sql::{Commits, Sql};
+use crate::{Postgres, batch, fence, heart, read};
+
+/// Behind every clone of a [`Postgres`].
+pub(crate) struct Shared {
+    pub(crate) schema: Schema,
+    pub(crate) connections: Connections,
+    /// Session locks exclude others here, so they prove life and death.
+    pub(crate) locks: bool,
+    pub(crate) hints: Hints,
+}
+
+impl Postgres {
+    /// Runs one statement: one that reads, or that may as well run twice, so that a lost answer is no worse than none.
+    async fn run(&self, sql: Sql) -> Result<Vec<PgRow>> {
+        let mut lent = self.0.connections.lend().await?;
+        let result = sql.run(&mut lent.connection, Commits::No).await;
+        lent.done(result)
+    }
+}
+
+#[async_trait]
+impl Storage for Postgres {
+    fn name(&self) -> &'static str {
+        "postgres"
+    }
+
+    async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
+        heart::enlist(&self.0, instance).await
+    }
+
+    async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
+        let rows = self.run(fence::refence(&self.0.schema, instance, generation)).await?;
+        if rows.is_empty() { Err(StorageError::Fenced) } else { Ok(()) }
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
+        let mut lent = self.0.connections.lend().await?;
+        let result = batch::commit(&mut lent.connection, &self.0.schema, batch).await;
+        let outcomes = lent.done(result)?;
+        if concerns_others(batch, &outcomes) {
+            Hints::tell(&self.0);
+        }
+        Ok(outcomes)
+    }
+
+    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
+        if runs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut lent = self.0.connections.lend().await?;
+        let result = read::load(&mut lent.connection, &self.0.schema, runs, records).await;
+        lent.done(result)
+    }
+
+    async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
+        read::owned(&self.run(read::owned_statement(&self.0.schema, instance, after, limit)).await?)
+    }
+
+    async fn poll(&self, poll: &Poll) -> Result<Polled> {
+        read::polled(&self.run(read::poll_statement(&self.0.schema, poll)).await?)
+    }
+
+    async fn changed(&self, cursor: &mut u64, at_most: Duration) {
+        Hints::changed(&self.0, cursor, at_most).await;
+    }
+
+    async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers> {
+        let rows = self.run(heart::peers_statement(&self.0.schema, namespace, me)).await?;
+        let Some((now, peers)) = rows.split_first() else {
+            return Err(StorageError::schema("the database did not tell its time"));
+        };
+        let peers: Vec<Peer> = peers.iter().filter_map(|row| readable(heart::peer(row, self.0.locks))).collect();
+        self.0.hints.has_company(!peers.is_empty());
+        Ok(Peers { now: rows::time(now, 1)?, peers })
+    }
+
+    async fn fence(&self, seen: &Peer) -> Result<bool> {
+        Ok(!self.run(fence::fence(&self.0.schema, seen)).await?.is_empty())
+    }
+
+    async fn release(&self, fenced: InstanceId, limit: usize) -> Result<usize> {
+        loop {
+            let released = self.run(fence::release(&self.0.schema, fenced, limit)).await?.len();
+            if released > 0 {
+                Hints::tell(&self.0);
+                return Ok(released);
+            }
+            // Another instance may have handed back what this one was about to, and there may be more.
+            let owns = self.run(fence::forget(&self.0.schema, fenced)).await?;
+            if !owns.first().map(|row| rows::get(row, 0)).transpose()?.unwrap_or(false) {
+                return Ok(0);
+            }
+        }
+    }
+
+    async fn retire(&self, instance: InstanceId) -> Result<()> {
+        self.run(fence::end(&self.0.schema, instance)).await?;
+        while self.release(instance, 10_000).await? > 0 {}
+        Ok(())
+    }
+
+    async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
+        let rows = self.run(read::find_statement(&self.0.schema, namespace, id, run)).await?;
+        rows.first().map(rows::process).transpose()
+    }
+
+    async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
+        let rows = self.run(read::record_statement(&self.0.schema, run, key)).await?;
+        rows.first().map(|row| rows::record(row).map(|(_, record)| record)).transpose()
+    }
+
+    async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>> {
+        let rows = self.run(read::list_statement(&self.0.schema, namespace, filter)).await?;
+        Ok(rows.iter().filter_map(|row| readable(rows::process(row))).collect())
+    }
+
+    async fn count(&self, namespace: &str, filter: &Filter) -> Result<Vec<Counted>> {
+        Ok(read::counted(&self.run(read::count_statement(&self.0.schema, namespace, filter)).await?))
+    }
+}

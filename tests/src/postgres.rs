@@ -1,0 +1,86 @@
+use durable_postgres::Postgres;
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::{AssertSqlSafe, ConnectOptions, Executor};
+use std::future::Future;
+
+use crate::Backend;
+
+/// A schema of its own in the PostgreSQL database that `DURABLE_POSTGRES_URL` names; dropped with it.
+pub struct PostgresSchema {
+    url: String,
+    name: String,
+}
+
+impl PostgresSchema {
+    /// The database's address, or why there is none here. With `postgres` in `DURABLE_REQUIRE` there must be one.
+    ///
+    /// # Panics
+    /// If there must be one, and is not.
+    pub fn address() -> Result<String, String> {
+        const URL: &str = "DURABLE_POSTGRES_URL";
+        std::env::var(URL).map_err(|_| {
+            let required = std::env::var("DURABLE_REQUIRE").unwrap_or_default();
+            assert!(!required.split(',').any(|name| name.trim() == "postgres"), "{URL} is not set, and is required");
+            format!("{URL} is not set")
+        })
+    }
+
+    /// Runs a test if there is a database, else says so.
+    pub fn run(test: impl Future<Output = ()>) {
+        match Self::address() {
+            Ok(_) => crate::run(test),
+            Err(why) => println!("not run: {why}"),
+        }
+    }
+
+    /// The database's address.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The schema's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A connection of the test's own, by another name than the storage's.
+    pub async fn connect(&self) -> PgConnection {
+        let options: PgConnectOptions = self.url.parse().unwrap();
+        options.application_name("test").connect().await.unwrap()
+    }
+
+    /// SQL with `{s}` for the schema.
+    pub fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
+        AssertSqlSafe(sql.replace("{s}", &self.name))
+    }
+}
+
+impl Backend for PostgresSchema {
+    type Storage = Postgres;
+    async fn new() -> Self {
+        let (url, name) = (Self::address().unwrap(), format!("test_{}", durable_core::RunId::new().0.simple()));
+        // So that the sessions of one test can be told from those of others.
+        let and = if url.contains('?') { '&' } else { '?' };
+        Self { url: format!("{url}{and}application_name={name}"), name }
+    }
+    async fn storage(&self) -> Postgres {
+        Postgres::connect(&self.url).schema(&self.name).await.unwrap()
+    }
+}
+
+impl Drop for PostgresSchema {
+    fn drop(&mut self) {
+        let (url, sql) = (self.url.clone(), self.sql("DROP SCHEMA IF EXISTS {s} CASCADE"));
+        // In a thread of its own: whoever drops it may be on a runtime. What still runs there is not waited for long.
+        let dropping = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let options: PgConnectOptions = url.parse().unwrap();
+                let mut connection = options.connect().await?;
+                connection.execute("SET lock_timeout = 2000").await?;
+                connection.execute(sql).await
+            })
+        });
+        let _ = dropping.join();
+    }
+}

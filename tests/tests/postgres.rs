@@ -1,0 +1,889 @@
+//! What is PostgreSQL's own: addresses and rights that are not what they should be, schemas of other versions; the
+//! interleavings staged with a second session; sessions that the server ends.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use durable_core::storage::{
+    Batch, Claimed, Fence, Finish, Heart, InstanceId, LockState, NewInstance, Op, OpKind, Outcome, Park, Raise, Raised,
+    RecordKey, RecordOp, RecordState, Scope, Spawn, Storage, StorageError,
+};
+use durable_core::*;
+use durable_tests::*;
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, Executor, Row};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const GO: Event<u32> = Event::new("Go");
+const IT: Definition<u32, u32> = Definition::new("it");
+
+async fn it(proc: Process, input: u32) -> Result<u32, Failure> {
+    let first = proc.step("first", || async { Ok::<_, Failure>(input) }).await?;
+    let second = proc.event(GO).await?;
+    Ok(proc.step("last", || async { Ok::<_, Failure>(first + second) }).await?)
+}
+
+fn test(test: impl Future<Output = ()>) {
+    PostgresSchema::run(test);
+}
+
+// --- Places and rights ---------------------------------------------------------------------------------------------
+
+#[test]
+fn places_where_there_is_no_database() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let error = async |url: &str| Postgres::connect(url).schema(schema.name()).await.unwrap_err();
+        let options: PgConnectOptions = schema.url().parse().unwrap();
+        let (host, port, user) = (options.get_host(), options.get_port(), options.get_username());
+        let missing = error(&format!("postgres://{user}:secret@{host}:1/there")).await;
+        assert!(matches!(missing, StorageError::Unavailable(_)), "{missing:?}");
+        let cases = [
+            (missing.to_string(), vec!["\"there\"", ":1", "does a server listen there"]),
+            (
+                error(&format!("postgres://{user}:secret@{host}:{port}/postgres")).await.to_string(),
+                vec!["password authentication failed", "28P01", user, "right"],
+            ),
+            (
+                error(&schema.url().replace("/durable?", "/nowhere?")).await.to_string(),
+                vec!["\"nowhere\" does not exist", "3D000", "CREATE DATABASE"],
+            ),
+            (error("mysql://user:secret@host/db").await.to_string(), vec!["\"mysql\" is not PostgreSQL's"]),
+            (error("secret").await.to_string(), vec!["not a URL", "postgres://user:password@host"]),
+            (error("postgres://user:secret@host:port/db").await.to_string(), vec!["not PostgreSQL's", "invalid port"]),
+        ];
+        for (error, parts) in cases {
+            for part in parts {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+            assert!(!error.contains("secret"), "{error}");
+        }
+        let connect = Postgres::connect("postgres://user:secret@host/db");
+        assert!(!format!("{connect:?}").contains("secret"));
+    });
+}
+
+#[test]
+fn schemas_by_name() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        for name in ["", "a-b", "a\"; DROP SCHEMA public", "1a", "pg_own"] {
+            let error = Postgres::connect(schema.url()).schema(name).await.unwrap_err();
+            assert!(matches!(error, StorageError::Schema(_)), "{error:?}");
+            assert!(error.to_string().contains("cannot be the schema's name"), "{error}");
+        }
+        // Two schemas are two storages; capitals count.
+        let upper = schema.name().to_uppercase();
+        let one = schema.storage().await;
+        let other = Postgres::connect(schema.url()).schema(&*upper).await.unwrap();
+        let (mine, _heart) = enlist(&one).await;
+        commit(&one, mine, vec![spawn("p", false).0]).await;
+        assert!(one.find("default", "p", None).await.unwrap().is_some());
+        assert!(other.find("default", "p", None).await.unwrap().is_none());
+        let sql = format!("DROP SCHEMA \"{upper}\" CASCADE");
+        schema.connect().await.execute(AssertSqlSafe(sql)).await.unwrap();
+        // A service's own search_path turns nothing aside.
+        let url = format!("{}&options[search_path]=nowhere", schema.url());
+        let storage = Postgres::connect(url).schema(schema.name()).await.unwrap();
+        assert!(storage.find("default", "p", None).await.unwrap().is_some());
+    });
+}
+
+#[test]
+fn schemas_of_other_versions() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let connect = || Postgres::connect(schema.url()).schema(schema.name());
+        let mut connection = schema.connect().await;
+        let error = connect().verify_only().await.unwrap_err().to_string();
+        assert!(error.contains("lacks migration 1") && error.contains("schema_sql"), "{error}");
+        let sql = "SELECT 1 FROM pg_namespace WHERE nspname = '{s}'";
+        assert!(connection.fetch_optional(schema.sql(sql)).await.unwrap().is_none(), "nothing was made");
+        drop(connect().await.unwrap());
+        connect().verify_only().await.unwrap();
+        // An additive migration of a later version: this code may go on.
+        connection.execute(schema.sql("INSERT INTO {s}.migrations VALUES (2, 'later', 'x', 1, now())")).await.unwrap();
+        connect().await.unwrap();
+        let sql = schema.sql("UPDATE {s}.migrations SET oldest_code = 2 WHERE version = 2");
+        connection.execute(sql).await.unwrap();
+        for error in [connect().await.unwrap_err(), connect().verify_only().await.unwrap_err()] {
+            assert!(error.to_string().contains("deploy a newer version of the service"), "{error}");
+        }
+        connection.execute(schema.sql("DELETE FROM {s}.migrations WHERE version = 2")).await.unwrap();
+        connection.execute(schema.sql("UPDATE {s}.migrations SET checksum = 'other'")).await.unwrap();
+        let error = connect().await.unwrap_err().to_string();
+        assert!(error.contains("changed by other hands"), "{error}");
+        // What is printed is what is applied.
+        let printed = PostgresSchema::new().await;
+        let sql = durable_postgres::schema_sql(printed.name()).unwrap();
+        connection.execute(AssertSqlSafe(sql)).await.unwrap();
+        Postgres::connect(printed.url()).schema(printed.name()).verify_only().await.unwrap();
+    });
+}
+
+#[test]
+fn several_that_migrate_at_the_same_time() {
+    test(async {
+        for _ in 0..5 {
+            let schema = PostgresSchema::new().await;
+            let connects = (0..6).map(|_| {
+                let connect = Postgres::connect(schema.url()).schema(schema.name());
+                tokio::spawn(std::future::IntoFuture::into_future(connect))
+            });
+            for connect in connects.collect::<Vec<_>>() {
+                connect.await.unwrap().unwrap();
+            }
+        }
+    });
+}
+
+/// A role that may create nothing is enough to run.
+#[test]
+fn a_role_without_rights_to_create() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let role = schema.name().replace("test_", "role_");
+        let mut connection = schema.connect().await;
+        let sql = |sql: &str| AssertSqlSafe(sql.replace("{s}", schema.name()).replace("{r}", &role));
+        connection.execute(sql("CREATE ROLE {r} LOGIN PASSWORD 'secret'")).await.unwrap();
+        let options: PgConnectOptions = schema.url().parse().unwrap();
+        let (host, port, database) = (options.get_host(), options.get_port(), options.get_database().unwrap());
+        let url = format!("postgres://{role}:secret@{host}:{port}/{database}?application_name={}", schema.name());
+        let connect = || Postgres::connect(&*url).schema(schema.name());
+        let error = connect().await.unwrap_err().to_string();
+        for part in ["permission denied", "CREATE", "schema_sql", "GRANT SELECT, INSERT, UPDATE, DELETE"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        drop(schema.storage().await);
+        let error = connect().await.unwrap_err().to_string();
+        assert!(error.contains("permission denied") && error.contains("GRANT USAGE ON SCHEMA"), "{error}");
+        connection.execute(sql("GRANT USAGE ON SCHEMA {s} TO {r}")).await.unwrap();
+        let grant = sql("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {s} TO {r}");
+        connection.execute(grant).await.unwrap();
+        connect().verify_only().await.unwrap();
+        let host = Host::builder(connect().await.unwrap()).register(IT, it).start().await.unwrap();
+        let handle = host.spawn(IT, "it", &1).await.unwrap();
+        handle.raise(GO, &2).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 3);
+        handle.delete().await.unwrap();
+        host.shutdown(Duration::from_secs(5)).await;
+        connection.execute(sql("DROP OWNED BY {r}; DROP ROLE {r}")).await.unwrap();
+    });
+}
+
+/// What the server quotes of values does not get into errors.
+#[test]
+fn payloads_are_not_in_errors() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let storage = schema.storage().await;
+        let (me, _heart) = enlist(&storage).await;
+        let bad = Spawn { input: "{\"password\": secret}".into(), ..spawn_op("p", false) };
+        let error = storage.commit(&batch(me, 0, vec![Op::Spawn(bad)])).await.unwrap_err();
+        assert!(matches!(error, StorageError::Refused(_)), "{error:?}");
+        assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
+        // And the connection is none the worse.
+        commit(&storage, me, vec![spawn("p", false).0]).await;
+    });
+}
+
+// --- Two sessions --------------------------------------------------------------------------------------------------
+
+async fn enlist(storage: &impl Storage) -> (InstanceId, Box<dyn Heart>) {
+    let id = InstanceId::new();
+    let new = NewInstance { id, namespace: "default".into(), label: "test".into(), kinds: vec![IT.kind().into()] };
+    (id, storage.enlist(&new).await.unwrap().0)
+}
+
+fn batch(instance: InstanceId, generation: i64, ops: Vec<Op>) -> Batch {
+    Batch { fence: Fence { instance, generation }, namespace: "default".into(), ops }
+}
+
+async fn commit(storage: &Postgres, instance: InstanceId, ops: Vec<Op>) -> Vec<Outcome> {
+    storage.commit(&batch(instance, 0, ops)).await.unwrap()
+}
+
+fn spawn_op(id: &str, take: bool) -> Spawn {
+    let (input, digest) = ("1".into(), "d".into());
+    Spawn { run: RunId::new(), id: id.into(), kind: IT.kind().into(), input, digest, take, restart_finished: false }
+}
+
+fn spawn(id: &str, take: bool) -> (Op, RunId) {
+    let spawn = spawn_op(id, take);
+    let run = spawn.run;
+    (Op::Spawn(spawn), run)
+}
+
+async fn start(storage: &Postgres, instance: InstanceId, id: &str) -> RunId {
+    let (op, run) = spawn(id, true);
+    commit(storage, instance, vec![op]).await;
+    run
+}
+
+fn record(run: RunId, name: &str) -> Op {
+    Op::Record(RecordOp {
+        run,
+        claim: 1,
+        key: RecordKey { scope: Scope::Process, name: name.into(), key: "".into() },
+        op: OpKind::Step,
+        state: RecordState::Done,
+        payload: "1".into(),
+        attempts: 0,
+        takes: None,
+        effect: None,
+        awaited: None,
+    })
+}
+
+fn finish(run: RunId) -> Op {
+    let output = Some("7".into());
+    Op::Finish(Finish { run, claim: 1, status: Status::Completed, output, reason: None, unasked: None })
+}
+
+fn park(run: RunId, seen: i64) -> Op {
+    Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(seen), waiting_for: None })
+}
+
+fn raise(id: &str, event_id: &str) -> Op {
+    Op::Raise(Raise { id: id.into(), name: "Go".into(), event_id: event_id.into(), payload: "1".into() })
+}
+
+/// Waits until so many of the storage's sessions wait for a lock.
+async fn waiting(schema: &PostgresSchema, sessions: i64) {
+    let mut connection = schema.connect().await;
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'";
+    until("it waits for a lock", async || {
+        let row = sqlx::query(sql).bind(schema.name()).fetch_one(&mut connection).await.unwrap();
+        row.get::<i64, _>(0) >= sessions
+    })
+    .await;
+}
+
+fn in_background(storage: &Postgres, batch: Batch) -> tokio::task::JoinHandle<storage::Result<Vec<Outcome>>> {
+    let storage = storage.clone();
+    tokio::spawn(async move { storage.commit(&batch).await })
+}
+
+/// Interleaving 1. A batch that has queued behind a take-over has its snapshot from before it: it writes nothing all the
+/// same. If the take-over is undone, it is written.
+#[test]
+fn a_batch_that_queues_behind_a_take_over() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let storage = schema.storage().await;
+        for commits in [true, false] {
+            let (zombie, _heart) = enlist(&storage).await;
+            let name = |what: &str| format!("{what}-{commits}");
+            let mut runs = Vec::new();
+            for what in ["record", "finish", "park", "raise", "await"] {
+                runs.push(start(&storage, zombie, &name(what)).await);
+            }
+            commit(&storage, zombie, vec![spawn(&name("due"), false).0]).await;
+            let batches = vec![
+                vec![spawn(&name("new"), true).0],
+                vec![record(runs[0], "a")],
+                vec![finish(runs[1])],
+                vec![park(runs[2], 0)],
+                vec![Op::Claim { kind: IT.kind().into(), limit: 9 }],
+                vec![Op::AcceptCancel { run: runs[0], claim: 1 }],
+                vec![raise(&name("raise"), "m")],
+                vec![Op::Await { run: runs[0], id: name("await").into(), target: None }],
+                vec![Op::Cancel { id: name("await").into() }],
+            ];
+            let before = everything(&schema).await;
+            let mut session = schema.connect().await;
+            let mut transaction = session.begin().await.unwrap();
+            let fence = schema.sql("UPDATE {s}.fences SET fenced_at = now() WHERE instance = $1");
+            sqlx::query(fence).bind(zombie.0).execute(&mut *transaction).await.unwrap();
+            // As many as there are connections.
+            let count = batches.len().min(8);
+            let queued: Vec<_> =
+                batches.into_iter().map(|ops| in_background(&storage, batch(zombie, 0, ops))).collect();
+            waiting(&schema, count as i64).await;
+            if commits {
+                transaction.commit().await.unwrap()
+            } else {
+                transaction.rollback().await.unwrap()
+            }
+            for queued in queued {
+                let result = queued.await.unwrap();
+                if commits {
+                    assert!(matches!(result, Err(StorageError::Fenced)), "{result:?}");
+                } else {
+                    assert_ne!(result.unwrap()[0], Outcome::Lost);
+                }
+            }
+            if commits {
+                assert_eq!(before, everything(&schema).await);
+            }
+            storage.retire(zombie).await.unwrap();
+        }
+    });
+}
+
+/// All rows that a batch may touch, as text.
+async fn everything(schema: &PostgresSchema) -> Vec<String> {
+    let mut connection = schema.connect().await;
+    let sql = "SELECT p::text FROM {s}.processes p UNION ALL SELECT s::text FROM {s}.steps s UNION ALL
+        SELECT e::text FROM {s}.events e UNION ALL SELECT w::text FROM {s}.waiters w ORDER BY 1";
+    connection.fetch_all(schema.sql(sql)).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+/// Interleaving 2. Whoever fences a batch off, the instance itself after a lost answer or another one, waits for one that
+/// is under way.
+#[test]
+fn a_fence_waits_for_the_batch_that_is_under_way() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let storage = schema.storage().await;
+        for own in [true, false] {
+            let (me, _heart) = enlist(&storage).await;
+            let id = format!("p-{own}");
+            let run = start(&storage, me, &id).await;
+            let mut session = schema.connect().await;
+            let mut transaction = session.begin().await.unwrap();
+            let lock = schema.sql("SELECT 1 FROM {s}.processes WHERE run = $1 FOR UPDATE");
+            sqlx::query(lock).bind(run.0).execute(&mut *transaction).await.unwrap();
+            let under_way = in_background(&storage, batch(me, 0, vec![record(run, "a"), finish(run)]));
+            waiting(&schema, 1).await;
+            let peers = storage.peers("default", InstanceId::new()).await.unwrap().peers;
+            let peer = peers.into_iter().find(|peer| peer.instance == me).unwrap();
+            let fencing = {
+                let storage = storage.clone();
+                tokio::spawn(async move {
+                    if own { storage.refence(me, 1).await.map(|()| true) } else { storage.fence(&peer).await }
+                })
+            };
+            waiting(&schema, 2).await;
+            assert!(!fencing.is_finished());
+            transaction.rollback().await.unwrap();
+            assert_eq!(under_way.await.unwrap().unwrap()[1], Outcome::Finished { wakes: vec![] });
+            assert!(fencing.await.unwrap().unwrap());
+            let late = storage.commit(&batch(me, 0, vec![spawn("late", false).0])).await;
+            assert!(matches!(late, Err(StorageError::Fenced)), "{late:?}");
+            storage.retire(me).await.unwrap();
+        }
+    });
+}
+
+/// Interleaving 4, both ways.
+#[test]
+fn park_against_raise() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let (storage, other) = (schema.storage().await, schema.storage().await);
+        let ((me, _heart), (sender, _its)) = (enlist(&storage).await, enlist(&other).await);
+        // A message that is not committed yet when the process parks.
+        let run = start(&storage, me, "a").await;
+        let mut session = schema.connect().await;
+        let mut transaction = session.begin().await.unwrap();
+        let signal = schema.sql("UPDATE {s}.processes SET signals = signals + 1 WHERE run = $1");
+        sqlx::query(signal).bind(run.0).execute(&mut *transaction).await.unwrap();
+        let parking = in_background(&storage, batch(me, 0, vec![park(run, 0)]));
+        waiting(&schema, 1).await;
+        transaction.commit().await.unwrap();
+        assert_eq!(parking.await.unwrap().unwrap(), [Outcome::Signalled(1)]);
+        // A park that is not committed yet when the message comes.
+        let run = start(&storage, me, "b").await;
+        let mut transaction = session.begin().await.unwrap();
+        let parked =
+            schema.sql("UPDATE {s}.processes SET status = 'waiting', owner = NULL, calm_claim = 1 WHERE run = $1");
+        sqlx::query(parked).bind(run.0).execute(&mut *transaction).await.unwrap();
+        let raising = in_background(&other, batch(sender, 0, vec![raise("b", "m")]));
+        waiting(&schema, 1).await;
+        transaction.commit().await.unwrap();
+        let delivered = Raised::Delivered { run, number: 1, mine: false };
+        assert_eq!(raising.await.unwrap().unwrap(), [Outcome::Raised(delivered)]);
+        let claimed = commit(&storage, me, vec![Op::Claim { kind: IT.kind().into(), limit: 9 }]).await;
+        assert_eq!(claimed, [Outcome::Claimed(vec![Claimed { run, claim: 2 }])], "it is due");
+    });
+}
+
+/// Who comes to await a process at the moment of its end: it is told, or it is woken.
+#[test]
+fn await_against_finish() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let (storage, other) = (schema.storage().await, schema.storage().await);
+        let ((me, _heart), (waiter, _its)) = (enlist(&storage).await, enlist(&other).await);
+        let wait = |run, id: &str| Op::Await { run, id: id.into(), target: None };
+        let mut session = schema.connect().await;
+        // The end queues behind the await.
+        let (target, parent) = (start(&storage, me, "a").await, start(&other, waiter, "parent-a").await);
+        let mut transaction = session.begin().await.unwrap();
+        let mark = schema.sql("UPDATE {s}.processes SET awaited = true WHERE run = $1");
+        sqlx::query(mark).bind(target.0).execute(&mut *transaction).await.unwrap();
+        let insert = schema.sql("INSERT INTO {s}.waiters VALUES ($1, $2)");
+        sqlx::query(insert).bind(target.0).bind(parent.0).execute(&mut *transaction).await.unwrap();
+        let ending = in_background(&storage, batch(me, 0, vec![record(target, "a"), finish(target)]));
+        waiting(&schema, 1).await;
+        transaction.commit().await.unwrap();
+        assert_eq!(ending.await.unwrap().unwrap()[1], Outcome::Finished { wakes: vec![] });
+        assert_eq!(storage.find("default", "parent-a", None).await.unwrap().unwrap().signals, 1, "it was woken");
+        assert_eq!(storage.load(&[target], true).await.unwrap()[0].state.clone().unwrap().unwrap().records.len(), 1);
+        // The await queues behind the end.
+        let (target, parent) = (start(&storage, me, "b").await, start(&other, waiter, "parent-b").await);
+        let mut transaction = session.begin().await.unwrap();
+        let end =
+            schema.sql("UPDATE {s}.processes SET status = 'completed', output = '7', owner = NULL WHERE run = $1");
+        sqlx::query(end).bind(target.0).execute(&mut *transaction).await.unwrap();
+        let awaiting = in_background(&other, batch(waiter, 0, vec![wait(parent, "b")]));
+        waiting(&schema, 1).await;
+        transaction.commit().await.unwrap();
+        let ended = Some((Status::Completed, Some("7".into())));
+        assert_eq!(awaiting.await.unwrap().unwrap(), [Outcome::Awaits(Some((target, ended)))]);
+        // A parent that parks in the same batch in which its child ends is not left behind.
+        let (child, parent) = (start(&storage, me, "c").await, start(&storage, me, "parent-c").await);
+        commit(&storage, me, vec![wait(parent, "c")]).await;
+        let outcomes = commit(&storage, me, vec![park(parent, 0), finish(child)]).await;
+        assert_eq!(outcomes, [Outcome::Signalled(1), Outcome::Finished { wakes: vec![parent] }]);
+    });
+}
+
+/// Two instances race for each id of a process and of a message: one winner, one number each, and no deadlock.
+#[test]
+fn races_for_ids() {
+    test(async {
+        const ROUNDS: usize = 60;
+        const EACH: usize = 8;
+        let schema = PostgresSchema::new().await;
+        let mut connection = schema.connect().await;
+        let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+        let before: i64 = connection.fetch_one(deadlocks).await.unwrap().get(0);
+        let storages = [schema.storage().await, schema.storage().await, schema.storage().await];
+        let mut instances = Vec::new();
+        for storage in &storages {
+            instances.push(enlist(storage).await);
+        }
+        let targets: Vec<String> = (0..EACH).map(|n| format!("target-{n}")).collect();
+        for target in &targets {
+            start(&storages[0], instances[0].0, target).await;
+        }
+        for round in 0..ROUNDS {
+            let racing = storages.iter().zip(&instances).enumerate().map(|(n, (storage, (me, _)))| {
+                // Each in another order.
+                let turn = |m: usize| (m * (2 * n + 1) + n) % EACH;
+                let mut ops: Vec<Op> = (0..EACH).map(|m| spawn(&format!("p-{round}-{}", turn(m)), false).0).collect();
+                ops.extend((0..EACH).map(|m| raise(&targets[turn(m)], &format!("{round}"))));
+                ops.extend((0..EACH).map(|m| raise(&targets[turn(m)], &format!("{round}-{n}"))));
+                in_background(storage, batch(*me, 0, ops))
+            });
+            let mut winners = 0;
+            for outcomes in racing.collect::<Vec<_>>() {
+                let outcomes = outcomes.await.unwrap().unwrap();
+                for outcome in &outcomes {
+                    match outcome {
+                        Outcome::Spawned(spawned) => winners += usize::from(!spawned.existed),
+                        Outcome::Raised(Raised::Delivered { .. }) => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+            assert_eq!(winners, EACH, "one winner each");
+        }
+        for target in &targets {
+            let run = storages[0].find("default", target, None).await.unwrap().unwrap().run;
+            let state = storages[0].load(&[run], false).await.unwrap().remove(0).state.unwrap().unwrap();
+            assert_eq!(state.events.len(), ROUNDS * 4, "each message once");
+            let numbers: HashSet<i64> = state.events.iter().map(|event| event.number).collect();
+            assert_eq!(numbers.len(), state.events.len());
+            assert_eq!(numbers.into_iter().max().unwrap(), state.process.signals);
+        }
+        connection.execute("SELECT pg_stat_clear_snapshot()").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        let after: i64 = connection.fetch_one(deadlocks).await.unwrap().get(0);
+        assert_eq!(after, before, "deadlocks");
+    });
+}
+
+// --- Sessions that end ---------------------------------------------------------------------------------------------
+
+/// Calls that are dropped at any moment leave no transaction open, and the storage goes on.
+#[test]
+fn dropped_calls_leave_nothing_open() {
+    test(async {
+        const CALLS: u64 = 3000;
+        let schema = PostgresSchema::new().await;
+        let storage = schema.storage().await;
+        let (me, _heart) = enlist(&storage).await;
+        start(&storage, me, "target").await;
+        let mut dropped = 0;
+        for n in 0..CALLS {
+            let call = {
+                let storage = storage.clone();
+                tokio::spawn(async move {
+                    let (child, run) = spawn(&format!("p-{n}"), true);
+                    match n % 4 {
+                        // One statement.
+                        0 => storage.commit(&batch(me, 0, vec![child])).await.map(|_| ()),
+                        // A transaction.
+                        1 | 2 => {
+                            let ops = vec![child, raise("target", &n.to_string()), Op::Cancel { id: "target".into() }];
+                            storage.commit(&batch(me, 0, ops)).await.map(|_| ())
+                        }
+                        _ => storage.load(&[run], true).await.map(|_| ()),
+                    }
+                })
+            };
+            tokio::time::sleep(Duration::from_micros(n * 37 % 2500)).await;
+            call.abort();
+            dropped += usize::from(call.await.is_err());
+        }
+        assert!(dropped > 300, "{dropped} were dropped");
+        let mut connection = schema.connect().await;
+        let sql =
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state LIKE 'idle in transaction%'";
+        let mut open = 0;
+        for _ in 0..50 {
+            let row = sqlx::query(sql).bind(schema.name()).fetch_one(&mut connection).await.unwrap();
+            open = row.get::<i64, _>(0);
+            if open == 0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(open, 0);
+        // Each batch is there as a whole or not at all.
+        let sql = "SELECT count(*) FROM {s}.processes p FULL JOIN {s}.events e ON p.id = 'p-' || e.event_id
+            WHERE p.id <> 'target' AND substr(p.id, 3)::integer % 4 IN (1, 2) AND e.run IS NULL OR p.run IS NULL";
+        let halves: i64 = connection.fetch_one(schema.sql(sql)).await.unwrap().get(0);
+        assert_eq!(halves, 0);
+        storage.refence(me, 1).await.unwrap();
+        assert!(storage.find("default", "target", None).await.unwrap().is_some());
+    });
+}
+
+async fn lock_pid(connection: &mut PgConnection, schema: &PostgresSchema, instance: InstanceId) -> Option<i32> {
+    let sql = "SELECT l.pid FROM {s}.instances i JOIN pg_locks l ON l.locktype = 'advisory' AND l.granted
+            AND l.objid = (i.lock_key & 4294967295)::oid AND l.classid = ((i.lock_key >> 32) & 4294967295)::oid
+        WHERE i.instance = $1";
+    let row = sqlx::query(schema.sql(sql)).bind(instance.0).fetch_optional(connection).await.unwrap();
+    row.map(|row| row.get(0))
+}
+
+/// Interleaving 9. The server ends the session that holds an instance's lock, and the program lives: it takes the lock
+/// again before anybody has looked twice.
+#[test]
+fn a_session_that_ends_is_no_death() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let (storage, other) = (schema.storage().await, schema.storage().await);
+        // The defaults: two seconds between heartbeats.
+        let host = Host::builder(storage.clone()).register(IT, it).start().await.unwrap();
+        let _observer = Host::builder(other.clone())
+            .register(IT, it)
+            .heartbeat(Duration::from_millis(200), Duration::from_secs(10));
+        let _observer = _observer.start().await.unwrap();
+        let handle = host.spawn(IT, "it", &1).await.unwrap();
+        let mut connection = schema.connect().await;
+        let peers = async || other.peers("default", InstanceId::new()).await.unwrap().peers;
+        let before: HashSet<InstanceId> = peers().await.iter().map(|peer| peer.instance).collect();
+        assert_eq!(before.len(), 2);
+        for _ in 0..20 {
+            for instance in &before {
+                if let Some(pid) = lock_pid(&mut connection, &schema, *instance).await {
+                    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut connection).await.unwrap();
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(170)).await;
+        }
+        let after: HashSet<InstanceId> = peers().await.iter().map(|peer| peer.instance).collect();
+        assert_eq!(after, before, "somebody was taken for dead");
+        until("all hold their locks again", async || peers().await.iter().all(|peer| peer.lock == LockState::Held))
+            .await;
+        handle.raise(GO, &1).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 2);
+    });
+}
+
+/// A lock that is free although the last heartbeat says that it is held proves death only within one run of the server.
+#[test]
+fn a_lock_of_another_run_of_the_server_proves_nothing() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let storage = schema.storage().await;
+        let (me, mut heart) = enlist(&storage).await;
+        let look = async || storage.peers("default", InstanceId::new()).await.unwrap().peers[0].lock;
+        assert_eq!(look().await, LockState::Held);
+        let mut connection = schema.connect().await;
+        connection.execute(schema.sql("UPDATE {s}.instances SET locked_in = 'earlier'")).await.unwrap();
+        assert_eq!(look().await, LockState::Unknown);
+        heart.beat().await.unwrap();
+        assert_eq!(look().await, LockState::Held, "the next heartbeat says it again");
+        assert!(lock_pid(&mut connection, &schema, me).await.is_some());
+        drop(heart);
+        until("it is free", async || look().await == LockState::Free).await;
+        connection.execute(schema.sql("UPDATE {s}.instances SET locked_in = 'earlier'")).await.unwrap();
+        assert_eq!(look().await, LockState::Unknown);
+    });
+}
+
+/// Processes that are under way while `disturb` does its worst: they see nothing of it, and no recorded step runs twice.
+async fn disturbed(schema: &PostgresSchema, url: &str, disturb: impl AsyncFnOnce()) {
+    const MANY: u32 = 60;
+    let effects = Effects::default();
+    let counted = effects.clone();
+    let steps = move |proc: Process, input: u32| {
+        let effects = counted.clone();
+        async move {
+            for n in 0..5 {
+                proc.step(("step", n), || async {
+                    effects.add(format!("{} {n}", proc.id()));
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    Ok::<_, Failure>(())
+                })
+                .await?;
+                proc.delay(("pause", n), Duration::from_millis(20)).await?;
+            }
+            Ok::<_, Failure>(proc.event(GO).await? + input)
+        }
+    };
+    let storage = Postgres::connect(url).schema(schema.name()).await.unwrap();
+    let host = Host::builder(storage)
+        .heartbeat(Duration::from_millis(500), Duration::from_secs(10))
+        .quiet_time(Duration::from_millis(50))
+        .poll(Duration::from_millis(200))
+        .register(IT, steps)
+        .start()
+        .await
+        .unwrap();
+    let mut handles = Vec::new();
+    for n in 0..MANY {
+        handles.push(host.spawn(IT, format!("it-{n}"), &n).await.unwrap());
+    }
+    let raise = |handle: &Handle<u32, Failure>| {
+        let handle = handle.clone();
+        tokio::spawn(async move { handle.raise(GO, &1).id("m").await })
+    };
+    let raising: Vec<_> = handles.iter().map(raise).collect();
+    disturb().await;
+    for raised in raising {
+        raised.await.unwrap().unwrap();
+    }
+    for (n, handle) in (0..).zip(&handles) {
+        assert_eq!(handle.output().await.unwrap(), n + 1);
+        assert_eq!(handle.status().await.unwrap().status, Status::Completed);
+    }
+    let all = effects.all();
+    let different: HashSet<_> = all.iter().collect();
+    assert_eq!((all.len(), different.len()), (MANY as usize * 5, MANY as usize * 5), "each step once");
+}
+
+#[test]
+fn sessions_that_end_at_any_moment() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let mut connection = schema.connect().await;
+        disturbed(&schema, schema.url(), async || {
+            for _ in 0..20 {
+                let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
+                sqlx::query(sql).bind(schema.name()).execute(&mut connection).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(60)).await;
+            }
+        })
+        .await;
+    });
+}
+
+/// What is sent arrives and is carried out, and the answers are lost with their connections.
+#[test]
+fn answers_that_are_lost() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let proxy = Proxy::before(schema.url()).await;
+        disturbed(&schema, &proxy.url, async || {
+            for round in 0..20 {
+                proxy.swallow(true);
+                tokio::time::sleep(Duration::from_millis(20 + round % 3 * 10)).await;
+                proxy.swallow(false);
+                tokio::time::sleep(Duration::from_millis(60)).await;
+            }
+        })
+        .await;
+        assert!(proxy.lost.load(Ordering::SeqCst) > 20, "answers were lost");
+    });
+}
+
+/// Between a program and the server.
+struct Proxy {
+    url: String,
+    /// Answers do not pass.
+    swallows: Arc<AtomicBool>,
+    /// How many did not.
+    lost: Arc<AtomicUsize>,
+}
+
+impl Proxy {
+    async fn before(url: &str) -> Self {
+        let options: PgConnectOptions = url.parse().unwrap();
+        let server = (options.get_host().to_owned(), options.get_port());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let here = listener.local_addr().unwrap();
+        let url = url.replace(&format!("@{}:{}/", server.0, server.1), &format!("@{here}/"));
+        assert!(url.contains(&here.to_string()), "the address has another form than the proxy can change");
+        let (swallows, lost) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let proxy = Self { url, swallows: swallows.clone(), lost: lost.clone() };
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let Ok(server) = tokio::net::TcpStream::connect((&*server.0, server.1)).await else { continue };
+                tokio::spawn(pass(client, server, swallows.clone(), lost.clone()));
+            }
+        });
+        proxy
+    }
+
+    fn swallow(&self, swallow: bool) {
+        self.swallows.store(swallow, Ordering::SeqCst);
+    }
+}
+
+async fn pass(
+    mut client: tokio::net::TcpStream,
+    mut server: tokio::net::TcpStream,
+    swallows: Arc<AtomicBool>,
+    lost: Arc<AtomicUsize>,
+) {
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.split(), server.split());
+    let answers = async {
+        let mut buffer = vec![0; 65_536];
+        loop {
+            match from_server.read(&mut buffer).await {
+                Ok(length) if length > 0 && !swallows.load(Ordering::SeqCst) => {
+                    if to_client.write_all(&buffer[..length]).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(length) if length > 0 => {
+                    lost.fetch_add(1, Ordering::SeqCst);
+                    return;
+                }
+                _ => return,
+            }
+        }
+    };
+    tokio::select! {
+        () = answers => {}
+        _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+    }
+}
+
+/// Interleaving 8. A program that is stopped in the middle of a transaction keeps its locks no longer than it may; when
+/// it goes on it has written nothing.
+#[test]
+fn a_program_that_stops_inside_a_transaction() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let connect = Postgres::connect(schema.url()).schema(schema.name());
+        let storage = connect.idle_in_transaction_timeout(Duration::from_millis(500)).await.unwrap();
+        let other = schema.storage().await;
+        let (me, _heart) = enlist(&storage).await;
+        start(&storage, me, "target").await;
+        let mut connection = schema.connect().await;
+        let before = everything(&schema).await;
+        // Long enough that it can be stopped behind its first changes.
+        let mut ops = vec![spawn("new", true).0, raise("target", "m"), Op::Cancel { id: "target".into() }];
+        ops.extend((0..20).map(|n| Op::Cancel { id: format!("nobody-{n}").into() }));
+        let batch = batch(me, 0, ops);
+        let mut call = storage.commit(&batch);
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state = 'idle in transaction'
+            AND query LIKE '%cancel_requested_at%'";
+        loop {
+            assert!(futures_util::poll!(&mut call).is_pending());
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            let row = sqlx::query(sql).bind(schema.name()).fetch_one(&mut connection).await.unwrap();
+            if row.get::<i64, _>(0) == 1 {
+                break;
+            }
+        }
+        let since = Instant::now();
+        let peer = other.peers("default", InstanceId::new()).await.unwrap().peers.remove(0);
+        until("it is fenced", async || other.fence(&peer).await.is_ok_and(|fenced| fenced)).await;
+        assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+        let error = call.await.unwrap_err();
+        assert!(matches!(error, StorageError::Unavailable(_)), "{error:?}");
+        assert_eq!(before, everything(&schema).await);
+        assert!(matches!(storage.commit(&batch).await, Err(StorageError::Fenced)));
+    });
+}
+
+// --- Hints ---------------------------------------------------------------------------------------------------------
+
+/// Work from another program is noticed at once by listening, and soon without.
+#[test]
+fn other_programs_are_noticed() {
+    test(async {
+        for listen in [true, false] {
+            let schema = PostgresSchema::new().await;
+            let connect = || Postgres::connect(schema.url()).schema(schema.name()).listen(listen);
+            let poll = if listen { Duration::from_secs(20) } else { Duration::from_millis(500) };
+            let worker = Host::builder(connect().await.unwrap()).poll(poll).register(IT, it).start().await.unwrap();
+            let client = Host::builder(connect().await.unwrap()).poll(poll).start().await.unwrap();
+            // Long enough for the looks to become rare.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let since = Instant::now();
+            let handle = client.spawn(IT, "it", &1).await.unwrap();
+            until("it runs", async || handle.status().await.unwrap().execution == 1).await;
+            handle.raise(GO, &1).await.unwrap();
+            assert_eq!(handle.output().await.unwrap(), 2);
+            assert!(since.elapsed() < Duration::from_secs(3), "{listen}: {:?}", since.elapsed());
+            worker.shutdown(Duration::from_secs(5)).await;
+        }
+    });
+}
+
+// --- Rows that others wrote ----------------------------------------------------------------------------------------
+
+/// A row that somebody changed by hand makes its own process stuck, and nobody else's.
+#[test]
+fn rows_that_were_changed_by_hand() {
+    test(async {
+        let backend = PostgresSchema::new().await;
+        let host = quick(&backend).await.register(IT, it).start().await.unwrap();
+        let changes = [
+            (
+                "state",
+                "UPDATE {s}.steps SET state = 'odd' WHERE run = $1",
+                "state holds \"odd\", which this version does not know",
+            ),
+            ("op", "UPDATE {s}.steps SET op = 'odd' WHERE run = $1", "op holds \"odd\""),
+            ("scope", "UPDATE {s}.steps SET scope = 7 WHERE run = $1", "scope holds \"7\""),
+            ("payload", "UPDATE {s}.steps SET payload = '[1, 2]' WHERE run = $1", "expected u32, found an array of 2"),
+            ("input", "UPDATE {s}.processes SET input = '[]' WHERE run = $1", "expected u32, found an array of 0"),
+        ];
+        let mut handles = Vec::new();
+        for (name, ..) in changes {
+            handles.push(host.spawn(IT, name, &1).await.unwrap());
+        }
+        let sound = host.spawn(IT, "sound", &1).await.unwrap();
+        until("all are parked", async || host.in_memory() == 0).await;
+        let mut connection = backend.connect().await;
+        for ((_, sql, _), handle) in changes.iter().zip(&handles) {
+            let run = handle.run().unwrap().0;
+            sqlx::query(backend.sql(sql)).bind(run).execute(&mut connection).await.unwrap();
+        }
+        for handle in handles.iter().chain([&sound]) {
+            handle.raise(GO, &2).await.unwrap();
+        }
+        for ((name, _, expected), handle) in changes.iter().zip(&handles) {
+            let reason = until_status(handle, Status::Stuck).await.reason.unwrap();
+            assert!(reason.contains(expected), "{name}: {reason}");
+        }
+        assert_eq!(sound.output().await.unwrap(), 3);
+        // A status that nobody knows: told when it is asked for, and no panic.
+        connection.execute(backend.sql("UPDATE {s}.processes SET status = 'odd' WHERE id = 'sound'")).await.unwrap();
+        for told in [sound.status().await.map(|_| ()), sound.cancel().await, sound.resume().await, sound.delete().await]
+        {
+            let error = told.unwrap_err().to_string();
+            assert!(error.contains("status holds \"odd\""), "{error}");
+        }
+        // A time that is none: it is due, and the claim clears it away.
+        let handle = host.spawn(IT, "infinite", &1).await.unwrap();
+        until("it is parked", async || host.in_memory() == 0).await;
+        let by_hand = "UPDATE {s}.processes SET wake_at = '-infinity' WHERE id = 'infinite'";
+        connection.execute(backend.sql(by_hand)).await.unwrap();
+        until("it is claimed", async || handle.status().await.is_ok_and(|info| info.execution == 2)).await;
+        assert!(host.processes().list(20).await.unwrap().iter().all(|info| &*info.id != "sound"));
+    });
+}
