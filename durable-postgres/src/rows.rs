@@ -136,7 +136,7 @@ pub(crate) fn record(row: &PgRow) -> Result<(RecordKey, Record)> {
     let (op, state): (&str, &str) = (get(row, 3)?, get(row, 6)?);
     let (attempts, scope): (i64, i64) = (get(row, 9)?, get(row, 12)?);
     let scope = Scope::from_number(scope).ok_or_else(|| bad("scope", &scope.to_string()))?;
-    let key = RecordKey { scope, name: text(row, 1)?, key: text(row, 2)? };
+    let key = RecordKey { scope, name: text(row, 1)?.into(), key: text(row, 2)?.into() };
     let record = Record {
         op: OpKind::parse(op).ok_or_else(|| bad("op", op))?,
         state: RecordState::parse(state).ok_or_else(|| bad("state", state))?,
