@@ -131,16 +131,23 @@ impl<S> Deadly<S> {
         Self { inner, fuse, forgets: None }
     }
 
-    /// Says of every `nth` batch of records that it was written, and writes nothing.
+    /// Says of every `nth` record that it was written, and does not write it.
     pub fn forgets(mut self, nth: Option<u32>) -> Self {
         self.forgets = nth;
         self
     }
 
-    fn forgets_now(&self, batch: &Batch) -> bool {
-        let records = batch.ops.iter().all(|op| Of::Record.is(op));
-        records
-            && self.forgets.is_some_and(|nth| (self.fuse.count.fetch_add(1, Ordering::SeqCst) + 1).is_multiple_of(nth))
+    /// The batch without what is forgotten, and the places of that.
+    fn forget(&self, batch: &Batch, nth: u32) -> (Batch, Vec<usize>) {
+        let forgotten = |(_, op): &(usize, &Op)| {
+            Of::Record.is(op) && (self.fuse.count.fetch_add(1, Ordering::SeqCst) + 1).is_multiple_of(nth)
+        };
+        let forgotten: Vec<usize> = batch.ops.iter().enumerate().filter(forgotten).map(|(at, _)| at).collect();
+        let mut rest = batch.clone();
+        for at in forgotten.iter().rev() {
+            rest.ops.remove(*at);
+        }
+        (rest, forgotten)
     }
 
     fn pass(&self, batch: &Batch, after: bool) {
@@ -174,8 +181,14 @@ impl<S: Storage> Storage for Deadly<S> {
     }
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         self.pass(batch, false);
-        if self.forgets_now(batch) {
-            return Ok(vec![Outcome::Recorded; batch.ops.len()]);
+        if let Some(nth) = self.forgets {
+            let (rest, forgotten) = self.forget(batch, nth);
+            let mut outcomes = self.inner.commit(&rest).await?;
+            for at in forgotten {
+                outcomes.insert(at, Outcome::Recorded);
+            }
+            self.pass(batch, true);
+            return Ok(outcomes);
         }
         let outcomes = self.inner.commit(batch).await?;
         self.pass(batch, true);
