@@ -1,10 +1,15 @@
 //! Steps whose SQL commits with their record: exactly once, whatever goes wrong.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod postgres_alone;
+
 /// The cases, once for each database.
 macro_rules! on {
-    ($database:ident, $backend:ty, $storage:ident) => {
+    ($database:ident, $backend:ty, $storage:ident, $run:expr) => {
         mod $database {
+            fn run_test(test: impl Future<Output = ()>) {
+                $run(test);
+            }
             use $storage::{Outbox, Transactions, Tx};
             type B = $backend;
             include!("cases.rs");
@@ -12,4 +17,5 @@ macro_rules! on {
     };
 }
 
-on!(sqlite, durable_tests::SqliteFile, durable_sqlite);
+on!(sqlite, durable_tests::SqliteFile, durable_sqlite, durable_tests::run);
+on!(postgres, durable_tests::PostgresSchema, durable_postgres, durable_tests::PostgresSchema::run);
