@@ -31,16 +31,19 @@ struct Demo<'a, S> {
     shared: Vec<PathBuf>,
     bar: ProgressBar,
     workers: Vec<Worker>,
+    /// How many workers there should be.
+    size: usize,
     /// How many processes each takes on at a time, so that all have some.
     room: usize,
 }
 
 /// Starts all transfers, part by part; in the midst of each part but the last a worker is killed or stopped.
 pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storage + Clone) -> Result<Vec<Blow>, Error> {
-    let on_postgres = matches!(place, Place::Postgres { .. });
-    let workers = args.workers.unwrap_or(if on_postgres { 3 } else { 1 });
-    // With one there is nobody to take over from it while it is stopped.
-    let pauses = u32::from(workers > 1);
+    let on_sqlite = matches!(place, Place::Sqlite(_));
+    let workers = args.workers.unwrap_or(if on_sqlite { 1 } else { 3 });
+    // With one there is nobody to take over from it while it is stopped; nor can anybody while it holds SQLite's one
+    // right to write, as each transaction does.
+    let pauses = u32::from(workers > 1 && !(on_sqlite && args.accounts == Accounts::Database));
     let parts = args.kills + pauses + 1;
     let mut shared = vec![files::journal(&args.folder), files::bank(&args.folder)];
     if let Place::Sqlite(path) = place {
@@ -52,8 +55,10 @@ pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storag
         Accounts::Database => "tables in the same database",
     };
     let stopped = if pauses == 0 { "" } else { ", one is stopped for longer than its heartbeat may be silent" };
+    let workers_are =
+        if workers == 1 { "1 worker, which".to_owned() } else { format!("{workers} workers, of which one") };
     println!(
-        "{} transfers between {} accounts ({accounts}); {workers} workers; one is killed {} times{stopped}\n",
+        "{} transfers between {} accounts ({accounts}); {workers_are} is killed {} times{stopped}\n",
         args.transfers,
         saga::ACCOUNTS,
         args.kills
@@ -69,6 +74,7 @@ pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storag
         shared,
         bar: bar(args.transfers),
         workers: Vec::new(),
+        size: workers as usize,
         room: (args.transfers / parts / workers + 1).max(4) as usize,
     };
     for _ in 0..workers {
@@ -109,9 +115,7 @@ impl<S: Storage> Demo<'_, S> {
     /// How many transfers have ended.
     async fn look(&mut self) -> Result<u32, Error> {
         for worker in &mut self.workers {
-            if worker.has_ended()? {
-                return Err("a worker ended by itself".into());
-            }
+            worker.runs()?;
         }
         let counts = self.host.processes().kind(TRANSFER).count().await?;
         if let Some(stuck) = counts.iter().find(|count| count.status == Status::Stuck) {
@@ -135,22 +139,19 @@ impl<S: Storage> Demo<'_, S> {
             {
                 let program = self.workers[at].id();
                 if killed {
-                    self.workers[at].kill()?;
+                    self.workers.swap_remove(at).kill()?;
                 } else if !self.stop(at).await? {
                     continue;
                 }
                 let since = Instant::now();
                 let ids = self.journal.cut_off(program).await?;
                 let orphans = self.owned_with(&ids).await?;
-                if ids.is_empty() {
-                    // It was faster than the kill.
-                    self.workers[at] = self.worker()?;
-                    continue;
+                // The only worker there is takes over from itself; and one that was faster than the kill does not count.
+                if self.workers.is_empty() || ids.is_empty() {
+                    self.workers.push(self.worker()?);
                 }
-                // The only worker there is takes over from itself.
-                let alone = self.workers.len() == 1;
-                if killed && alone {
-                    self.workers[at] = self.worker()?;
+                if ids.is_empty() {
+                    continue;
                 }
                 self.taken_over(&orphans).await?;
                 let seconds = since.elapsed().as_secs_f64();
@@ -164,8 +165,8 @@ impl<S: Storage> Demo<'_, S> {
                 self.bar.suspend(|| println!("{line}"));
                 if !killed {
                     self.workers[at].go_on()?;
-                } else if !alone {
-                    self.workers[at] = self.worker()?;
+                } else if self.workers.len() < self.size {
+                    self.workers.push(self.worker()?);
                 }
                 return Ok(Blow { killed, program, seconds });
             }

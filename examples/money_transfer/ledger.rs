@@ -1,9 +1,11 @@
 //! The accounts as tables in the same database as the processes: debit and credit are transactional steps, so they
 //! happen exactly once, and need no idempotency key.
 
-use sqlx::{AnyConnection, AssertSqlSafe, Connection, Row};
+use durable_core::{Failure, Process, Retry, StepError};
+use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::time::Duration;
 
 use crate::Error;
 use crate::journal::{Call, Journal};
@@ -22,7 +24,7 @@ pub struct Ledger {
 /// Why a step failed; rolled back by then.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
-    #[error("account {0} is closed, or {1} cents short")]
+    #[error("account {0} is closed, or has less than {1} cents")]
     Refused(u32, i64),
     #[error(transparent)]
     Sql(#[from] sqlx::Error),
@@ -51,7 +53,7 @@ macro_rules! saga {
     ($backend:ident) => {
         pub mod $backend {
             use super::*;
-            use ::$backend::{Failure, Process, StepError, Transactions};
+            use ::$backend::Transactions;
             use std::sync::Arc;
 
             /// Takes from one account and adds to the other; if that fails, gives back.
@@ -92,6 +94,9 @@ macro_rules! saga {
                     ledger.end(number).await;
                     Err(LedgerError::Refused(account, -cents))
                 })
+                // A stopped program may hold an account's lock for as long as this one may wait: not a reason to give up.
+                .retry(Retry::exponential(Duration::from_millis(100)).max_attempts(10))
+                .retry_if(|error| !matches!(error, LedgerError::Refused(..)))
                 .failure()
                 .await
             }
@@ -100,6 +105,7 @@ macro_rules! saga {
 }
 
 saga!(durable_sqlite);
+saga!(durable_postgres);
 
 /// The books as an auditor sees them.
 pub struct Books(AnyConnection, Place);
@@ -139,10 +145,5 @@ impl Books {
             lines.entry(row.get(0)).or_default().push(line);
         }
         Ok(lines)
-    }
-
-    /// Ends the session.
-    pub async fn close(self) -> Result<(), Error> {
-        Ok(self.0.close().await?)
     }
 }

@@ -43,7 +43,7 @@ impl Place {
 
     /// Drops what an earlier demo left in the schema. A schema of somebody else's is left alone.
     pub async fn clear(&self) -> Result<(), Error> {
-        const OURS: &str = "the money_transfer demo's, made anew at each start";
+        const OURS: &str = "of the money_transfer demo, made anew at each start";
         let Self::Postgres { url, schema } = self else { return Ok(()) };
         // It refuses what cannot be a schema's name.
         let sql = durable_postgres::schema_sql(schema)?;

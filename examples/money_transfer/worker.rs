@@ -28,7 +28,10 @@ pub async fn run(args: &Args, place: Place, room: usize) -> Result<(), Error> {
             let storage = durable_postgres::Postgres::connect(url).schema(schema).await?;
             match args.accounts {
                 Accounts::Bank => with_bank(storage, args).await?,
-                Accounts::Database => return Err("no transactional steps on PostgreSQL".into()),
+                Accounts::Database => {
+                    let ledger = Arc::new(Ledger::open(&place, &args.folder).await?);
+                    Host::builder(storage).register(TRANSFER, with(&ledger, ledger::durable_postgres::transfer))
+                }
             }
         }
     };
@@ -78,8 +81,12 @@ impl Worker {
         Ok(kill_process(Pid::from_child(&self.0), signal)?)
     }
 
-    pub fn has_ended(&mut self) -> Result<bool, Error> {
-        Ok(self.0.try_wait()?.is_some())
+    /// An error if it has ended by itself.
+    pub fn runs(&mut self) -> Result<(), Error> {
+        match self.0.try_wait()? {
+            None => Ok(()),
+            Some(status) => Err(format!("worker {} has ended by itself ({status})", self.id()).into()),
+        }
     }
 }
 
