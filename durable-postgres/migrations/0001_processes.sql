@@ -92,6 +92,30 @@ CREATE TABLE {schema}.waiters (
 
 CREATE INDEX waiters_waiter ON {schema}.waiters (waiter);
 
+-- Starts and messages out of transactions of the service's own, in the order in which they were put in. Such a transaction
+-- only inserts here, so that while it is open nobody waits for it; whoever comes by moves what is committed on.
+CREATE TABLE {schema}.inbox (
+    number     bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    namespace  text        COLLATE "C" NOT NULL,
+    -- start, message
+    what       text        COLLATE "C" NOT NULL,
+    -- the process's id
+    id         text        COLLATE "C" NOT NULL,
+    -- a start's kind, a message's event
+    name       text        COLLATE "C" NOT NULL,
+    -- a start's run, a message's id
+    token      text        COLLATE "C" NOT NULL,
+    payload    json        NOT NULL,
+    -- of a start: the digest of its input, and whether a finished process makes way
+    digest     text        NOT NULL,
+    restart    boolean     NOT NULL,
+    put_at     timestamptz NOT NULL,
+    -- why it could not be moved on: it stays here, and somebody has to look at it
+    refused    text
+);
+
+CREATE INDEX inbox_waiting ON {schema}.inbox (namespace, id, number) WHERE refused IS NULL;
+
 -- The engines that share this database. No index but the key, so that a heartbeat stays within its page.
 CREATE TABLE {schema}.instances (
     instance     uuid        NOT NULL PRIMARY KEY,

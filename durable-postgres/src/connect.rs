@@ -12,7 +12,7 @@ use crate::errors::{code, reading};
 use crate::lend::Connections;
 use crate::listen::Hints;
 use crate::names::Schema;
-use crate::session::{self, Bounds};
+use crate::session::{self, Bounds, Whose};
 use crate::store::Shared;
 use crate::{heart, migrate};
 
@@ -24,6 +24,7 @@ pub struct Connect {
     schema: String,
     verify_only: bool,
     max_connections: usize,
+    max_transactions: usize,
     listen: bool,
     bounds: Bounds,
 }
@@ -31,7 +32,15 @@ pub struct Connect {
 impl Connect {
     pub(crate) fn new(url: String) -> Self {
         let schema = "durable".to_owned();
-        Self { url, schema, verify_only: false, max_connections: 8, listen: true, bounds: Bounds::default() }
+        Self {
+            url,
+            schema,
+            verify_only: false,
+            max_connections: 8,
+            max_transactions: 8,
+            listen: true,
+            bounds: Bounds::default(),
+        }
     }
 
     /// The schema that holds the tables; `durable` by default. Letters, digits and underscores.
@@ -50,6 +59,13 @@ impl Connect {
     /// How many connections it uses at most, besides one for each host's heartbeat and one that listens; 8 by default.
     pub fn max_connections(mut self, connections: usize) -> Self {
         self.max_connections = connections.max(1);
+        self
+    }
+
+    /// How many [transactional steps](crate::Transactions) may be open at the same time, each on a connection of its own; 8
+    /// by default. Further ones wait.
+    pub fn max_transactions(mut self, transactions: usize) -> Self {
+        self.max_transactions = transactions.max(1);
         self
     }
 
@@ -121,8 +137,8 @@ impl Connect {
         } else {
             migrate::migrate(&mut connection, &schema).await?;
         }
-        session::set(&mut connection, self.bounds).await.map_err(reading)?;
-        let options = Options { options, bounds: self.bounds };
+        session::set(&mut connection, self.bounds, Whose::Engine).await.map_err(reading)?;
+        let options = Options { options, bounds: self.bounds, whose: Whose::Engine };
         let mut second = connect(&options).await.map_err(reading)?;
         let locks = heart::locks_are_real(&mut connection, &mut second).await.map_err(reading)?;
         if !locks {
@@ -131,10 +147,12 @@ impl Connect {
                  its heartbeat alone"
             );
         }
+        let service = Options { whose: Whose::Service, ..options.clone() };
+        let transactions = Connections::new(service, self.max_transactions);
         let connections = Connections::new(options, self.max_connections);
         connections.keep([connection, second]);
         let hints = Hints::new(&schema, self.listen);
-        Ok(Postgres(Arc::new(Shared { schema, connections, locks, hints })))
+        Ok(Postgres(Arc::new(Shared { schema, connections, transactions, locks, hints })))
     }
 }
 
@@ -159,12 +177,13 @@ impl IntoFuture for Connect {
 pub(crate) struct Options {
     pub(crate) options: PgConnectOptions,
     pub(crate) bounds: Bounds,
+    pub(crate) whose: Whose,
 }
 
-/// A session of the engine.
+/// A session.
 pub(crate) async fn connect(options: &Options) -> sqlx::Result<PgConnection> {
     let mut connection = options.options.connect().await?;
-    session::set(&mut connection, options.bounds).await?;
+    session::set(&mut connection, options.bounds, options.whose).await?;
     Ok(connection)
 }
 

@@ -67,6 +67,19 @@ pub(crate) fn reading(error: Error) -> StorageError {
     sort(error, false)
 }
 
+/// Whether another try may not meet the error: a connection that was lost, a deadlock, a serialisation failure, a server
+/// that goes down.
+pub(crate) fn passes(error: &Error) -> bool {
+    match code(error).as_deref() {
+        Some(code) => {
+            // Not a statement that took too long: it would again.
+            let class = matches!(code.get(..2), Some("08" | "40" | "53")) || code.starts_with("57P");
+            class || matches!(code, "55P03" | "25P03" | "25006")
+        }
+        None => matches!(error, Error::Io(_) | Error::Tls(_) | Error::Protocol(_) | Error::PoolTimedOut),
+    }
+}
+
 /// The server's SQLSTATE.
 pub(crate) fn code(error: &Error) -> Option<Box<str>> {
     match error {

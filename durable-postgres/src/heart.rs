@@ -17,7 +17,7 @@ use crate::connect::Options;
 use crate::errors::reading;
 use crate::names::Schema;
 use crate::rows::{get, time};
-use crate::session;
+use crate::session::{self, Whose};
 use crate::sql::{Commits, Sql};
 use crate::store::Shared;
 
@@ -253,7 +253,7 @@ pub(crate) async fn listener(options: &Options) -> sqlx::Result<PgListener> {
         .idle_timeout(None)
         .test_before_acquire(false)
         .acquire_timeout(Duration::from_secs(2))
-        .after_connect(move |connection, _| Box::pin(session::set(connection, bounds)))
+        .after_connect(move |connection, _| Box::pin(session::set(connection, bounds, Whose::Engine)))
         .connect_lazy_with(options.options.clone());
     let mut listener = PgListener::connect_with(&pool).await?;
     listener.eager_reconnect(false);

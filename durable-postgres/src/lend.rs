@@ -1,8 +1,8 @@
 use durable_core::storage::{Result, StorageError};
 use sqlx::postgres::PgConnection;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::connect::{Options, connect};
 use crate::errors::reading;
@@ -11,21 +11,34 @@ use crate::errors::reading;
 /// the middle of a transaction with the transaction open, and asks each one that comes back whether it still lives.
 pub(crate) struct Connections {
     options: Options,
-    idle: Mutex<Vec<PgConnection>>,
-    places: Semaphore,
+    idle: Arc<Mutex<Vec<PgConnection>>>,
+    places: Arc<Semaphore>,
 }
 
 /// A connection while it is used. It is given back by [`Lent::done`]; otherwise it is closed, whatever happened to its
 /// user: what a dropped future has left open goes with it.
-pub(crate) struct Lent<'c> {
-    home: &'c Connections,
+pub(crate) struct Lent {
+    pub(crate) home: Home,
     pub(crate) connection: PgConnection,
-    _place: SemaphorePermit<'c>,
+}
+
+/// Where a connection is to be given back, and the place that it takes until then.
+pub(crate) struct Home {
+    idle: Arc<Mutex<Vec<PgConnection>>>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Home {
+    /// Gives it back.
+    pub(crate) fn keep(self, connection: PgConnection) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+    }
 }
 
 impl Connections {
     pub(crate) fn new(options: Options, most: usize) -> Self {
-        Self { options, idle: Mutex::default(), places: Semaphore::new(most.clamp(1, Semaphore::MAX_PERMITS)) }
+        let places = Arc::new(Semaphore::new(most.clamp(1, Semaphore::MAX_PERMITS)));
+        Self { options, idle: Arc::default(), places }
     }
 
     /// Takes connections that were opened already.
@@ -37,24 +50,24 @@ impl Connections {
         &self.options
     }
 
-    pub(crate) async fn lend(&self) -> Result<Lent<'_>> {
+    pub(crate) async fn lend(&self) -> Result<Lent> {
         const PATIENCE: Duration = Duration::from_secs(10);
         let lend = async {
             // The semaphore is never closed.
-            let place = self.places.acquire().await.map_err(StorageError::unavailable)?;
+            let place = self.places.clone().acquire_owned().await.map_err(StorageError::unavailable)?;
             let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let connection = match idle {
                 Some(connection) => connection,
                 None => connect(&self.options).await.map_err(reading)?,
             };
-            Ok(Lent { home: self, connection, _place: place })
+            Ok(Lent { home: Home { idle: self.idle.clone(), _place: place }, connection })
         };
         let lent = tokio::time::timeout(PATIENCE, lend).await;
         lent.map_err(|_| StorageError::unavailable("no connection came free, or could be opened, within 10 s"))?
     }
 }
 
-impl Lent<'_> {
+impl Lent {
     /// Gives the connection back, unless what went wrong may be its own fault.
     pub(crate) fn done<T>(self, result: Result<T>) -> Result<T> {
         let trusted = match &result {
@@ -62,7 +75,7 @@ impl Lent<'_> {
             Err(_) => false,
         };
         if trusted {
-            self.home.keep([self.connection]);
+            self.home.keep(self.connection);
         } else {
             // Others that the server has dropped at the same time are not tried one after the other.
             self.home.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();

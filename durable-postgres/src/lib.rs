@@ -63,6 +63,7 @@ mod lend;
 mod listen;
 mod migrate;
 mod names;
+mod outbox;
 #[cfg(test)]
 mod plans;
 mod read;
@@ -70,10 +71,13 @@ mod rows;
 mod session;
 mod sql;
 mod store;
+mod transaction;
 
 pub use connect::Connect;
 pub use durable_core::*;
 pub use migrate::{MIGRATIONS, schema_sql};
+pub use outbox::{InTransaction, Outbox};
+pub use transaction::{Transactions, Tx};
 
 use std::sync::Arc;
 

@@ -205,7 +205,7 @@ async fn no_statement_goes_through_a_table() {
     let storage = Postgres::connect(&*url).schema(&*name).await.unwrap();
     assert_eq!(storage.name(), "postgres");
     let mut connection = PgConnection::connect(&url).await.unwrap();
-    session::set(&mut connection, Bounds::default()).await.unwrap();
+    session::set(&mut connection, Bounds::default(), session::Whose::Engine).await.unwrap();
     // Nor on tables of which the server knows nothing yet: those plans are used for a while.
     let mut found = bad_plans(&mut connection, &storage.0.schema).await;
     // For the filling alone.

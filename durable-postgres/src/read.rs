@@ -145,6 +145,9 @@ pub(crate) fn poll_statement(schema: &Schema, poll: &Poll) -> Sql {
              CROSS JOIN LATERAL (SELECT p.wake_at FROM {schema}.processes p WHERE p.namespace = {namespace}
                  AND p.kind = k.kind AND p.status = 'waiting' AND p.wake_at IS NOT NULL ORDER BY p.wake_at LIMIT 1) d
          UNION ALL
+         SELECT 'inbox', NULL, NULL, NULL, NULL
+             WHERE EXISTS (SELECT 1 FROM {schema}.inbox WHERE namespace = {namespace} AND refused IS NULL)
+         UNION ALL
          SELECT 'signalled', NULL, NULL, p.run, p.signals FROM {schema}.processes p
              WHERE p.owner = {instance} AND p.signalled
          UNION ALL
@@ -155,8 +158,10 @@ pub(crate) fn poll_statement(schema: &Schema, poll: &Poll) -> Sql {
     sql
 }
 
-pub(crate) fn polled(rows: &[PgRow]) -> Result<Polled> {
+/// What there is to do, and whether something waits in the inbox.
+pub(crate) fn polled(rows: &[PgRow]) -> Result<(Polled, bool)> {
     let mut polled = Polled::default();
+    let mut inbox = false;
     for row in rows {
         match get::<&str>(row, 0)? {
             "now" => polled.now = rows::time(row, 2)?,
@@ -165,11 +170,12 @@ pub(crate) fn polled(rows: &[PgRow]) -> Result<Polled> {
                 let at = maybe_time(row, 2).ok().flatten().unwrap_or(polled.now);
                 polled.due.push((boxed(get(row, 1)?), at));
             }
+            "inbox" => inbox = true,
             "signalled" => polled.signalled.push((run(row, 3)?, get(row, 4)?)),
             _ => polled.ended.push(run(row, 3)?),
         }
     }
-    Ok(polled)
+    Ok((polled, inbox))
 }
 
 pub(crate) fn find_statement(schema: &Schema, namespace: &str, id: &str, run: Option<RunId>) -> Sql {

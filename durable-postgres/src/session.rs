@@ -22,17 +22,28 @@ impl Default for Bounds {
     }
 }
 
+/// Whose statements a session runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    /// The engine's, whose plans are known.
+    Engine,
+    /// The service's: only what frees locks is set.
+    Service,
+}
+
 /// By a statement and not at the login, where poolers refuse what they do not know; and only those settings that this
 /// server has.
-pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds) -> sqlx::Result<()> {
+pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds, whose: Whose) -> sqlx::Result<()> {
     let ms = |time: Duration| time.as_millis().max(1).to_string();
-    let settings = [
+    let frees = [
         // A zombie's locks are let go of when its machine is gone: nobody waits for them for long.
         ("idle_in_transaction_session_timeout", ms(bounds.idle_in_transaction)),
         ("client_connection_check_interval", "1000".to_owned()),
         ("tcp_keepalives_idle", "5".to_owned()),
         ("tcp_keepalives_interval", "2".to_owned()),
         ("tcp_keepalives_count", "3".to_owned()),
+    ];
+    let engine = [
         ("statement_timeout", ms(bounds.statement)),
         ("lock_timeout", ms(bounds.lock)),
         // Every statement has its own view of what is committed: the interleavings are thought through for this.
@@ -48,7 +59,8 @@ pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds) -> sqlx::
         // Compiling a statement takes longer than running it.
         ("jit", "off".to_owned()),
     ];
-    let (names, values): (Vec<&str>, Vec<String>) = settings.into_iter().unzip();
+    let engine = engine.into_iter().filter(|_| whose == Whose::Engine);
+    let (names, values): (Vec<&str>, Vec<String>) = frees.into_iter().chain(engine).unzip();
     sqlx::query(
         "SELECT set_config(s.name, v.value, false) FROM unnest($1, $2) AS v (name, value)
              JOIN pg_catalog.pg_settings s ON s.name = v.name",

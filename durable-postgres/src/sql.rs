@@ -44,6 +44,14 @@ impl Sql {
         Columns { sql: self, names: String::new(), arrays: String::new() }
     }
 
+    /// Runs it in a transaction of the service's own.
+    pub(crate) async fn fetch<'c>(self, executor: impl sqlx::PgExecutor<'c>) -> sqlx::Result<Vec<PgRow>> {
+        if let Some(why) = self.unfit {
+            return Err(sqlx::Error::Encode(why.into()));
+        }
+        sqlx::query_with(AssertSqlSafe(self.text), self.arguments).fetch_all(executor).await
+    }
+
     /// Runs it to its end: the server's last word is awaited, so what it commits is committed.
     pub(crate) async fn run(self, connection: &mut PgConnection, commits: Commits) -> Result<Vec<PgRow>> {
         if let Some(why) = self.unfit {

@@ -18,6 +18,8 @@ use crate::{Postgres, batch, fence, heart, read};
 pub(crate) struct Shared {
     pub(crate) schema: Schema,
     pub(crate) connections: Connections,
+    /// For the service's own transactions: apart, so that they never wait for the engine, nor it for them.
+    pub(crate) transactions: Connections,
     /// Session locks exclude others here, so they prove life and death.
     pub(crate) locks: bool,
     pub(crate) hints: Hints,
@@ -25,10 +27,27 @@ pub(crate) struct Shared {
 
 impl Postgres {
     /// Runs one statement: one that reads, or that may as well run twice, so that a lost answer is no worse than none.
-    async fn run(&self, sql: Sql) -> Result<Vec<PgRow>> {
+    pub(crate) async fn run(&self, sql: Sql) -> Result<Vec<PgRow>> {
         let mut lent = self.0.connections.lend().await?;
         let result = sql.run(&mut lent.connection, Commits::No).await;
         lent.done(result)
+    }
+}
+
+impl Postgres {
+    /// Moves on what waits in the inbox, and says how much that was. A lost answer is no worse than none: what was moved
+    /// is not there any more.
+    async fn sweep(&self, namespace: &str) -> Result<usize> {
+        let mut lent = self.0.connections.lend().await?;
+        let result = match batch::sweep(&mut lent.connection, &self.0.schema, namespace).await {
+            Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
+            result => result,
+        };
+        let moved = lent.done(result)?;
+        if moved > 0 {
+            Hints::tell(&self.0);
+        }
+        Ok(moved)
     }
 }
 
@@ -36,6 +55,10 @@ impl Postgres {
 impl Storage for Postgres {
     fn name(&self) -> &'static str {
         "postgres"
+    }
+
+    fn transactional(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
+        Some(self)
     }
 
     async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
@@ -48,9 +71,19 @@ impl Storage for Postgres {
     }
 
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
-        let mut lent = self.0.connections.lend().await?;
-        let result = batch::commit(&mut lent.connection, &self.0.schema, batch).await;
-        let outcomes = lent.done(result)?;
+        let outcomes = loop {
+            let mut lent = self.0.connections.lend().await?;
+            let result = batch::commit(&mut lent.connection, &self.0.schema, batch).await;
+            match lent.done(result) {
+                // Or something waits in the inbox, which goes first.
+                Err(StorageError::Fenced) if batch.ops.iter().any(batch::names_an_id) => {
+                    if self.sweep(&batch.namespace).await? == 0 {
+                        return Err(StorageError::Fenced);
+                    }
+                }
+                result => break result?,
+            }
+        };
         if concerns_others(batch, &outcomes) {
             Hints::tell(&self.0);
         }
@@ -71,7 +104,12 @@ impl Storage for Postgres {
     }
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
-        read::polled(&self.run(read::poll_statement(&self.0.schema, poll)).await?)
+        loop {
+            let (polled, inbox) = read::polled(&self.run(read::poll_statement(&self.0.schema, poll)).await?)?;
+            if !inbox || self.sweep(&poll.namespace).await? == 0 {
+                return Ok(polled);
+            }
+        }
     }
 
     async fn changed(&self, cursor: &mut u64, at_most: Duration) {
@@ -114,8 +152,13 @@ impl Storage for Postgres {
     }
 
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
-        let rows = self.run(read::find_statement(&self.0.schema, namespace, id, run)).await?;
-        rows.first().map(rows::process).transpose()
+        loop {
+            let rows = self.run(read::find_statement(&self.0.schema, namespace, id, run)).await?;
+            if rows.is_empty() && self.sweep(namespace).await? > 0 {
+                continue;
+            }
+            return rows.first().map(rows::process).transpose();
+        }
     }
 
     async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {

@@ -1,14 +1,12 @@
 use async_trait::async_trait;
 use durable_core::storage::{
-    Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, RecordState, Result, RolledBack, RunId, Storage,
-    StorageError, Transactional,
+    Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, RecordState, Result, RolledBack, RunId, Slot,
+    Storage, StorageError, Transactional, any_source,
 };
 use durable_core::{Name, Process, Transaction, Typed};
 use sqlx::sqlite::SqliteConnection;
 use std::error::Error;
 use std::future::Future;
-use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::Sqlite;
@@ -64,40 +62,8 @@ impl Transactions for Process {
     }
 }
 
-/// An open transaction, in the hands of a step's closure: statements run on `&mut *tx`. Begin and commit are the
-/// engine's.
-#[derive(Debug)]
-pub struct Tx {
-    /// There until it is dropped.
-    connection: Option<SqliteConnection>,
-    slot: Slot,
-}
-
-/// Where the connection waits for its transaction's end.
-type Slot = Arc<Mutex<Option<SqliteConnection>>>;
-
-impl Deref for Tx {
-    type Target = SqliteConnection;
-    fn deref(&self) -> &SqliteConnection {
-        #[allow(clippy::expect_used)]
-        // Taken by the drop alone.
-        self.connection.as_ref().expect("it is there until the drop")
-    }
-}
-
-impl DerefMut for Tx {
-    fn deref_mut(&mut self) -> &mut SqliteConnection {
-        #[allow(clippy::expect_used)]
-        // Taken by the drop alone.
-        self.connection.as_mut().expect("it is there until the drop")
-    }
-}
-
-impl Drop for Tx {
-    fn drop(&mut self) {
-        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = self.connection.take();
-    }
-}
+/// An open transaction of SQLite's, in the hands of a step's closure.
+pub type Tx = durable_core::storage::Tx<SqliteConnection>;
 
 #[async_trait]
 impl Transactional for Sqlite {
@@ -119,9 +85,8 @@ impl Transactional for Sqlite {
         if let Err(error) = begun {
             return lent.done(Err(error));
         }
-        let slot = Slot::default();
         let (home, connection) = lent.part();
-        let tx = Tx { connection: Some(connection), slot: slot.clone() };
+        let (tx, slot) = Tx::new(connection);
         Ok(Open { tx, ending: Box::new(SqliteEnding { slot, home, _turn: turn }) })
     }
 
@@ -133,15 +98,9 @@ impl Transactional for Sqlite {
 }
 
 struct SqliteEnding {
-    slot: Slot,
+    slot: Slot<SqliteConnection>,
     home: Turn,
     _turn: Turn,
-}
-
-impl SqliteEnding {
-    fn connection(&self) -> Option<SqliteConnection> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
 }
 
 fn script(sql: &str) -> Script {
@@ -153,7 +112,7 @@ fn script(sql: &str) -> Script {
 #[async_trait]
 impl Ending for SqliteEnding {
     async fn commit(mut self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
-        let Some(mut connection) = self.connection() else { return Ok(Committed::Escaped) };
+        let Some(mut connection) = self.slot.take() else { return Ok(Committed::Escaped) };
         if script("RELEASE durable_transaction").run(&mut connection).await.is_err() {
             return Ok(Committed::Escaped);
         }
@@ -166,7 +125,7 @@ impl Ending for SqliteEnding {
 
     async fn rollback(mut self: Box<Self>) -> Result<RolledBack> {
         // Whoever still has the handle has the connection, which is closed with it.
-        let Some(mut connection) = self.connection() else { return Ok(RolledBack::Open) };
+        let Some(mut connection) = self.slot.take() else { return Ok(RolledBack::Open) };
         let there = script("RELEASE durable_transaction").run(&mut connection).await.is_ok();
         if there {
             script("ROLLBACK").run(&mut connection).await?;
@@ -176,14 +135,7 @@ impl Ending for SqliteEnding {
     }
 
     fn is_transient(&self, error: &(dyn Error + 'static)) -> bool {
-        let mut next = Some(error);
-        while let Some(error) = next {
-            if error.downcast_ref::<sqlx::Error>().is_some_and(passes) {
-                return true;
-            }
-            next = error.source();
-        }
-        false
+        any_source(error, passes)
     }
 }
 

@@ -3,7 +3,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Executor};
 use std::future::Future;
 
-use crate::Backend;
+use crate::{Backend, Sql};
 
 /// A schema of its own in the PostgreSQL database that `DURABLE_POSTGRES_URL` names; dropped with it.
 pub struct PostgresSchema {
@@ -54,10 +54,35 @@ impl Backend for PostgresSchema {
         let (url, name) = (Self::address().unwrap(), format!("test_{}", durable_core::RunId::new().0.simple()));
         // So that the sessions of one test can be told from those of others.
         let and = if url.contains('?') { '&' } else { '?' };
-        Self { url: format!("{url}{and}application_name={name}"), name }
+        // And the service's own tables stand beside the storage's.
+        Self { url: format!("{url}{and}application_name={name}&options[search_path]={name}"), name }
     }
     async fn storage(&self) -> Postgres {
         Postgres::connect(&self.url).schema(&self.name).await.unwrap()
+    }
+}
+
+impl Sql for PostgresSchema {
+    const PROCESSES: &'static str = "processes";
+    const STEPS: &'static str = "steps";
+    const HIDE: &'static [&'static str] = &[
+        "CREATE TEMP TABLE IF NOT EXISTS steps (dummy text)",
+        "CREATE OR REPLACE FUNCTION pg_temp.now() RETURNS timestamptz LANGUAGE sql AS 'SELECT NULL::timestamptz'",
+        "SET search_path = pg_temp, pg_catalog",
+        "SET ROLE pg_monitor",
+    ];
+    type Connection = PgConnection;
+    const BEGIN: &'static str = "BEGIN";
+    async fn connection(&self) -> PgConnection {
+        self.connect().await
+    }
+    async fn execute(&self, sql: &str) {
+        let sql = self.sql(sql);
+        Sql::connection(self).await.execute(sqlx::raw_sql(sql)).await.unwrap();
+    }
+    async fn number(&self, sql: &str) -> i64 {
+        let mut connection = Sql::connection(self).await;
+        sqlx::query_scalar(self.sql(sql)).fetch_one(&mut connection).await.unwrap()
     }
 }
 

@@ -25,7 +25,7 @@ use crate::engine::run::End;
 use crate::engine::wake::{Context, Inside};
 use crate::engine::{Core, Phase, reaches};
 use crate::error::Unavailable;
-use crate::storage::{Op, Outcome, StorageError};
+use crate::storage::{Op, Outcome, StorageError, Transactional};
 
 /// The engine in one program: one of any number of instances that share a database.
 ///
@@ -109,6 +109,11 @@ impl Host {
         Handle::new(self.core.clone(), id.into().into(), None, None)
     }
 
+    /// The host's storage, if it is an `S`. For the extension traits of backends.
+    pub fn storage<S: Transactional>(&self) -> Option<&S> {
+        self.core.transactional()
+    }
+
     /// The processes of this host's namespace: to list, to count, to resume in bulk.
     pub fn processes(&self) -> Processes {
         Processes::new(self.core.clone())
@@ -155,6 +160,11 @@ impl std::fmt::Debug for Host {
 }
 
 impl Core {
+    /// The storage, if it is an `S`.
+    pub(crate) fn transactional<S: Transactional>(&self) -> Option<&S> {
+        self.storage.transactional().and_then(|storage| storage.downcast_ref())
+    }
+
     /// Whether a new process of this kind starts here at once: the kind is registered and there is room, which is
     /// reserved.
     pub(crate) fn may_take(&self, kind: &str) -> Option<Places> {

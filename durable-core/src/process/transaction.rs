@@ -1,6 +1,5 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::any::Any;
 use std::future::{Future, IntoFuture, Pending, pending};
 use std::marker::PhantomData;
 use std::panic::Location;
@@ -315,7 +314,7 @@ where
                 let error = LimitError::Payload { what: "result", given: payload.len(), allowed };
                 return operation.stuck(format!("the transaction {key}: {error}")).await;
             }
-            commit::<S, _, _>(operation, ending, payload, value, failed).await
+            commit::<S, _, _>(operation, ending, payload, value, failed, forgiving).await
         }
     }
 }
@@ -326,6 +325,7 @@ async fn commit<S: Transactional, T, E>(
     payload: Box<str>,
     value: T,
     failed: u32,
+    forgiving: bool,
 ) -> Result<Tried<T, E>, Cancelled> {
     let (run, key) = (&operation.run, &operation.key);
     let record = RecordOp {
@@ -356,6 +356,14 @@ async fn commit<S: Transactional, T, E>(
         Ok(Settled::Exists(record)) => Ok(Tried::Recorded(record)),
         Ok(Settled::Refused(why)) => Ok(Tried::Failed(StepError::Refused(why.into()), false)),
         Ok(Settled::Again(why)) => Ok(Tried::again(why)),
+        Ok(Settled::Aborted) if forgiving => {
+            Ok(Tried::Again { why: "the database had aborted it".into(), aborts: true })
+        }
+        Ok(Settled::Aborted) => {
+            let why = "one of its statements had failed, after which the database keeps nothing; return the error, or \
+                       guard the statement with a savepoint";
+            Ok(Tried::Failed(StepError::Refused(why.into()), false))
+        }
         Ok(Settled::Cancelled) => operation.wait(WaitFor::Engine, None, |_, _| None).await,
         Ok(Settled::Lost) => {
             run.end(End::Gone);
@@ -381,6 +389,7 @@ enum Settled {
     Exists(Record),
     Refused(String),
     Again(String),
+    Aborted,
     Cancelled,
     Lost,
     Escaped,
@@ -398,6 +407,7 @@ async fn committed<S: Transactional>(
         Ok(Committed::Cancelled) => Ok(Settled::Cancelled),
         Ok(Committed::Lost) | Err(StorageError::Fenced) => Ok(Settled::Lost),
         Ok(Committed::Refused(why)) => Ok(Settled::Refused(why)),
+        Ok(Committed::Aborted) => Ok(Settled::Aborted),
         Ok(Committed::Escaped) => Ok(Settled::Escaped),
         Err(error) if error.is_transient() => Ok(Settled::Again(error.to_string())),
         Err(error) => Err(error),
@@ -426,11 +436,9 @@ async fn settle<S: Transactional>(run: &Run, key: &RecordKey) -> Result<Settled,
 
 /// The host's storage, if it is the one that the transaction is for.
 fn of<S: Transactional>(run: &Run) -> Result<&S, StorageError> {
-    let storage = &run.core.storage;
-    let transactional = storage.transactional().and_then(|any: &(dyn Any + Send + Sync)| any.downcast_ref::<S>());
-    transactional.ok_or_else(|| {
-        let wanted = std::any::type_name::<S>();
-        StorageError::schema(format!("it is for the storage {wanted}, but this host's is {:?}", storage.name()))
+    run.core.transactional().ok_or_else(|| {
+        let (wanted, name) = (std::any::type_name::<S>(), run.core.storage.name());
+        StorageError::schema(format!("it is for the storage {wanted}, but this host's is {name:?}"))
     })
 }
 

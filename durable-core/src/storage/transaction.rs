@@ -1,6 +1,8 @@
 use async_trait::async_trait;
 use std::any::Any;
 use std::error::Error;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::{InstanceId, Raise, Raised, Record, RecordKey, RecordOp, Result, RunId, Spawn, Spawned};
@@ -27,6 +29,69 @@ pub struct Open<Tx> {
     pub tx: Tx,
     /// For the engine.
     pub ending: Box<dyn Ending>,
+}
+
+/// A handle on an open transaction, for a step's closure: statements run on the connection that it lends, `&mut *tx`.
+/// Begin and commit are the engine's.
+#[derive(Debug)]
+pub struct Tx<C> {
+    /// There until it is dropped.
+    connection: Option<C>,
+    slot: Slot<C>,
+}
+
+/// Where the connection of a [`Tx`] waits for the transaction's end, once the handle was dropped.
+#[derive(Debug)]
+pub struct Slot<C>(Arc<Mutex<Option<C>>>);
+
+impl<C> Tx<C> {
+    /// A handle on a connection, and where that will be found.
+    pub fn new(connection: C) -> (Self, Slot<C>) {
+        let slot = Arc::new(Mutex::new(None));
+        (Self { connection: Some(connection), slot: Slot(slot.clone()) }, Slot(slot))
+    }
+}
+
+impl<C> Slot<C> {
+    /// The connection, if the handle was dropped.
+    pub fn take(&self) -> Option<C> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl<C> Deref for Tx<C> {
+    type Target = C;
+    fn deref(&self) -> &C {
+        #[allow(clippy::expect_used)]
+        // Taken by the drop alone.
+        self.connection.as_ref().expect("it is there until the drop")
+    }
+}
+
+impl<C> DerefMut for Tx<C> {
+    fn deref_mut(&mut self) -> &mut C {
+        #[allow(clippy::expect_used)]
+        // Taken by the drop alone.
+        self.connection.as_mut().expect("it is there until the drop")
+    }
+}
+
+impl<C> Drop for Tx<C> {
+    fn drop(&mut self) {
+        *self.slot.0.lock().unwrap_or_else(PoisonError::into_inner) = self.connection.take();
+    }
+}
+
+/// Whether an error, or one of its sources, is a `T` of which this holds.
+pub fn any_source<T: Error + 'static>(error: &(dyn Error + 'static), holds: impl Fn(&T) -> bool) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if error.downcast_ref::<T>().is_some_and(&holds) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// How a transaction ends. Dropped, its connection is closed.
@@ -75,6 +140,8 @@ pub enum Committed {
     Lost,
     /// The database refused it at the commit, by a deferred constraint: why. Nothing was kept.
     Refused(String),
+    /// A statement had failed, after which the database keeps nothing, though the closure returned a success.
+    Aborted,
     /// The closure's SQL had ended the transaction itself, or its handle is still in use somewhere: whether anything
     /// was kept is not known.
     Escaped,

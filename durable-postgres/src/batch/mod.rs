@@ -1,6 +1,7 @@
 //! A batch as SQL. Most are one statement ([`single`]), which is one round trip and a transaction of its own; those that
 //! reach into other processes are a transaction of several ([`whole`]).
 
+mod inbox;
 mod mail;
 mod orders;
 mod parts;
@@ -14,11 +15,12 @@ use std::fmt;
 use uuid::Uuid;
 
 use crate::names::Schema;
+pub(crate) use inbox::sweep;
 use parts::{Sorted, Start};
 
-const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
+pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
 /// Both lists are used positively: a status that this version does not know is neither.
-const FINISHED: &str = "('completed', 'failed', 'cancelled')";
+pub(crate) const FINISHED: &str = "('completed', 'failed', 'cancelled')";
 
 /// Whose batch it is, and where it goes: displayed as the schema.
 struct Of<'b> {
@@ -26,6 +28,18 @@ struct Of<'b> {
     instance: Uuid,
     generation: i64,
     namespace: &'b str,
+    gate: Gate,
+}
+
+/// What has to hold for anything to be written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gate {
+    /// The fence.
+    Fence,
+    /// The fence; and nothing waits in the inbox, which goes before whatever names a process by its id.
+    Inbox,
+    /// Nothing: what is written is no instance's.
+    Open,
 }
 
 impl fmt::Display for Of<'_> {
@@ -41,6 +55,7 @@ pub(crate) async fn commit(connection: &mut PgConnection, schema: &Schema, batch
         instance: batch.fence.instance.0,
         generation: batch.fence.generation,
         namespace: &batch.namespace,
+        gate: if batch.ops.iter().any(names_an_id) { Gate::Inbox } else { Gate::Fence },
     };
     let sorted = sort(&batch.ops);
     let answer = if single::fits(&sorted) {
@@ -55,6 +70,17 @@ pub(crate) async fn commit(connection: &mut PgConnection, schema: &Schema, batch
             let again = whole::commit(connection, &of, &batch.ops, &sorted).await;
             again.map_err(|error| StorageError::unknown(error.to_string()))
         }
+    }
+}
+
+/// Whether it is about a process by its id: one that is about to be put there must be there first.
+pub(crate) fn names_an_id(op: &Op) -> bool {
+    match op {
+        Op::Record(record) => record.effect.is_some(),
+        Op::Spawn(_) | Op::Raise(_) | Op::Await { .. } | Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. } => {
+            true
+        }
+        _ => false,
     }
 }
 
@@ -114,6 +140,7 @@ pub(crate) fn statements(schema: &Schema, batch: &Batch) -> Vec<(&'static str, c
         instance: batch.fence.instance.0,
         generation: batch.fence.generation,
         namespace: &batch.namespace,
+        gate: Gate::Inbox,
     };
     let sorted = sort(&batch.ops);
     if single::fits(&sorted) {

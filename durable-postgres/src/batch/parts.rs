@@ -4,7 +4,7 @@
 use durable_core::storage::{Finish, Op, Park, RecordOp, RunId, Spawn};
 use uuid::Uuid;
 
-use super::{FINISHED, Of, UNFINISHED};
+use super::{FINISHED, Gate, Of, UNFINISHED};
 use crate::rows::time_text;
 use crate::sql::Sql;
 
@@ -57,9 +57,19 @@ impl Sorted<'_> {
 /// The instance's fence, locked: a row of its own, which a take-over or a later generation changes. Who has waited for
 /// them gets the row as it is now, looks at it again, and finds nothing.
 pub(super) fn fence(sql: &mut Sql, of: &Of<'_>) -> String {
+    if of.gate == Gate::Open {
+        return "SELECT 1".to_owned();
+    }
     let (instance, generation) = (sql.bind(of.instance), sql.bind(of.generation));
+    let inbox = match of.gate {
+        Gate::Inbox => {
+            let namespace = sql.bind(of.namespace);
+            format!("AND NOT EXISTS (SELECT 1 FROM {of}.inbox WHERE namespace = {namespace} AND refused IS NULL)")
+        }
+        _ => String::new(),
+    };
     format!(
-        "SELECT 1 FROM {of}.fences WHERE instance = {instance} AND generation = {generation} AND fenced_at IS NULL
+        "SELECT 1 FROM {of}.fences WHERE instance = {instance} AND generation = {generation} AND fenced_at IS NULL {inbox}
              FOR SHARE"
     )
 }

@@ -64,7 +64,12 @@ pub(super) fn lock(sql: &mut Sql, of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) 
     )
 }
 
-async fn write(connection: &mut PgConnection, of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) -> Result<Vec<Outcome>> {
+pub(super) async fn write(
+    connection: &mut PgConnection,
+    of: &Of<'_>,
+    ops: &[Op],
+    sorted: &Sorted<'_>,
+) -> Result<Vec<Outcome>> {
     let locked = run_part(connection, |sql| lock(sql, of, ops, sorted)).await?;
     if !locked.first().map(|row| get(row, 0)).transpose()?.unwrap_or(false) {
         return Err(StorageError::Fenced);

@@ -62,7 +62,7 @@ async fn other(proc: Process, (): ()) -> Result<u32, Failure> {
 }
 
 macro_rules! tests {
-    ($($case:ident),* $(,)?) => { $(#[test] fn $case() { durable_tests::run(cases::$case()); })* };
+    ($($case:ident),* $(,)?) => { $(#[test] fn $case() { run_test(cases::$case()); })* };
 }
 
 tests!(
@@ -456,10 +456,11 @@ mod cases {
         let backend = bank().await;
         let function = |proc: Process, ()| async move {
             let debit = proc.transaction("debit", async |mut tx| {
+                let left = debit(&mut tx, 100).await?;
                 for hides in B::HIDE {
                     sql(&mut tx, hides).await?;
                 }
-                debit(&mut tx, 100).await
+                Ok::<_, DebitError>(left)
             });
             Ok::<_, Failure>(debit.await.unwrap())
         };

@@ -3,8 +3,11 @@
 
 /// The cases, once for each database.
 macro_rules! on {
-    ($database:ident, $backend:ty, $storage:ident) => {
+    ($database:ident, $backend:ty, $storage:ident, $run:expr) => {
         mod $database {
+            fn run_test(test: impl Future<Output = ()>) {
+                $run(test);
+            }
             use $storage::{Outbox, Transactions, Tx};
             type B = $backend;
             include!("cases.rs");
@@ -12,4 +15,5 @@ macro_rules! on {
     };
 }
 
-on!(sqlite, durable_tests::SqliteFile, durable_sqlite);
+on!(sqlite, durable_tests::SqliteFile, durable_sqlite, durable_tests::run);
+on!(postgres, durable_tests::PostgresSchema, durable_postgres, durable_tests::PostgresSchema::run);
