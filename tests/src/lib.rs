@@ -159,6 +159,25 @@ pub fn run(test: impl Future<Output = ()>) {
     runtime.shutdown_timeout(Duration::from_secs(1));
 }
 
+/// Says what was not run, and why, to `scripts/test` as well.
+///
+/// # Panics
+/// If `DURABLE_REQUIRE` names it.
+pub fn not_run(what: &str, why: &str) {
+    let required = std::env::var("DURABLE_REQUIRE").unwrap_or_default();
+    assert!(!required.split(',').any(|name| name.trim() == what), "{what} is required, and {why}");
+    println!("not run: {what} ({why})");
+    if let Some(file) = std::env::var_os("DURABLE_NOT_RUN") {
+        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(file).unwrap();
+        std::io::Write::write_all(&mut file, format!("{what} ({why})\n").as_bytes()).unwrap();
+    }
+}
+
+/// Whether to run what takes long.
+pub fn long() -> bool {
+    std::env::var_os("DURABLE_LONG").is_some()
+}
+
 /// The log that `RUST_LOG` asks for.
 pub fn log() {
     let filter = tracing_subscriber::EnvFilter::from_default_env();

@@ -5,7 +5,7 @@
 use durable_tests::crash::deadly::{Boundary, Of};
 use durable_tests::crash::scene::{LONG, Scene};
 use durable_tests::crash::worker::Worker;
-use durable_tests::run;
+use durable_tests::{long, run};
 use std::time::{Duration, Instant};
 
 /// Dies at the boundary, is started again, and everything is as it should be. Says whether it died at all.
@@ -87,10 +87,6 @@ async fn at_random(programs: usize, processes: u32, kills: usize, seed: u64) {
         assert!(worker.wait(LONG), "a worker failed after {killed} kills");
     }
     scene.check().await;
-}
-
-fn long() -> bool {
-    std::env::var_os("DURABLE_LONG").is_some()
 }
 
 #[test]
