@@ -4,7 +4,7 @@ use durable_core::storage::*;
 use sqlx::{Connection, SqliteConnection};
 
 use crate::Sqlite;
-use crate::script::{RAN, Script};
+use crate::script::{Arg, RAN, Script};
 
 /// A batch with everything in it, in every form that a statement can take.
 fn everything() -> Batch {
@@ -85,13 +85,34 @@ async fn no_statement_goes_through_a_table() {
     storage.retire(instance).await.unwrap();
     let ran = RAN.take();
     assert!(ran.len() > 40, "all of them were seen: {}", ran.len());
-    let mut connection = SqliteConnection::connect(&format!("sqlite://{}", path.display())).await.unwrap();
+    let url = format!("sqlite://{}", path.display());
+    let mut connection = SqliteConnection::connect(&url).await.unwrap();
+    let mut scans = through_a_table(&mut connection, &ran).await;
+    // What a service's `ANALYZE` finds out about large tables of ended processes must not lead SQLite astray.
+    sqlx::raw_sql(GROWN).execute(&mut connection).await.unwrap();
+    let mut connection = SqliteConnection::connect(&url).await.unwrap();
+    scans.extend(through_a_table(&mut connection, &ran).await);
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(scans.is_empty(), "{}", scans.join("\n\n"));
+}
+
+const GROWN: &str = "
+    WITH RECURSIVE s (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < 20000)
+    INSERT INTO durable_processes (run, namespace, id, current, kind, status, claim, calm_claim, signals, signalled, input,
+        input_digest, created_at, status_at, finished_at)
+    SELECT printf('%036d', n), 'n', 'old-' || n, 1, 'kind', 'completed', 1, 0, 0, 0, '1', 'd', 'now', 'now', 'now' FROM s;
+    INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
+    SELECT run, 0, 'n', 'k', 'step', 'done', '1', 0, 1, 'now' FROM durable_processes;
+    ANALYZE";
+
+/// The statements that go through more than they should, with their plans.
+async fn through_a_table(connection: &mut SqliteConnection, ran: &[(String, Vec<Arg>)]) -> Vec<String> {
     let mut scans = Vec::new();
     let paged = |sql: &str| sql.contains("LIMIT") || sql.contains("fenced_at IS NOT NULL");
     for (sql, args) in ran {
         let mut script = Script::default();
-        script.add(&format!("EXPLAIN QUERY PLAN {sql}"), args);
-        let answers = script.run(&mut connection).await.unwrap();
+        script.add(&format!("EXPLAIN QUERY PLAN {sql}"), args.clone());
+        let answers = script.run(connection).await.unwrap();
         let plan: Vec<String> = answers[0].rows.iter().map(|row| crate::rows::get(row, 3).unwrap()).collect();
         // What the batch brings itself, and subqueries of it, may be gone through.
         const OWN: [&str; 7] = ["j", "h", "k", "w", "r", "jsonb_each", "CONSTANT"];
@@ -102,12 +123,11 @@ async fn no_statement_goes_through_a_table() {
             scanned.is_some_and(|what| !what.starts_with('(') && !OWN.contains(&what))
         };
         // What an instance owns is gone through a page at a time where it is compared or handed back, and never by a batch.
-        let owned = |line: &str| line.contains("durable_processes_owner") && !paged(&sql);
+        let owned = |line: &str| line.contains("durable_processes_owner") && !paged(sql);
         let bad: Vec<&String> = plan.iter().filter(|line| (scan(line) && !any(line)) || owned(line)).collect();
         if !bad.is_empty() {
             scans.push(format!("{sql}\n{plan:#?}"));
         }
     }
-    std::fs::remove_dir_all(&folder).unwrap();
-    assert!(scans.is_empty(), "{}", scans.join("\n\n"));
+    scans
 }

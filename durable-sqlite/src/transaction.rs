@@ -149,7 +149,7 @@ async fn commit(connection: &mut SqliteConnection, instance: InstanceId, record:
         &format!(
             "INSERT INTO main.durable_steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
              SELECT p.run, ?, ?, ?, ?, ?, ?, ?, p.claim, {NOW} FROM main.durable_processes p
-             WHERE p.run = ? AND +p.owner = ? AND p.claim = ? AND (? = 1 OR p.cancelled_at IS NULL)
+             WHERE p.run = ? AND +p.owner IS ? AND p.claim = ? AND (? = 1 OR p.cancelled_at IS NULL)
                  AND EXISTS (SELECT 1 FROM main.durable_fences WHERE instance = ? AND fenced_at IS NULL)
              ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
                  payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,

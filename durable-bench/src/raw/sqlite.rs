@@ -133,7 +133,7 @@ impl Raw for Sqlite {
              SELECT run, 'default', 'old-' || n, 1, 'steps', 'completed', NULL, 1, 0, NULL, 0, 0, '5', 'digest',
                  {NOW}, {NOW}, {NOW}, '5' FROM r;
              {STEPS} {series} SELECT run, 0, 'step', '0', 'step', 'done', '12345', 0, 1, {NOW} FROM r;
-             COMMIT; ANALYZE"
+             COMMIT; ANALYZE; PRAGMA wal_checkpoint(TRUNCATE)"
         );
         self.connection.execute(AssertSqlSafe(sql)).await?;
         Ok(())

@@ -42,7 +42,7 @@ impl Plan<'_> {
                  WHERE {FENCED} AND p.status IN {UNFINISHED}
                      AND NOT EXISTS (SELECT 1 FROM durable_events e WHERE e.run = p.run AND e.event_id = j.value->>2)
                      AND (j.value->>4 IS NULL OR EXISTS (SELECT 1 FROM durable_processes o
-                         WHERE o.run = j.value->>4 AND +o.owner = ? AND o.claim = j.value->>5))"
+                         WHERE o.run = j.value->>4 AND +o.owner IS ? AND o.claim = j.value->>5))"
             ),
             [rows.clone(), namespace.clone(), instance.clone(), generation.clone(), instance.clone()],
         );

@@ -21,7 +21,8 @@ const FENCED: &str =
     "EXISTS (SELECT 1 FROM durable_fences WHERE instance = ? AND generation = ? AND fenced_at IS NULL)";
 /// Whether anybody awaits anything: evaluated once for a statement, so that where nobody does nobody is looked for.
 const ANYBODY: &str = "EXISTS (SELECT 1 FROM durable_waiters)";
-// `+owner` in the statements keeps SQLite from going through all that the instance owns: rows are found by their run.
+// `+owner IS ?` in the statements keeps SQLite from going through all that the instance owns: rows are found by their run.
+// Not `=`, which tells it that the owner is not null: reason enough to go through the index of all that are owned.
 pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
 /// Both lists are used positively: a status that this version does not know is neither.
 pub(crate) const FINISHED: &str = "('completed', 'failed', 'cancelled')";

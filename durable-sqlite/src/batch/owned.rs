@@ -58,7 +58,7 @@ impl Plan<'_> {
             let answers = self.script.add(
                 &format!(
                     "UPDATE durable_processes SET cancelled_at = coalesce(cancelled_at, {NOW}) WHERE {FENCED}
-                         AND +owner = ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))
+                         AND +owner IS ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))
                      RETURNING run"
                 ),
                 [instance.clone(), generation.clone(), instance.clone(), accept.1.arg()],
@@ -71,7 +71,7 @@ impl Plan<'_> {
                 &format!(
                     "UPDATE durable_processes SET signalled = CASE WHEN (run, signals) IN
                              (SELECT value->>0, value->>2 FROM jsonb_each(?)) THEN 0 ELSE signalled END
-                     WHERE {FENCED} AND +owner = ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))
+                     WHERE {FENCED} AND +owner IS ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))
                      RETURNING run"
                 ),
                 [rows.clone(), instance.clone(), generation, instance, rows],
@@ -105,7 +105,7 @@ impl Plan<'_> {
                          status_at = {NOW}, finished_at = iif({finished}, {NOW}, NULL)
                      FROM jsonb_each(?) j
                      WHERE durable_processes.run = j.value->>0 AND durable_processes.claim = {claim}
-                         AND +durable_processes.owner = ? AND {FENCED}"
+                         AND +durable_processes.owner IS ? AND {FENCED}"
                 ),
                 args.flatten(),
             );
@@ -162,7 +162,7 @@ impl Plan<'_> {
                      wake_at = j.value->>2, waiting_for = j.value->>4, status_at = {NOW}
                  FROM jsonb_each(?) j
                  WHERE durable_processes.run = j.value->>0 AND durable_processes.claim = j.value->>1
-                     AND +durable_processes.owner = ?
+                     AND +durable_processes.owner IS ?
                      AND (j.value->>3 IS NULL OR j.value->>3 = durable_processes.signals) AND {FENCED}"
             ),
             [rows.arg(), instance.clone(), instance, generation],

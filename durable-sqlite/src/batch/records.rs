@@ -31,7 +31,7 @@ impl Plan<'_> {
                 &format!(
                     "UPDATE durable_events SET taken_at = {NOW} WHERE {FENCED} AND taken_at IS NULL AND (run, number) IN (
                          SELECT j.value->>0, j.value->>1 FROM jsonb_each(?) j CROSS JOIN durable_processes p
-                             ON p.run = j.value->>0 AND +p.owner = ? AND p.claim = j.value->>2)"
+                             ON p.run = j.value->>0 AND +p.owner IS ? AND p.claim = j.value->>2)"
                 ),
                 [instance.clone(), generation.clone(), takes.arg(), instance.clone()],
             );
@@ -64,7 +64,7 @@ impl Plan<'_> {
                      SELECT j.value->>0, {scope}, j.value->>1, j.value->>2, {op}, {state}, {payload}, {attempts},
                          {claim}, {NOW}
                      FROM {from} CROSS JOIN durable_processes p
-                         ON p.run = j.value->>0 AND +p.owner = ? AND p.claim = {claim} {join}
+                         ON p.run = j.value->>0 AND +p.owner IS ? AND p.claim = {claim} {join}
                      WHERE {FENCED}
                      ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
                          payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,

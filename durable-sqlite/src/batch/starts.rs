@@ -40,7 +40,7 @@ impl Plan<'_> {
         // A durable start happens only if the run that asks for it may record.
         let owner = format!(
             "({from_run} IS NULL OR EXISTS (SELECT 1 FROM durable_processes o
-                 WHERE o.run = {from_run} AND +o.owner = ? AND o.claim = {from_claim}))"
+                 WHERE o.run = {from_run} AND +o.owner IS ? AND o.claim = {from_claim}))"
         );
         let restarts = |at: &usize| match &self.batch.ops[*at] {
             Op::Spawn(spawn) | Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. }) => {
