@@ -198,7 +198,7 @@ async fn enlist(storage: &impl Storage) -> (InstanceId, Box<dyn Heart>) {
 }
 
 fn batch(instance: InstanceId, generation: i64, ops: Vec<Op>) -> Batch {
-    Batch { fence: Fence { instance, generation }, namespace: "default".into(), ops }
+    Batch { fence: Fence { instance, generation }, namespace: "default".into(), ops, prepared: Default::default() }
 }
 
 async fn commit(storage: &Postgres, instance: InstanceId, ops: Vec<Op>) -> Vec<Outcome> {
