@@ -26,6 +26,15 @@ impl PostgresSchema {
         }
     }
 
+    /// One in another database.
+    pub fn on(url: &str) -> Self {
+        let name = format!("test_{}", durable_core::RunId::new().0.simple());
+        // So that the sessions of one test can be told from those of others.
+        let and = if url.contains('?') { '&' } else { '?' };
+        // And the service's own tables stand beside the storage's.
+        Self { url: format!("{url}{and}application_name={name}&options[search_path]={name}"), name }
+    }
+
     /// The database's address.
     pub fn url(&self) -> &str {
         &self.url
@@ -51,11 +60,7 @@ impl PostgresSchema {
 impl Backend for PostgresSchema {
     type Storage = Postgres;
     async fn new() -> Self {
-        let (url, name) = (Self::address().unwrap(), format!("test_{}", durable_core::RunId::new().0.simple()));
-        // So that the sessions of one test can be told from those of others.
-        let and = if url.contains('?') { '&' } else { '?' };
-        // And the service's own tables stand beside the storage's.
-        Self { url: format!("{url}{and}application_name={name}&options[search_path]={name}"), name }
+        Self::on(&Self::address().unwrap())
     }
     async fn storage(&self) -> Postgres {
         Postgres::connect(&self.url).schema(&self.name).await.unwrap()
@@ -83,6 +88,10 @@ impl Sql for PostgresSchema {
     async fn number(&self, sql: &str) -> i64 {
         let mut connection = Sql::connection(self).await;
         sqlx::query_scalar(self.sql(sql)).fetch_one(&mut connection).await.unwrap()
+    }
+    async fn texts(&self, sql: &str) -> Vec<String> {
+        let mut connection = Sql::connection(self).await;
+        sqlx::query_scalar(self.sql(sql)).fetch_all(&mut connection).await.unwrap()
     }
 }
 
