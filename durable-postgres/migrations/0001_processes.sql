@@ -114,7 +114,8 @@ CREATE TABLE {schema}.inbox (
     refused    text
 );
 
-CREATE INDEX inbox_waiting ON {schema}.inbox (namespace, id, number) WHERE refused IS NULL;
+CREATE INDEX inbox_waiting ON {schema}.inbox (namespace, number) WHERE refused IS NULL;
+CREATE INDEX inbox_id ON {schema}.inbox (namespace, id, number) WHERE refused IS NULL;
 
 -- The engines that share this database. No index but the key, so that a heartbeat stays within its page.
 CREATE TABLE {schema}.instances (

@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use crate::names::Schema;
 use crate::session::{self, Bounds};
 use crate::sql::Sql;
-use crate::{Postgres, batch, fence, heart, read};
+use crate::{Postgres, batch, fence, heart, outbox, read, transaction};
 
 /// Of a service that has run for long: a million processes that have ended, few of them with rows in other tables, and
 /// a few thousand that live.
@@ -37,7 +37,10 @@ const FILL: &[&str] = &[
          LIMIT 20000) p",
     "INSERT INTO {s}.audit SELECT gen_random_uuid(), run, now(), scope, name, key, op, state, payload, attempts, claim,
          recorded_at FROM (SELECT * FROM {s}.steps LIMIT 20000) s",
-    "ANALYZE {s}.processes, {s}.steps, {s}.events, {s}.waiters, {s}.audit",
+    "INSERT INTO {s}.inbox (namespace, what, id, name, token, payload, digest, restart, put_at, refused)
+     SELECT 'default', 'message', 'done-' || n, 'event', n::text, '1', '', false, now(), 'the process has ended'
+     FROM generate_series(1, 20000) n",
+    "ANALYZE {s}.processes, {s}.steps, {s}.events, {s}.waiters, {s}.audit, {s}.inbox",
 ];
 
 /// What a batch is made of: everything that goes into one statement, messages and what goes with them, everything.
@@ -134,6 +137,19 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
         ("release", fence::release(schema, instance, 1000)),
         ("forget", fence::forget(schema, instance)),
     ];
+    for op in batch_of(Kind::Whole).ops {
+        match op {
+            Op::Spawn(spawn) => statements.push(("start put in", outbox::put_start(schema, "default", &spawn))),
+            Op::Raise(raise) => statements.push(("message put in", outbox::put_message(schema, "default", &raise))),
+            Op::Record(record) => {
+                statements.push(("record of a transaction", transaction::insert(schema, instance, &record)));
+                statements.push(("why there is none", transaction::reason(schema, instance, &record)));
+            }
+            _ => {}
+        }
+    }
+    statements.push(("inbox", batch::waiting(schema, "default")));
+    statements.push(("stands", fence::stands(schema, Fence { instance, generation: 1 })));
     for kind in [Kind::Single, Kind::Messages, Kind::Whole] {
         statements.extend(batch::statements(schema, &batch_of(kind)));
     }
@@ -142,7 +158,7 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
 
 /// Scans from end to end: of a table, or of an index without a condition.
 fn scans(what: &str, plan: &[String]) -> Vec<String> {
-    const TABLES: [&str; 5] = ["processes", "steps", "events", "waiters", "audit"];
+    const TABLES: [&str; 6] = ["processes", "steps", "events", "waiters", "audit", "inbox"];
     let of_table = |line: &str| TABLES.iter().any(|table| line.contains(&format!(" on {table}")));
     let by_index = |line: &str| line.contains("Index Scan") || line.contains("Index Only Scan");
     let mut scans = Vec::new();

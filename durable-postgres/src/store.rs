@@ -75,9 +75,10 @@ impl Storage for Postgres {
             let mut lent = self.0.connections.lend().await?;
             let result = batch::commit(&mut lent.connection, &self.0.schema, batch).await;
             match lent.done(result) {
-                // Or something waits in the inbox, which goes first.
+                // Or something waits in the inbox, which goes first; unless somebody else has moved it on meanwhile.
                 Err(StorageError::Fenced) if batch.ops.iter().any(batch::names_an_id) => {
-                    if self.sweep(&batch.namespace).await? == 0 {
+                    self.sweep(&batch.namespace).await?;
+                    if self.run(fence::stands(&self.0.schema, batch.fence)).await?.is_empty() {
                         return Err(StorageError::Fenced);
                     }
                 }
@@ -152,13 +153,14 @@ impl Storage for Postgres {
     }
 
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
-        loop {
-            let rows = self.run(read::find_statement(&self.0.schema, namespace, id, run)).await?;
-            if rows.is_empty() && self.sweep(namespace).await? > 0 {
-                continue;
-            }
-            return rows.first().map(rows::process).transpose();
+        let find = || self.run(read::find_statement(&self.0.schema, namespace, id, run));
+        let mut rows = find().await?;
+        if rows.is_empty() {
+            // It may wait in the inbox, or may have left it since.
+            while self.sweep(namespace).await? > 0 {}
+            rows = find().await?;
         }
+        rows.first().map(rows::process).transpose()
     }
 
     async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {

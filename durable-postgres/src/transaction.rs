@@ -1,7 +1,7 @@
 use async_trait::async_trait;
 use durable_core::storage::{
     Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, RecordState, Result, RolledBack, RunId, Slot,
-    Storage, StorageError, Transactional, any_source,
+    Storage, StorageError, Transactional, source,
 };
 use durable_core::{Name, Process, Transaction, Typed};
 use sqlx::Executor;
@@ -149,8 +149,8 @@ impl Ending for PgEnding {
         Ok(if aborted { RolledBack::Aborted } else { RolledBack::Open })
     }
 
-    fn is_transient(&self, error: &(dyn Error + 'static)) -> bool {
-        any_source(error, passes)
+    fn is_transient(&self, error: &(dyn Error + 'static)) -> Option<bool> {
+        source(error).map(passes)
     }
 }
 

@@ -1,7 +1,7 @@
 use async_trait::async_trait;
 use durable_core::storage::{
     Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, RecordState, Result, RolledBack, RunId, Slot,
-    Storage, StorageError, Transactional, any_source,
+    Storage, StorageError, Transactional, source,
 };
 use durable_core::{Name, Process, Transaction, Typed};
 use sqlx::sqlite::SqliteConnection;
@@ -134,8 +134,8 @@ impl Ending for SqliteEnding {
         Ok(if there { RolledBack::Open } else { RolledBack::Escaped })
     }
 
-    fn is_transient(&self, error: &(dyn Error + 'static)) -> bool {
-        any_source(error, passes)
+    fn is_transient(&self, error: &(dyn Error + 'static)) -> Option<bool> {
+        source(error).map(passes)
     }
 }
 

@@ -292,13 +292,13 @@ where
         Err(cancelled) => Err(cancelled),
         Ok(Attempted::TimedOut(after)) => Ok(Tried::Failed(StepError::TimedOut(after), true)),
         Ok(Attempted::Err(error)) => {
-            let transient = R::cause(&error).is_some_and(|error| ending.is_transient(error));
+            let transient = R::cause(&error).and_then(|error| ending.is_transient(error));
             let (error, worth) = options.judge::<R>(error);
             match engine(tokio::spawn(ending.rollback())).await {
                 Err(gone) => Ok(Tried::again(gone)),
-                Ok(_) if transient => Ok(Tried::again("the database asks for another try")),
+                Ok(_) if transient == Some(true) => Ok(Tried::again("the database asks for another try")),
                 Ok(RolledBack::Escaped) => escaped(operation).await,
-                Ok(RolledBack::Aborted) if forgiving => {
+                Ok(RolledBack::Aborted) if forgiving && transient.is_none() => {
                     Ok(Tried::Again { why: "the database had aborted it".into(), aborts: true })
                 }
                 Ok(_) => Ok(Tried::Failed(error, worth)),

@@ -20,7 +20,7 @@ pub use rows::{
     ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope, Status, Target,
 };
 
-pub use transaction::{Committed, Ending, Open, OutboxWriter, RolledBack, Slot, Transactional, Tx, any_source};
+pub use transaction::{Committed, Ending, Open, OutboxWriter, RolledBack, Slot, Transactional, Tx, source};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};

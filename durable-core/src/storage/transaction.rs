@@ -82,16 +82,16 @@ impl<C> Drop for Tx<C> {
     }
 }
 
-/// Whether an error, or one of its sources, is a `T` of which this holds.
-pub fn any_source<T: Error + 'static>(error: &(dyn Error + 'static), holds: impl Fn(&T) -> bool) -> bool {
+/// The first `T` among an error and its sources.
+pub fn source<'e, T: Error + 'static>(error: &'e (dyn Error + 'static)) -> Option<&'e T> {
     let mut next = Some(error);
     while let Some(error) = next {
-        if error.downcast_ref::<T>().is_some_and(&holds) {
-            return true;
+        if let Some(found) = error.downcast_ref::<T>() {
+            return Some(found);
         }
         next = error.source();
     }
-    false
+    None
 }
 
 /// How a transaction ends. Dropped, its connection is closed.
@@ -109,8 +109,8 @@ pub trait Ending: Send + Sync {
     async fn rollback(self: Box<Self>) -> Result<RolledBack>;
 
     /// Whether an error of the closure's, or one of its sources, is the driver's for something that another try may not
-    /// meet: a lost connection, a deadlock, a serialisation failure.
-    fn is_transient(&self, error: &(dyn Error + 'static)) -> bool;
+    /// meet: a lost connection, a deadlock, a serialisation failure. None if none of them is the driver's.
+    fn is_transient(&self, error: &(dyn Error + 'static)) -> Option<bool>;
 }
 
 /// Writes starts and messages into a transaction of the service's own. What it wrote is undone with that transaction.

@@ -79,7 +79,7 @@ async fn move_on(connection: &mut PgConnection, schema: &Schema, namespace: &str
 }
 
 /// What waits, locked.
-pub(super) fn waiting(schema: &Schema, namespace: &str) -> Sql {
+pub(crate) fn waiting(schema: &Schema, namespace: &str) -> Sql {
     let mut sql = Sql::default();
     let (namespace, rows) = (sql.bind(namespace), sql.bind(ROWS));
     sql.text = format!(

@@ -16,6 +16,8 @@ use uuid::Uuid;
 
 use crate::names::Schema;
 pub(crate) use inbox::sweep;
+#[cfg(test)]
+pub(crate) use inbox::waiting;
 use parts::{Sorted, Start};
 
 pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";

@@ -70,6 +70,7 @@ tests!(
     an_error_rolls_back_and_is_recorded,
     a_failure_is_tried_again,
     a_cancelled_process_commits_nothing,
+    a_cancellation_that_was_recorded_meanwhile,
     who_does_not_own_the_run_commits_nothing,
     a_record_that_stands_is_not_written_over,
     a_deadline_ends_it,
@@ -194,6 +195,35 @@ mod cases {
         assert_eq!(ended.status, Status::Cancelled);
         assert_eq!(cents(&backend, 1).await, 1000);
         assert_eq!(host.spawn(OTHER, "o", &()).await.unwrap().output().await.unwrap(), 1);
+    }
+
+    pub(super) async fn a_cancellation_that_was_recorded_meanwhile() {
+        const DEBIT: Definition<(), (), Cancelled> = Definition::new("debit");
+        let backend = bank().await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        // Within the transaction it looks as if the owner had recorded it; outside it never was.
+        let function = move |proc: Process, ()| {
+            let calls = counted.clone();
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    calls.add("call");
+                    let left = debit(&mut tx, 100).await?;
+                    sql(&mut tx, &format!("UPDATE {} SET cancelled_at = CURRENT_TIMESTAMP", B::PROCESSES)).await?;
+                    Ok::<_, DebitError>(left)
+                });
+                match debit.await {
+                    Err(StepError::Cancelled(cancelled)) => Err(cancelled),
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        let host = quick(&backend).await.register(DEBIT, function).start().await.unwrap();
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("it has been called", async || !calls.all().is_empty()).await;
+        handle.cancel().await.unwrap();
+        until_status(&handle, Status::Cancelled).await;
+        assert_eq!((cents(&backend, 1).await, calls.all().len()), (1000, 1));
     }
 
     pub(super) async fn who_does_not_own_the_run_commits_nothing() {

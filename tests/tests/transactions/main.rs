@@ -1,6 +1,8 @@
 //! Steps whose SQL commits with their record: exactly once, whatever goes wrong.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod postgres_alone;
+
 /// The cases, once for each database.
 macro_rules! on {
     ($database:ident, $backend:ty, $storage:ident, $run:expr) => {

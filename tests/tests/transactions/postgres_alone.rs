@@ -1,0 +1,323 @@
+//! What can go wrong on PostgreSQL alone: sessions that end, deadlocks, locks that others hold.
+
+use durable_core::storage::{RecordKey, Scope, Storage, Transactional};
+use durable_core::{Definition, Event, Failure, Host, Process, RunId, StepError};
+use durable_postgres::{Outbox, Transactions, Tx};
+use durable_tests::{Backend, Effects, PostgresSchema, Sql, quick, until};
+use serde::{Deserialize, Serialize};
+use sqlx::Executor;
+use std::future::Future;
+
+const DEBIT: Definition<(), i64> = Definition::new("debit");
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+enum DebitError {
+    Sql(String),
+}
+
+impl From<sqlx::Error> for DebitError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Sql(error.to_string())
+    }
+}
+
+async fn bank() -> PostgresSchema {
+    let backend = PostgresSchema::new().await;
+    backend.storage().await;
+    backend.execute("CREATE TABLE accounts (id bigint PRIMARY KEY, cents bigint NOT NULL CHECK (cents >= 0))").await;
+    backend.execute("INSERT INTO accounts VALUES (1, 1000)").await;
+    backend
+}
+
+async fn cents(backend: &PostgresSchema) -> i64 {
+    backend.number("SELECT cents FROM accounts WHERE id = 1").await
+}
+
+async fn debit(tx: &mut Tx, cents: i64) -> Result<i64, sqlx::Error> {
+    let debit = sqlx::query_scalar("UPDATE accounts SET cents = cents - $1 WHERE id = 1 RETURNING cents");
+    debit.bind(cents).fetch_one(&mut **tx).await
+}
+
+async fn host_with<F, Fut>(backend: &PostgresSchema, function: F) -> Host
+where
+    F: Fn(Process) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<i64, Failure>> + Send + 'static,
+{
+    quick(backend).await.register(DEBIT, move |proc, ()| function(proc)).start().await.unwrap()
+}
+
+/// Runs a transaction whose closure meets this SQL at its first calls: how it ended, and how often it was called.
+async fn meets(
+    backend: &PostgresSchema,
+    sql: &'static str,
+    at_first: usize,
+    typed: bool,
+) -> (Result<i64, String>, usize) {
+    let calls = Effects::default();
+    let counted = calls.clone();
+    let (sender, mut ended) = tokio::sync::mpsc::unbounded_channel();
+    let host = host_with(backend, move |proc: Process| {
+        let (calls, sender) = (counted.clone(), sender.clone());
+        async move {
+            let statements = async |mut tx: Tx| {
+                calls.add("call");
+                let left = debit(&mut tx, 100).await?;
+                if calls.all().len() <= at_first {
+                    tx.execute(sqlx::raw_sql(sql)).await?;
+                }
+                Ok::<_, sqlx::Error>(left)
+            };
+            let ended = if typed {
+                let statements = async |tx: Tx| Ok::<_, DebitError>(statements(tx).await?);
+                proc.transaction("debit", statements).await.map_err(|error| format!("{error:?}"))
+            } else {
+                proc.transaction("debit", statements).failure().await.map_err(|error| format!("{error:?}"))
+            };
+            let _ = sender.send(ended);
+            Ok(0)
+        }
+    })
+    .await;
+    host.spawn(DEBIT, RunId::new().to_string(), &()).await.unwrap().output().await.unwrap();
+    (ended.recv().await.unwrap(), calls.all().len())
+}
+
+macro_rules! tests {
+    ($($case:ident),* $(,)?) => { $(#[test] fn $case() { PostgresSchema::run(cases::$case()); })* };
+}
+
+tests!(
+    what_is_none_of_the_processs_business,
+    what_the_database_refuses_is_its_error,
+    a_statement_that_failed_unnoticed,
+    a_session_that_ends_at_the_commit,
+    a_take_over_that_is_open,
+    a_commit_that_is_on_its_way_is_waited_for,
+    a_transaction_that_stays_open_holds_up_nobody,
+    what_cannot_be_moved_on_stays,
+    two_that_put_in_the_same,
+);
+
+mod cases {
+    use super::*;
+
+    pub(super) async fn what_is_none_of_the_processs_business() {
+        let backend = bank().await;
+        for sql in [
+            "SELECT pg_terminate_backend(pg_backend_pid())",
+            "DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40001'; END $$",
+            "DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40P01'; END $$",
+        ] {
+            for typed in [true, false] {
+                let before = cents(&backend).await;
+                assert_eq!(meets(&backend, sql, 2, typed).await, (Ok(before - 100), 3), "{sql}");
+                assert_eq!(cents(&backend).await, before - 100, "{sql}");
+            }
+        }
+    }
+
+    pub(super) async fn what_the_database_refuses_is_its_error() {
+        const VIOLATES: &str = "INSERT INTO accounts VALUES (1, 1)";
+        let backend = bank().await;
+        // Its error says what it is.
+        let (ended, calls) = meets(&backend, VIOLATES, 100, false).await;
+        assert!(ended.as_ref().unwrap_err().contains("duplicate key"), "{ended:?}");
+        assert_eq!(calls, 1);
+        // Its error does not say: it might have been a deadlock.
+        let (ended, calls) = meets(&backend, VIOLATES, 100, true).await;
+        assert!(ended.as_ref().unwrap_err().contains("duplicate key"), "{ended:?}");
+        assert_eq!(calls, 4);
+        assert_eq!(cents(&backend).await, 1000);
+    }
+
+    pub(super) async fn a_statement_that_failed_unnoticed() {
+        let backend = bank().await;
+        let (sender, mut ended) = tokio::sync::mpsc::unbounded_channel();
+        let host = host_with(&backend, move |proc: Process| {
+            let sender = sender.clone();
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    let left = debit(&mut tx, 100).await?;
+                    let _ = tx.execute(sqlx::raw_sql("INSERT INTO accounts VALUES (1, 1)")).await;
+                    Ok::<_, sqlx::Error>(left)
+                });
+                let _ = sender.send(debit.failure().await);
+                Ok(0)
+            }
+        })
+        .await;
+        host.spawn(DEBIT, "d", &()).await.unwrap().output().await.unwrap();
+        match ended.recv().await.unwrap() {
+            Err(StepError::Refused(why)) => assert!(why.contains("savepoint"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(cents(&backend).await, 1000);
+    }
+
+    pub(super) async fn a_session_that_ends_at_the_commit() {
+        let backend = bank().await;
+        backend
+            .execute(
+                "CREATE SEQUENCE commits;
+                 CREATE FUNCTION ends() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                     IF nextval('{s}.commits') < 3 THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;
+                     RETURN NULL;
+                 END $$;
+                 CREATE CONSTRAINT TRIGGER ends AFTER UPDATE ON accounts DEFERRABLE INITIALLY DEFERRED
+                     FOR EACH ROW EXECUTE FUNCTION ends()",
+            )
+            .await;
+        assert_eq!(meets(&backend, "SELECT 1", 0, true).await, (Ok(900), 3));
+        assert_eq!(cents(&backend).await, 900);
+    }
+
+    /// Whether somebody waits for a lock in a statement like this.
+    async fn is_waiting(backend: &PostgresSchema, statement: &str) -> bool {
+        let waiting = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = '{}'
+                 AND query LIKE '%{statement}%'",
+            backend.name()
+        );
+        backend.number(&waiting).await > 0
+    }
+
+    pub(super) async fn a_take_over_that_is_open() {
+        let backend = bank().await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let (go, gone) = tokio::sync::watch::channel(false);
+        let host = host_with(&backend, move |proc: Process| {
+            let (calls, gone) = (counted.clone(), gone.clone());
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    let left = debit(&mut tx, 100).await?;
+                    calls.add("call");
+                    let _ = gone.clone().wait_for(|gone| *gone).await;
+                    Ok::<_, sqlx::Error>(left)
+                });
+                Ok(debit.failure().await.unwrap())
+            }
+        })
+        .await;
+        host.spawn(DEBIT, "d", &()).await.unwrap();
+        until("it is inside", async || !calls.all().is_empty()).await;
+        let mut other = backend.connect().await;
+        other.execute("BEGIN").await.unwrap();
+        other.execute(backend.sql("UPDATE {s}.fences SET fenced_at = now()")).await.unwrap();
+        go.send_replace(true);
+        until("the commit waits for the fence", async || is_waiting(&backend, "INSERT INTO").await).await;
+        other.execute("COMMIT").await.unwrap();
+        // It goes on under a new epoch, once the old one's processes are handed back.
+        let handle = host.get("d").of(DEBIT);
+        assert_eq!(handle.output().await.unwrap(), 900);
+        assert_eq!((cents(&backend).await, calls.all().len()), (900, 2));
+    }
+
+    pub(super) async fn a_commit_that_is_on_its_way_is_waited_for() {
+        let backend = bank().await;
+        let storage = backend.storage().await;
+        let host = host_with(&backend, async |proc: Process| {
+            proc.event(Event::<()>::new("Go")).await?;
+            Ok(0)
+        })
+        .await;
+        host.spawn(DEBIT, "d", &()).await.unwrap();
+        let run = storage.find("default", "d", None).await.unwrap().unwrap().run;
+        let key = RecordKey { scope: Scope::Process, name: "debit".into(), key: "".into() };
+        let mut other = backend.connect().await;
+        other.execute("BEGIN").await.unwrap();
+        other.execute(backend.sql("SELECT 1 FROM {s}.processes FOR SHARE")).await.unwrap();
+        let record = format!(
+            "INSERT INTO {{s}}.steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
+             VALUES ('{run}', 0, 'debit', '', 'transaction', 'done', '7', 0, 1, now())"
+        );
+        other.execute(backend.sql(&record)).await.unwrap();
+        let settled = tokio::spawn({
+            let (storage, key) = (storage.clone(), key.clone());
+            async move { storage.settled(run, &key).await }
+        });
+        until("it waits", async || is_waiting(&backend, "FOR NO KEY UPDATE").await).await;
+        assert!(!settled.is_finished());
+        other.execute("COMMIT").await.unwrap();
+        assert_eq!(&*settled.await.unwrap().unwrap().unwrap().payload, "7");
+    }
+
+    const ADD: Definition<i64, i64> = Definition::new("add");
+    const NUMBER: Event<i64> = Event::new("Number");
+
+    async fn add(proc: Process, input: i64) -> Result<i64, Failure> {
+        let step = proc.step("step", || async { Ok::<_, Failure>(input) }).await?;
+        Ok(step + proc.event(NUMBER).await?)
+    }
+
+    async fn adding(backend: &PostgresSchema) -> Host {
+        quick(backend).await.register(ADD, add).start().await.unwrap()
+    }
+
+    pub(super) async fn a_transaction_that_stays_open_holds_up_nobody() {
+        let backend = bank().await;
+        let host = adding(&backend).await;
+        let waiting = host.spawn(ADD, "waiting", &1).await.unwrap();
+        let mut open = backend.connect().await;
+        open.execute("BEGIN").await.unwrap();
+        host.spawn_in(&mut open, ADD, "later", &1).await.unwrap();
+        host.raise_in(&mut open, "waiting", NUMBER, &100).await.unwrap();
+        host.raise_in(&mut open, "later", NUMBER, &1).await.unwrap();
+        // Others, the one it has written to, and one of the very id that it starts.
+        let mut handles = Vec::new();
+        for n in 0..50 {
+            handles.push(host.spawn(ADD, format!("other {n}"), &n).await.unwrap());
+            handles[n as usize].raise(NUMBER, &1).await.unwrap();
+        }
+        for (n, handle) in handles.iter().enumerate() {
+            assert_eq!(handle.output().await.unwrap(), n as i64 + 1);
+        }
+        waiting.raise(NUMBER, &1).await.unwrap();
+        assert_eq!(waiting.output().await.unwrap(), 2);
+        assert!(host.get("later").status().await.is_err());
+        let same = host.spawn(ADD, "later", &1).await.unwrap();
+        until("it waits", async || same.status().await.unwrap().waiting_for.is_some()).await;
+        open.execute("COMMIT").await.unwrap();
+        // The start found the same process there; the message is one to it.
+        assert_eq!(same.output().await.unwrap(), 2);
+    }
+
+    pub(super) async fn what_cannot_be_moved_on_stays() {
+        const OTHER: Definition<i64, i64> = Definition::new("other");
+        let backend = bank().await;
+        let host = adding(&backend).await;
+        let ended = host.spawn(ADD, "ended", &1).await.unwrap();
+        let mut open = backend.connect().await;
+        open.execute("BEGIN").await.unwrap();
+        host.spawn_in(&mut open, OTHER, "taken", &1).await.unwrap();
+        host.raise_in(&mut open, "ended", NUMBER, &7).await.unwrap();
+        host.spawn_in(&mut open, ADD, "fine", &1).await.unwrap();
+        host.raise_in(&mut open, "fine", NUMBER, &2).await.unwrap();
+        host.spawn(ADD, "taken", &1).await.unwrap();
+        ended.raise(NUMBER, &1).await.unwrap();
+        ended.output().await.unwrap();
+        open.execute("COMMIT").await.unwrap();
+        assert_eq!(host.get("fine").of(ADD).output().await.unwrap(), 3);
+        let refused = "SELECT count(*) FROM inbox WHERE refused LIKE '%in use by one of kind \"add\"%'
+            OR refused LIKE '%has ended%'";
+        assert_eq!(backend.number(refused).await, 2);
+        assert_eq!(backend.number("SELECT count(*) FROM inbox").await, 2);
+    }
+
+    pub(super) async fn two_that_put_in_the_same() {
+        let backend = bank().await;
+        let host = adding(&backend).await;
+        let (mut one, mut two) = (backend.connect().await, backend.connect().await);
+        for connection in [&mut one, &mut two] {
+            connection.execute("BEGIN").await.unwrap();
+            host.spawn_in(&mut *connection, ADD, "same", &1).await.unwrap();
+            host.raise_in(&mut *connection, "same", NUMBER, &5).id("once").await.unwrap();
+        }
+        one.execute("COMMIT").await.unwrap();
+        two.execute("COMMIT").await.unwrap();
+        assert_eq!(host.get("same").of(ADD).output().await.unwrap(), 6);
+        until("both are moved on", async || backend.number("SELECT count(*) FROM inbox").await == 0).await;
+        assert_eq!(backend.number("SELECT count(*) FROM processes").await, 1);
+        assert_eq!(backend.number("SELECT count(*) FROM events").await, 1);
+    }
+}
