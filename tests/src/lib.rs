@@ -3,6 +3,8 @@
 
 pub mod crash;
 pub mod faulty;
+pub mod ops;
+pub mod proxy;
 
 use durable_core::storage::Storage;
 use durable_core::{Handle, Host, HostBuilder, Info, Status};
@@ -15,7 +17,9 @@ pub use durable_postgres::Postgres;
 pub use durable_sqlite::Sqlite;
 
 mod postgres;
+mod server;
 pub use postgres::PostgresSchema;
+pub use server::Server;
 
 /// A storage under test, and what keeps it there.
 pub trait Backend: Send + Sync + Sized + 'static {

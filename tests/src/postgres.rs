@@ -51,6 +51,15 @@ impl PostgresSchema {
         options.application_name("test").connect().await.unwrap()
     }
 
+    /// All rows that a batch may touch, as text.
+    pub async fn everything(&self) -> Vec<String> {
+        self.texts(
+            "SELECT p::text FROM {s}.processes p UNION ALL SELECT s::text FROM {s}.steps s UNION ALL
+                 SELECT e::text FROM {s}.events e UNION ALL SELECT w::text FROM {s}.waiters w ORDER BY 1",
+        )
+        .await
+    }
+
     /// SQL with `{s}` for the schema.
     pub fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
         AssertSqlSafe(sql.replace("{s}", &self.name))

@@ -4,7 +4,7 @@
 
 use durable_tests::crash::deadly::{Boundary, Of};
 use durable_tests::crash::journal::{Line, What};
-use durable_tests::crash::scene::{LONG, Scene};
+use durable_tests::crash::scene::{LONG, Random, Scene};
 use durable_tests::crash::shared::Shared;
 use durable_tests::crash::worker::Worker;
 use durable_tests::{PostgresSchema, Sql, SqliteFile, long, run, until};
@@ -84,16 +84,6 @@ boundaries! {
     after_completing: "after" Finish [1, 2],
 }
 
-/// A small generator: the tests are the same at each run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
-}
-
 /// Kills workers at random until so many have died, then lets them end.
 async fn at_random<B: Shared>(programs: usize, processes: u32, kills: usize, seed: u64) {
     let scene = Scene::<B>::new(WORKER, processes, Duration::from_millis(2)).await;
@@ -165,7 +155,7 @@ async fn stopped_outside_a_transaction<B: Shared>() {
     first.signal("CONT");
     assert!(first.wait(LONG), "the first worker failed");
     scene.check().await;
-    assert!(scene.taken_over().await > 0, "nothing was taken over");
+    assert!(scene.backend.taken_over().await > 0, "nothing was taken over");
 }
 
 /// Stopped past its heartbeat inside a transaction of SQLite: nobody can write, so nobody's silence counts; when it goes
@@ -185,7 +175,7 @@ fn stopped_inside_the_transaction_of_sqlite() {
         assert!(first.wait(LONG), "the first worker failed");
         assert!(second.wait(LONG), "the second worker failed");
         scene.check().await;
-        assert_eq!(scene.taken_over().await, 0, "somebody was taken for dead");
+        assert_eq!(scene.backend.taken_over().await, 0, "somebody was taken for dead");
     });
 }
 
@@ -240,7 +230,7 @@ fn stopped_inside_a_transaction_of_postgres() {
         }
         let mut second = scene.start(None);
         assert!(second.wait(LONG), "the second worker failed");
-        assert!(scene.taken_over().await > 0, "nothing was taken over");
+        assert!(scene.backend.taken_over().await > 0, "nothing was taken over");
         first.signal("CONT");
         assert!(first.wait(LONG), "the first worker failed");
         scene.check().await;
@@ -283,7 +273,7 @@ async fn taken_over_within_seconds<B: Shared>() {
         assert!(worker.wait(LONG), "a worker failed");
     }
     scene.check().await;
-    assert!(scene.taken_over().await > 0, "nothing was taken over");
+    assert!(scene.backend.taken_over().await > 0, "nothing was taken over");
     let silent = scene.backend.number("SELECT CAST(max(silent) AS BIGINT) FROM taken_over WHERE processes > 0").await;
     assert!(silent < EXPIRY, "it was silent for {silent} ms");
 }

@@ -98,9 +98,15 @@ impl<B: Shared> Scene<B> {
     pub async fn count_takeovers(&self) {
         self.backend.execute(B::COUNT_TAKEOVERS).await;
     }
+}
 
-    /// How many processes were taken over from an instance that was fenced while it owned them.
-    pub async fn taken_over(&self) -> i64 {
-        self.backend.number("SELECT CAST(coalesce(sum(processes), 0) AS BIGINT) FROM taken_over").await
+/// A small generator: the tests are the same at each run.
+pub struct Random(pub u64);
+
+impl Random {
+    /// The next number.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
     }
 }

@@ -14,6 +14,10 @@ pub trait Shared: Sql<Storage: Storage> {
     /// SQL after which `taken_over` gets a row for each instance that is fenced: how many processes it owns, and for how
     /// many milliseconds it has been silent.
     const COUNT_TAKEOVERS: &'static str;
+    /// How many processes were taken over from an instance that was fenced while it owned them.
+    fn taken_over(&self) -> impl Future<Output = i64> + Send {
+        async { self.number("SELECT CAST(coalesce(sum(processes), 0) AS BIGINT) FROM taken_over").await }
+    }
     /// Its address, for a worker.
     fn worker_address(&self) -> String;
     /// Whether somebody holds on to a transaction for longer than any takes.
