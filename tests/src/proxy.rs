@@ -28,10 +28,12 @@ pub struct Proxy {
     wires: Arc<Wires>,
 }
 
+#[derive(Default)]
 struct Wires {
     network: watch::Sender<Network>,
     /// So many bytes are answered to the next thing that is sent, then its connection is cut.
     next_answer: Mutex<Option<usize>>,
+    answered: AtomicUsize,
     lost: AtomicUsize,
 }
 
@@ -42,9 +44,7 @@ impl Proxy {
         let (server, rest) = place.split_once('/').expect("host:port/database");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("{login}@{}/{rest}", listener.local_addr().unwrap());
-        let wires =
-            Wires { network: watch::Sender::default(), next_answer: Mutex::default(), lost: AtomicUsize::new(0) };
-        let wires = Arc::new(wires);
+        let wires = Arc::new(Wires::default());
         let proxy = Self { url, wires: wires.clone() };
         let server = server.to_owned();
         tokio::spawn(async move {
@@ -68,6 +68,11 @@ impl Proxy {
     /// Of the answer to what is sent next, so many bytes pass; then its connection is cut. `None`: all of it.
     pub fn cut_next_answer(&self, after: Option<usize>) {
         *self.wires.next_answer.lock().unwrap() = after;
+    }
+
+    /// How many bytes the server has answered.
+    pub fn answered(&self) -> usize {
+        self.wires.answered.load(Ordering::SeqCst)
     }
 
     /// How many answers did not pass as a whole.
@@ -95,6 +100,7 @@ async fn connection(client: TcpStream, server: String, wires: Arc<Wires>) {
         Passes::All
     };
     let answers = |length: usize| {
+        wires.answered.fetch_add(length, Ordering::SeqCst);
         let mut left = left.lock().unwrap();
         match *left {
             _ if wires.network.borrow().swallows => Passes::Part(0),
