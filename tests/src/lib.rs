@@ -3,6 +3,8 @@
 
 pub mod crash;
 pub mod faulty;
+pub mod ops;
+pub mod proxy;
 
 use durable_core::storage::Storage;
 use durable_core::{Handle, Host, HostBuilder, Info, Status};
@@ -15,7 +17,9 @@ pub use durable_postgres::Postgres;
 pub use durable_sqlite::Sqlite;
 
 mod postgres;
+mod server;
 pub use postgres::PostgresSchema;
+pub use server::Server;
 
 /// A storage under test, and what keeps it there.
 pub trait Backend: Send + Sync + Sized + 'static {
@@ -45,6 +49,8 @@ pub trait Sql: Backend {
     fn execute(&self, sql: &str) -> impl Future<Output = ()> + Send;
     /// The one number that a query answers with.
     fn number(&self, sql: &str) -> impl Future<Output = i64> + Send;
+    /// The texts that a query of one column answers with.
+    fn texts(&self, sql: &str) -> impl Future<Output = Vec<String>> + Send;
 }
 
 /// In memory.
@@ -104,6 +110,10 @@ impl Sql for SqliteFile {
         let mut connection = self.connection().await;
         sqlx::query_scalar(sqlx::AssertSqlSafe(sql.to_owned())).fetch_one(&mut connection).await.unwrap()
     }
+    async fn texts(&self, sql: &str) -> Vec<String> {
+        let mut connection = self.connection().await;
+        sqlx::query_scalar(sqlx::AssertSqlSafe(sql.to_owned())).fetch_all(&mut connection).await.unwrap()
+    }
 }
 
 /// One named test of each case for each backend: `#[test] fn case::backend`.
@@ -125,28 +135,6 @@ macro_rules! on_each_backend {
             }
         })*
     };
-}
-
-/// What the checker needs of a SQLite file.
-pub async fn read_sqlite(path: &str) -> (Vec<crash::check::Recorded>, Vec<crash::check::Ended>) {
-    use crash::check::{Ended, Recorded};
-    use sqlx::{Connection, Row};
-    let mut connection = sqlx::SqliteConnection::connect(&format!("sqlite://{path}")).await.unwrap();
-    let records = sqlx::query(
-        "SELECT p.id, s.name, s.claim, s.attempts FROM durable_steps s JOIN durable_processes p ON p.run = s.run
-         WHERE s.op = 'step' AND s.state = 'done' ORDER BY p.id, s.name",
-    );
-    let records = records.fetch_all(&mut connection).await.unwrap();
-    let record = |row: &sqlx::sqlite::SqliteRow| Recorded {
-        id: row.get(0),
-        step: row.get(1),
-        claim: row.get(2),
-        attempts: row.get(3),
-    };
-    let processes = sqlx::query("SELECT id, status, claim FROM durable_processes ORDER BY id");
-    let processes = processes.fetch_all(&mut connection).await.unwrap();
-    let process = |row: &sqlx::sqlite::SqliteRow| Ended { id: row.get(0), status: row.get(1), claims: row.get(2) };
-    (records.iter().map(record).collect(), processes.iter().map(process).collect())
 }
 
 /// Runs a test, with the log that `RUST_LOG` asks for, and not for ever.

@@ -26,6 +26,15 @@ impl PostgresSchema {
         }
     }
 
+    /// One in another database.
+    pub fn on(url: &str) -> Self {
+        let name = format!("test_{}", durable_core::RunId::new().0.simple());
+        // So that the sessions of one test can be told from those of others.
+        let and = if url.contains('?') { '&' } else { '?' };
+        // And the service's own tables stand beside the storage's.
+        Self { url: format!("{url}{and}application_name={name}&options[search_path]={name}"), name }
+    }
+
     /// The database's address.
     pub fn url(&self) -> &str {
         &self.url
@@ -42,6 +51,15 @@ impl PostgresSchema {
         options.application_name("test").connect().await.unwrap()
     }
 
+    /// All rows that a batch may touch, as text.
+    pub async fn everything(&self) -> Vec<String> {
+        self.texts(
+            "SELECT p::text FROM {s}.processes p UNION ALL SELECT s::text FROM {s}.steps s UNION ALL
+                 SELECT e::text FROM {s}.events e UNION ALL SELECT w::text FROM {s}.waiters w ORDER BY 1",
+        )
+        .await
+    }
+
     /// SQL with `{s}` for the schema.
     pub fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
         AssertSqlSafe(sql.replace("{s}", &self.name))
@@ -51,11 +69,7 @@ impl PostgresSchema {
 impl Backend for PostgresSchema {
     type Storage = Postgres;
     async fn new() -> Self {
-        let (url, name) = (Self::address().unwrap(), format!("test_{}", durable_core::RunId::new().0.simple()));
-        // So that the sessions of one test can be told from those of others.
-        let and = if url.contains('?') { '&' } else { '?' };
-        // And the service's own tables stand beside the storage's.
-        Self { url: format!("{url}{and}application_name={name}&options[search_path]={name}"), name }
+        Self::on(&Self::address().unwrap())
     }
     async fn storage(&self) -> Postgres {
         Postgres::connect(&self.url).schema(&self.name).await.unwrap()
@@ -83,6 +97,10 @@ impl Sql for PostgresSchema {
     async fn number(&self, sql: &str) -> i64 {
         let mut connection = Sql::connection(self).await;
         sqlx::query_scalar(self.sql(sql)).fetch_one(&mut connection).await.unwrap()
+    }
+    async fn texts(&self, sql: &str) -> Vec<String> {
+        let mut connection = Sql::connection(self).await;
+        sqlx::query_scalar(self.sql(sql)).fetch_all(&mut connection).await.unwrap()
     }
 }
 

@@ -6,7 +6,8 @@ use durable_tests::crash::check::{Ended, Recorded, check};
 use durable_tests::crash::deadly::{Boundary, Of};
 use durable_tests::crash::journal::{Line, What};
 use durable_tests::crash::scene::{LONG, Scene};
-use durable_tests::run;
+use durable_tests::crash::shared::Shared;
+use durable_tests::{PostgresSchema, SqliteFile, run};
 use std::time::Duration;
 
 const STEPS: [&str; 2] = ["a", "b"];
@@ -78,16 +79,23 @@ fn every_broken_invariant_is_found() {
 }
 
 /// A storage that says of some records that they are written, and does not write them.
+async fn a_storage_that_forgets_records<B: Shared>() {
+    let mut scene = Scene::<B>::new(env!("CARGO_BIN_EXE_worker"), 20, Duration::ZERO).await;
+    scene.forgets = Some(5);
+    // Dies now and then, or nothing would be missed before the end.
+    let boundary = Boundary { after: true, of: Of::Park, nth: 30 };
+    let _ = scene.start(Some(boundary)).wait(LONG);
+    scene.forgets = None;
+    assert!(scene.start(None).wait(LONG));
+    assert!(!scene.wrong().await.is_empty());
+}
+
 #[test]
 fn a_storage_that_forgets_records_is_found() {
-    run(async {
-        let mut scene = Scene::new(env!("CARGO_BIN_EXE_worker"), 20, Duration::ZERO).await;
-        scene.forgets = Some(5);
-        // Dies now and then, or nothing would be missed before the end.
-        let boundary = Boundary { after: true, of: Of::Park, nth: 30 };
-        let _ = scene.start(Some(boundary)).wait(LONG);
-        scene.forgets = None;
-        assert!(scene.start(None).wait(LONG));
-        assert!(!scene.wrong().await.is_empty());
-    });
+    run(a_storage_that_forgets_records::<SqliteFile>());
+}
+
+#[test]
+fn a_storage_that_forgets_records_is_found_on_postgres() {
+    PostgresSchema::run(a_storage_that_forgets_records::<PostgresSchema>());
 }

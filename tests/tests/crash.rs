@@ -3,34 +3,65 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use durable_tests::crash::deadly::{Boundary, Of};
-use durable_tests::crash::scene::{LONG, Scene};
+use durable_tests::crash::journal::{Line, What};
+use durable_tests::crash::scene::{LONG, Random, Scene};
+use durable_tests::crash::shared::Shared;
 use durable_tests::crash::worker::Worker;
-use durable_tests::{long, run};
+use durable_tests::{PostgresSchema, Sql, SqliteFile, long, run, until};
+use sqlx::{Connection, Executor};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-/// Dies at the boundary, is started again, and everything is as it should be. Says whether it died at all.
-async fn dies_at(boundary: Boundary) -> bool {
-    let scene = Scene::new(env!("CARGO_BIN_EXE_worker"), 2, Duration::ZERO).await;
-    let died = !scene.start(Some(boundary)).wait(LONG);
-    let restarted = Instant::now();
-    assert!(scene.start(None).wait(LONG), "the second worker failed");
+/// One named test of each case for each database that programs share.
+macro_rules! on_each_database {
+    ($($case:ident),* $(,)?) => {
+        $(mod $case {
+            use super::*;
+            #[test]
+            fn sqlite() {
+                run(super::$case::<SqliteFile>());
+            }
+            #[test]
+            fn postgres() {
+                PostgresSchema::run(super::$case::<PostgresSchema>());
+            }
+        })*
+    };
+}
+
+const WORKER: &str = env!("CARGO_BIN_EXE_worker");
+
+/// A worker dies at the boundary, and everything is as it should be in the end: others are there, or it is started again.
+/// Says whether it died at all.
+async fn dies_at<B: Shared>(boundary: Boundary, programs: usize) -> bool {
+    let scene = Scene::<B>::new(WORKER, 2 * programs as u32, Duration::ZERO).await;
+    let mut first = scene.start(Some(boundary));
+    let mut others: Vec<Worker> = (1..programs).map(|_| scene.start(None)).collect();
+    let died = !first.wait(LONG);
+    if others.is_empty() {
+        others.push(scene.start(None));
+    }
+    let since = Instant::now();
+    for other in &mut others {
+        assert!(other.wait(LONG), "another worker failed");
+    }
     scene.check().await;
-    // Without waiting for a heartbeat to expire: the lock file told that the first one was dead.
-    assert!(restarted.elapsed() < LONG / 2);
+    // Without waiting for a heartbeat to expire: its lock told that it was dead.
+    assert!(since.elapsed() < LONG / 2);
     died
 }
 
 macro_rules! boundaries {
     ($($name:ident: $side:literal $of:ident $nth:expr),* $(,)?) => {
-        $(#[test]
-        fn $name() {
-            run(async {
-                for nth in $nth {
-                    let boundary = Boundary { after: $side == "after", of: Of::$of, nth };
-                    assert!(dies_at(boundary).await, "it never came to {boundary}");
-                }
-            });
+        $(async fn $name<B: Shared>() {
+            let boundary = |nth| Boundary { after: $side == "after", of: Of::$of, nth };
+            for nth in $nth {
+                assert!(dies_at::<B>(boundary(nth), 1).await, "it never came to {}", boundary(nth));
+            }
+            // With others there it may not come so far.
+            dies_at::<B>(boundary($nth[0]), 3).await;
         })*
+        on_each_database!($($name),*);
     };
 }
 
@@ -53,19 +84,9 @@ boundaries! {
     after_completing: "after" Finish [1, 2],
 }
 
-/// A small generator: the tests are the same at each run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
-}
-
 /// Kills workers at random until so many have died, then lets them end.
-async fn at_random(programs: usize, processes: u32, kills: usize, seed: u64) {
-    let scene = Scene::new(env!("CARGO_BIN_EXE_worker"), processes, Duration::from_millis(2)).await;
+async fn at_random<B: Shared>(programs: usize, processes: u32, kills: usize, seed: u64) {
+    let scene = Scene::<B>::new(WORKER, processes, Duration::from_millis(2)).await;
     let mut random = Random(seed);
     let mut workers: Vec<Worker> = (0..programs).map(|_| scene.start(None)).collect();
     let mut killed = 0;
@@ -89,30 +110,26 @@ async fn at_random(programs: usize, processes: u32, kills: usize, seed: u64) {
     scene.check().await;
 }
 
-#[test]
-fn one_program_killed_at_random() {
-    run(async {
-        for seed in 0..if long() { 40 } else { 4 } {
-            at_random(1, 40, 8, seed).await;
-        }
-    });
+async fn one_program_killed_at_random<B: Shared>() {
+    for seed in 0..if long() { 40 } else { 4 } {
+        at_random::<B>(1, 40, 8, seed).await;
+    }
 }
 
-#[test]
-fn three_programs_killed_at_random() {
-    run(async {
-        for seed in 0..if long() { 40 } else { 4 } {
-            at_random(3, 60, 10, 1000 + seed).await;
-        }
-    });
+async fn three_programs_killed_at_random<B: Shared>() {
+    for seed in 0..if long() { 40 } else { 4 } {
+        at_random::<B>(3, 60, 10, 1000 + seed).await;
+    }
 }
 
-/// Stops a worker until the write lock is in the wanted state: held by it (`inside`) or free.
-async fn stop(scene: &Scene, worker: &Worker, inside: bool) {
+on_each_database!(one_program_killed_at_random, three_programs_killed_at_random);
+
+/// Stops a worker inside a transaction, or outside.
+async fn stop(scene: &Scene<impl Shared>, worker: &Worker, inside: bool) {
     let since = Instant::now();
     loop {
         worker.signal("STOP");
-        if scene.is_write_locked().await == inside {
+        if scene.backend.is_held().await == inside {
             return;
         }
         worker.signal("CONT");
@@ -127,66 +144,138 @@ async fn stop(scene: &Scene, worker: &Worker, inside: bool) {
 
 /// Stopped past its heartbeat outside a transaction: the other one takes over and ends everything; what the first one
 /// writes when it goes on is refused, and it goes on as a new instance.
-#[test]
-fn stopped_outside_a_transaction() {
-    run(async {
-        let scene = Scene::new(env!("CARGO_BIN_EXE_worker"), 40, Duration::from_millis(15)).await;
-        let mut first = scene.start(None);
-        scene.until_begun(60).await;
-        scene.count_takeovers().await;
-        let mut second = scene.start(None);
-        stop(&scene, &first, false).await;
-        assert!(second.wait(LONG), "the second worker failed");
-        first.signal("CONT");
-        assert!(first.wait(LONG), "the first worker failed");
-        scene.check().await;
-        assert!(scene.taken_over().await > 0, "nothing was taken over");
-    });
+async fn stopped_outside_a_transaction<B: Shared>() {
+    let scene = Scene::<B>::new(WORKER, 40, Duration::from_millis(15)).await;
+    let mut first = scene.start(None);
+    scene.until_begun(60).await;
+    scene.count_takeovers().await;
+    let mut second = scene.start(None);
+    stop(&scene, &first, false).await;
+    assert!(second.wait(LONG), "the second worker failed");
+    first.signal("CONT");
+    assert!(first.wait(LONG), "the first worker failed");
+    scene.check().await;
+    assert!(scene.backend.taken_over().await > 0, "nothing was taken over");
 }
 
-/// Stopped past its heartbeat inside a transaction: nobody can write, so nobody's silence counts; when it goes on, so do
-/// all.
+/// Stopped past its heartbeat inside a transaction of SQLite: nobody can write, so nobody's silence counts; when it goes
+/// on, so do all.
 #[test]
-fn stopped_inside_a_transaction() {
+fn stopped_inside_the_transaction_of_sqlite() {
     run(async {
-        let scene = Scene::new(env!("CARGO_BIN_EXE_worker"), 300, Duration::from_millis(1)).await;
+        let scene = Scene::<SqliteFile>::new(WORKER, 300, Duration::from_millis(1)).await;
         let mut first = scene.start(None);
         scene.until_begun(100).await;
         scene.count_takeovers().await;
         let mut second = scene.start(None);
         stop(&scene, &first, true).await;
         tokio::time::sleep(Duration::from_secs(5)).await;
-        assert!(scene.is_write_locked().await);
+        assert!(scene.backend.is_held().await);
         first.signal("CONT");
         assert!(first.wait(LONG), "the first worker failed");
         assert!(second.wait(LONG), "the second worker failed");
         scene.check().await;
-        assert_eq!(scene.taken_over().await, 0, "somebody was taken for dead");
+        assert_eq!(scene.backend.taken_over().await, 0, "somebody was taken for dead");
     });
 }
 
 /// Somebody takes processes away from an owner that lives, as a take-over without a fence would: the owner's late
 /// records are refused row by row, and it lets go.
+async fn processes_taken_away_by_hand<B: Shared>() {
+    let scene = Scene::<B>::new(WORKER, 30, Duration::from_millis(20)).await;
+    let mut first = scene.start(None);
+    scene.until_begun(30).await;
+    let mut second = scene.start(None);
+    let sql = format!(
+        "UPDATE {} SET owner = NULL, status = 'waiting', calm_claim = claim, wake_at = {} WHERE status = 'running'",
+        B::PROCESSES,
+        B::NOW
+    );
+    for _ in 0..10 {
+        scene.backend.execute(&sql).await;
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    assert!(first.wait(LONG) && second.wait(LONG));
+    // It could not know, so it may have begun something while the other one ran; nothing of it was recorded.
+    let mut wrong = scene.wrong().await;
+    wrong.retain(|wrong| !wrong.ends_with("had begun"));
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+on_each_database!(stopped_outside_a_transaction, processes_taken_away_by_hand);
+
+/// Interleaving 8. Stopped inside a transaction of PostgreSQL: the server ends it, so that nobody waits for long, and the
+/// program is taken over like any other that is silent. When it goes on it is a new instance.
 #[test]
-fn processes_taken_away_by_hand() {
-    run(async {
-        let scene = Scene::new(env!("CARGO_BIN_EXE_worker"), 30, Duration::from_millis(20)).await;
+fn stopped_inside_a_transaction_of_postgres() {
+    PostgresSchema::run(async {
+        let scene = Scene::<PostgresSchema>::new(WORKER, 40, Duration::from_millis(150)).await;
         let mut first = scene.start(None);
-        scene.until_begun(30).await;
-        let mut second = scene.start(None);
-        for _ in 0..10 {
-            scene
-                .sql(
-                    "UPDATE durable_processes SET owner = NULL, status = 'waiting', calm_claim = claim,
-                         wake_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now') WHERE status = 'running'",
-                )
-                .await;
-            tokio::time::sleep(Duration::from_millis(30)).await;
+        scene.until_begun(40).await;
+        scene.count_takeovers().await;
+        // The end of a process that others await takes several statements, the first of which looks for them.
+        let schema = &scene.backend;
+        schema.execute("UPDATE {s}.processes SET awaited = true").await;
+        let mut session = schema.connect().await;
+        let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{s}.waiters'::regclass";
+        while {
+            let mut transaction = session.begin().await.unwrap();
+            transaction.execute("LOCK TABLE waiters IN ACCESS EXCLUSIVE MODE").await.unwrap();
+            until("it waits", async || schema.number(waits).await > 0).await;
+            first.signal("STOP");
+            transaction.rollback().await.unwrap();
+            !schema.is_held().await
+        } {
+            first.signal("CONT");
         }
-        assert!(first.wait(LONG) && second.wait(LONG));
-        // It could not know, so it may have begun something while the other one ran; nothing of it was recorded.
-        let mut wrong = scene.wrong().await;
-        wrong.retain(|wrong| !wrong.ends_with("had begun"));
-        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        let mut second = scene.start(None);
+        assert!(second.wait(LONG), "the second worker failed");
+        assert!(scene.backend.taken_over().await > 0, "nothing was taken over");
+        first.signal("CONT");
+        assert!(first.wait(LONG), "the first worker failed");
+        scene.check().await;
     });
 }
+
+/// With the default settings, one of three dies, and the others run what it ran: because its lock is free, long before
+/// its heartbeat has expired.
+async fn taken_over_within_seconds<B: Shared>() {
+    const EXPIRY: i64 = 10_000;
+    let mut scene = Scene::<B>::new(WORKER, 150, Duration::from_millis(150)).await;
+    scene.defaults = true;
+    let mut workers: Vec<Worker> = (0..3).map(|_| scene.start(None)).collect();
+    scene.until_begun(150).await;
+    scene.count_takeovers().await;
+    // The one that runs most of them: often the first to connect has them all.
+    let lines = scene.lines();
+    let of = |worker: &Worker| lines.iter().filter(|line| line.program == worker.id()).count();
+    workers.sort_by_key(of);
+    let mut worker = workers.remove(2);
+    let victim = worker.id();
+    worker.kill();
+    let since = Instant::now();
+    // What it ran, as far as can be told from outside: whose last line is its own, and is not the end.
+    let mut last = BTreeMap::new();
+    for line in scene.lines() {
+        last.insert(line.id.clone(), line);
+    }
+    last.retain(|_, line| line.program == victim && line.what != What::End);
+    assert!(!last.is_empty(), "it ran nothing");
+    let resumed =
+        |line: &Line| line.program != victim && last.get(&line.id).is_some_and(|l| l.execution < line.execution);
+    until("all are resumed", async || {
+        let ids: BTreeSet<String> = scene.lines().into_iter().filter(resumed).map(|line| line.id).collect();
+        ids.len() == last.len()
+    })
+    .await;
+    println!("{} processes were resumed within {:.1?}", last.len(), since.elapsed());
+    for worker in &mut workers {
+        assert!(worker.wait(LONG), "a worker failed");
+    }
+    scene.check().await;
+    assert!(scene.backend.taken_over().await > 0, "nothing was taken over");
+    let silent = scene.backend.number("SELECT CAST(max(silent) AS BIGINT) FROM taken_over WHERE processes > 0").await;
+    assert!(silent < EXPIRY, "it was silent for {silent} ms");
+}
+
+on_each_database!(taken_over_within_seconds);

@@ -2,19 +2,15 @@
 //! interleavings staged with a second session; sessions that the server ends.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::{
-    Batch, Claimed, Fence, Finish, Heart, InstanceId, LockState, NewInstance, Op, OpKind, Outcome, Park, Raise, Raised,
-    RecordKey, RecordOp, RecordState, Scope, Spawn, Storage, StorageError,
-};
+use durable_core::storage::{Claimed, InstanceId, LockState, Op, Outcome, Raised, Spawn, Storage, StorageError};
 use durable_core::*;
+use durable_tests::ops::*;
+use durable_tests::proxy::Proxy;
 use durable_tests::*;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use std::collections::HashSet;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const GO: Event<u32> = Event::new("Go");
 const IT: Definition<u32, u32> = Definition::new("it");
@@ -191,65 +187,6 @@ fn payloads_are_not_in_errors() {
 
 // --- Two sessions --------------------------------------------------------------------------------------------------
 
-async fn enlist(storage: &impl Storage) -> (InstanceId, Box<dyn Heart>) {
-    let id = InstanceId::new();
-    let new = NewInstance { id, namespace: "default".into(), label: "test".into(), kinds: vec![IT.kind().into()] };
-    (id, storage.enlist(&new).await.unwrap().0)
-}
-
-fn batch(instance: InstanceId, generation: i64, ops: Vec<Op>) -> Batch {
-    Batch { fence: Fence { instance, generation }, namespace: "default".into(), ops }
-}
-
-async fn commit(storage: &Postgres, instance: InstanceId, ops: Vec<Op>) -> Vec<Outcome> {
-    storage.commit(&batch(instance, 0, ops)).await.unwrap()
-}
-
-fn spawn_op(id: &str, take: bool) -> Spawn {
-    let (input, digest) = ("1".into(), "d".into());
-    Spawn { run: RunId::new(), id: id.into(), kind: IT.kind().into(), input, digest, take, restart_finished: false }
-}
-
-fn spawn(id: &str, take: bool) -> (Op, RunId) {
-    let spawn = spawn_op(id, take);
-    let run = spawn.run;
-    (Op::Spawn(spawn), run)
-}
-
-async fn start(storage: &Postgres, instance: InstanceId, id: &str) -> RunId {
-    let (op, run) = spawn(id, true);
-    commit(storage, instance, vec![op]).await;
-    run
-}
-
-fn record(run: RunId, name: &str) -> Op {
-    Op::Record(RecordOp {
-        run,
-        claim: 1,
-        key: RecordKey { scope: Scope::Process, name: name.into(), key: "".into() },
-        op: OpKind::Step,
-        state: RecordState::Done,
-        payload: "1".into(),
-        attempts: 0,
-        takes: None,
-        effect: None,
-        awaited: None,
-    })
-}
-
-fn finish(run: RunId) -> Op {
-    let output = Some("7".into());
-    Op::Finish(Finish { run, claim: 1, status: Status::Completed, output, reason: None, unasked: None })
-}
-
-fn park(run: RunId, seen: i64) -> Op {
-    Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(seen), waiting_for: None })
-}
-
-fn raise(id: &str, event_id: &str) -> Op {
-    Op::Raise(Raise { id: id.into(), name: "Go".into(), event_id: event_id.into(), payload: "1".into() })
-}
-
 /// Waits until so many of the storage's sessions wait for a lock.
 async fn waiting(schema: &PostgresSchema, sessions: i64) {
     let mut connection = schema.connect().await;
@@ -259,11 +196,6 @@ async fn waiting(schema: &PostgresSchema, sessions: i64) {
         row.get::<i64, _>(0) >= sessions
     })
     .await;
-}
-
-fn in_background(storage: &Postgres, batch: Batch) -> tokio::task::JoinHandle<storage::Result<Vec<Outcome>>> {
-    let storage = storage.clone();
-    tokio::spawn(async move { storage.commit(&batch).await })
 }
 
 /// Interleaving 1. A batch that has queued behind a take-over has its snapshot from before it: it writes nothing all the
@@ -292,7 +224,7 @@ fn a_batch_that_queues_behind_a_take_over() {
                 vec![Op::Await { run: runs[0], id: name("await").into(), target: None }],
                 vec![Op::Cancel { id: name("await").into() }],
             ];
-            let before = everything(&schema).await;
+            let before = schema.everything().await;
             let mut session = schema.connect().await;
             let mut transaction = session.begin().await.unwrap();
             let fence = schema.sql("UPDATE {s}.fences SET fenced_at = now() WHERE instance = $1");
@@ -316,19 +248,11 @@ fn a_batch_that_queues_behind_a_take_over() {
                 }
             }
             if commits {
-                assert_eq!(before, everything(&schema).await);
+                assert_eq!(before, schema.everything().await);
             }
             storage.retire(zombie).await.unwrap();
         }
     });
-}
-
-/// All rows that a batch may touch, as text.
-async fn everything(schema: &PostgresSchema) -> Vec<String> {
-    let mut connection = schema.connect().await;
-    let sql = "SELECT p::text FROM {s}.processes p UNION ALL SELECT s::text FROM {s}.steps s UNION ALL
-        SELECT e::text FROM {s}.events e UNION ALL SELECT w::text FROM {s}.waiters w ORDER BY 1";
-    connection.fetch_all(schema.sql(sql)).await.unwrap().iter().map(|row| row.get(0)).collect()
 }
 
 /// Interleaving 2. Whoever fences a batch off, the instance itself after a lost answer or another one, waits for one that
@@ -694,79 +618,17 @@ fn answers_that_are_lost() {
         let schema = PostgresSchema::new().await;
         let proxy = Proxy::before(schema.url()).await;
         disturbed(&schema, &proxy.url, async || {
-            for round in 0..20 {
-                proxy.swallow(true);
-                tokio::time::sleep(Duration::from_millis(20 + round % 3 * 10)).await;
-                proxy.swallow(false);
+            for _ in 0..20 {
+                let before = proxy.lost();
+                proxy.network(|network| network.swallows = true);
+                // Of whatever is under way: there is a heartbeat at least.
+                until("an answer is lost", async || proxy.lost() > before).await;
+                proxy.network(|network| network.swallows = false);
                 tokio::time::sleep(Duration::from_millis(60)).await;
             }
         })
         .await;
-        assert!(proxy.lost.load(Ordering::SeqCst) > 20, "answers were lost");
     });
-}
-
-/// Between a program and the server.
-struct Proxy {
-    url: String,
-    /// Answers do not pass.
-    swallows: Arc<AtomicBool>,
-    /// How many did not.
-    lost: Arc<AtomicUsize>,
-}
-
-impl Proxy {
-    async fn before(url: &str) -> Self {
-        let options: PgConnectOptions = url.parse().unwrap();
-        let server = (options.get_host().to_owned(), options.get_port());
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let here = listener.local_addr().unwrap();
-        let url = url.replace(&format!("@{}:{}/", server.0, server.1), &format!("@{here}/"));
-        assert!(url.contains(&here.to_string()), "the address has another form than the proxy can change");
-        let (swallows, lost) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let proxy = Self { url, swallows: swallows.clone(), lost: lost.clone() };
-        tokio::spawn(async move {
-            while let Ok((client, _)) = listener.accept().await {
-                let Ok(server) = tokio::net::TcpStream::connect((&*server.0, server.1)).await else { continue };
-                tokio::spawn(pass(client, server, swallows.clone(), lost.clone()));
-            }
-        });
-        proxy
-    }
-
-    fn swallow(&self, swallow: bool) {
-        self.swallows.store(swallow, Ordering::SeqCst);
-    }
-}
-
-async fn pass(
-    mut client: tokio::net::TcpStream,
-    mut server: tokio::net::TcpStream,
-    swallows: Arc<AtomicBool>,
-    lost: Arc<AtomicUsize>,
-) {
-    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.split(), server.split());
-    let answers = async {
-        let mut buffer = vec![0; 65_536];
-        loop {
-            match from_server.read(&mut buffer).await {
-                Ok(length) if length > 0 && !swallows.load(Ordering::SeqCst) => {
-                    if to_client.write_all(&buffer[..length]).await.is_err() {
-                        return;
-                    }
-                }
-                Ok(length) if length > 0 => {
-                    lost.fetch_add(1, Ordering::SeqCst);
-                    return;
-                }
-                _ => return,
-            }
-        }
-    };
-    tokio::select! {
-        () = answers => {}
-        _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
-    }
 }
 
 /// Interleaving 8. A program that is stopped in the middle of a transaction keeps its locks no longer than it may; when
@@ -781,7 +643,7 @@ fn a_program_that_stops_inside_a_transaction() {
         let (me, _heart) = enlist(&storage).await;
         start(&storage, me, "target").await;
         let mut connection = schema.connect().await;
-        let before = everything(&schema).await;
+        let before = schema.everything().await;
         // Long enough that it can be stopped behind its first changes.
         let mut ops = vec![spawn("new", true).0, raise("target", "m"), Op::Cancel { id: "target".into() }];
         ops.extend((0..20).map(|n| Op::Cancel { id: format!("nobody-{n}").into() }));
@@ -803,7 +665,7 @@ fn a_program_that_stops_inside_a_transaction() {
         assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
         let error = call.await.unwrap_err();
         assert!(matches!(error, StorageError::Unavailable(_)), "{error:?}");
-        assert_eq!(before, everything(&schema).await);
+        assert_eq!(before, schema.everything().await);
         assert!(matches!(storage.commit(&batch).await, Err(StorageError::Fenced)));
     });
 }

@@ -52,10 +52,10 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens a file of lines, of this program.
-    pub fn open(path: &Path) -> std::io::Result<Self> {
+    /// Opens a file of lines, of the program with this number.
+    pub fn open(path: &Path, program: u32) -> std::io::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
-        Ok(Self { file: Arc::new(file), program: std::process::id() })
+        Ok(Self { file: Arc::new(file), program })
     }
 
     /// Writes a line.

@@ -4,5 +4,6 @@ pub mod check;
 pub mod deadly;
 pub mod journal;
 pub mod scene;
+pub mod shared;
 pub mod worker;
 pub mod workload;

@@ -1,63 +1,81 @@
 //! A crash test's stage.
 
+use durable_core::storage::Storage;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tokio::task::JoinHandle;
 
 use super::check::check;
 use super::deadly::Boundary;
-use super::journal::{self, What};
-use super::worker::{Orders, Worker};
+use super::journal::{self, Line, What};
+use super::shared::{Shared, read};
+use super::worker::{Orders, Worker, run};
 use super::workload::STEPS;
-use crate::{Backend, SqliteFile, read_sqlite};
 
 /// Longer than anything may take.
 pub const LONG: Duration = Duration::from_secs(50);
 
 /// Workers on one database, their journal, and the check of both.
-pub struct Scene {
+pub struct Scene<B> {
     worker: &'static str,
-    file: SqliteFile,
+    /// The database.
+    pub backend: B,
     folder: tempfile::TempDir,
     processes: u32,
     pace: Duration,
     /// See [`Deadly::forgets`](super::deadly::Deadly::forgets).
     pub forgets: Option<u32>,
+    /// See [`Orders::defaults`].
+    pub defaults: bool,
 }
 
-impl Scene {
+impl<B: Shared> Scene<B> {
     /// With this worker program, so many processes, and so much time for each step.
     pub async fn new(worker: &'static str, processes: u32, pace: Duration) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        Self { worker, file: SqliteFile::new().await, folder, processes, pace, forgets: None }
+        Self::on(B::new().await, worker, processes, pace)
     }
 
-    /// The database.
-    pub fn database(&self) -> String {
-        self.file.path()
+    /// On this database.
+    pub fn on(backend: B, worker: &'static str, processes: u32, pace: Duration) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self { worker, backend, folder, processes, pace, forgets: None, defaults: false }
     }
 
     fn journal(&self) -> PathBuf {
         self.folder.path().join("journal")
     }
 
-    /// Starts a worker.
-    pub fn start(&self, die: Option<Boundary>) -> Worker {
-        let orders = Orders {
-            storage: self.file.path(),
+    fn orders(&self, die: Option<Boundary>) -> Orders {
+        Orders {
+            storage: self.backend.worker_address(),
             journal: self.journal(),
             processes: self.processes,
             die,
             pace: self.pace,
             forgets: self.forgets,
-        };
-        orders.start(Path::new(self.worker))
+            defaults: self.defaults,
+        }
+    }
+
+    /// Starts a worker.
+    pub fn start(&self, die: Option<Boundary>) -> Worker {
+        self.orders(die).start(Path::new(self.worker))
+    }
+
+    /// Is a worker, the one with this number, in the test's own program.
+    pub fn start_here(&self, storage: impl Storage, number: u32) -> JoinHandle<()> {
+        tokio::spawn(run(storage, self.orders(None), number))
+    }
+
+    /// What the workers have written so far.
+    pub fn lines(&self) -> Vec<Line> {
+        journal::read(&self.journal())
     }
 
     /// What is wrong with what the workers left.
     pub async fn wrong(&self) -> Vec<String> {
-        let lines = journal::read(&self.journal());
-        let (records, processes) = read_sqlite(&self.database()).await;
-        let mut wrong = check(&lines, &records, &processes, &STEPS);
+        let (records, processes) = read(&self.backend).await;
+        let mut wrong = check(&self.lines(), &records, &processes, &STEPS);
         if processes.len() != self.processes as usize {
             wrong.push(format!("{} processes instead of {}", processes.len(), self.processes));
         }
@@ -72,48 +90,23 @@ impl Scene {
 
     /// Waits until so many attempts have begun.
     pub async fn until_begun(&self, attempts: usize) {
-        let begun = || {
-            let lines = journal::read(&self.journal());
-            lines.iter().filter(|line| matches!(line.what, What::Begin { .. })).count()
-        };
+        let begun = || self.lines().iter().filter(|line| matches!(line.what, What::Begin { .. })).count();
         crate::until("attempts", async || begun() >= attempts).await;
-    }
-
-    /// Whether somebody holds the write lock for longer than any transaction takes.
-    pub async fn is_write_locked(&self) -> bool {
-        use sqlx::{ConnectOptions, Connection, Executor};
-        let options = sqlx::sqlite::SqliteConnectOptions::new().filename(self.database());
-        let mut connection = options.busy_timeout(Duration::from_millis(500)).connect().await.unwrap();
-        let locked = connection.execute("BEGIN IMMEDIATE").await.is_err();
-        connection.close().await.unwrap();
-        locked
     }
 
     /// From now on, whoever is fenced while it owns processes is counted.
     pub async fn count_takeovers(&self) {
-        self.sql(
-            "CREATE TABLE taken_over (instance TEXT, processes INTEGER);
-             CREATE TRIGGER count_takeovers AFTER UPDATE OF fenced_at ON durable_fences
-                 WHEN OLD.fenced_at IS NULL AND NEW.fenced_at IS NOT NULL
-             BEGIN
-                 INSERT INTO taken_over SELECT NEW.instance, count(*) FROM durable_processes WHERE owner = NEW.instance;
-             END",
-        )
-        .await;
+        self.backend.execute(B::COUNT_TAKEOVERS).await;
     }
+}
 
-    /// How many processes were taken over from an instance that was fenced while it owned them.
-    pub async fn taken_over(&self) -> i64 {
-        use sqlx::{Connection, Row};
-        let mut connection = sqlx::SqliteConnection::connect(&format!("sqlite://{}", self.database())).await.unwrap();
-        let row = sqlx::query("SELECT coalesce(sum(processes), 0) FROM taken_over").fetch_one(&mut connection).await;
-        row.unwrap().get(0)
-    }
+/// A small generator: the tests are the same at each run.
+pub struct Random(pub u64);
 
-    /// Runs statements on the database.
-    pub async fn sql(&self, sql: &'static str) {
-        use sqlx::{Connection, Executor};
-        let mut connection = sqlx::SqliteConnection::connect(&format!("sqlite://{}", self.database())).await.unwrap();
-        connection.execute(sql).await.unwrap();
+impl Random {
+    /// The next number.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::deadly::{Boundary, Deadly, Fuse, signal};
 use super::journal::Journal;
 use super::workload::{self, Bench, GO, WORK};
+use crate::{PostgresSchema, Sqlite};
 
 /// What the worker is told.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub struct Orders {
     pub pace: Duration,
     /// See [`Deadly::forgets`].
     pub forgets: Option<u32>,
+    /// The hosts' own settings, not [those of the tests](settings).
+    pub defaults: bool,
 }
 
 impl Orders {
@@ -34,12 +37,15 @@ impl Orders {
         let pace = self.pace.as_millis().to_string();
         let forgets = self.forgets.unwrap_or(0).to_string();
         let journal = self.journal.to_str().unwrap().to_owned();
-        vec![self.storage.clone(), journal, self.processes.to_string(), die, pace, forgets]
+        let defaults = self.defaults.to_string();
+        vec![self.storage.clone(), journal, self.processes.to_string(), die, pace, forgets, defaults]
     }
 
     /// From the program's arguments.
     pub fn from_args(args: &[String]) -> Self {
-        let [storage, journal, processes, die, pace, forgets] = args else { panic!("six arguments, not {args:?}") };
+        let [storage, journal, processes, die, pace, forgets, defaults] = args else {
+            panic!("seven arguments, not {args:?}")
+        };
         Self {
             storage: storage.clone(),
             journal: journal.into(),
@@ -47,6 +53,7 @@ impl Orders {
             die: (die != "-").then(|| die.parse().unwrap()),
             pace: Duration::from_millis(pace.parse().unwrap()),
             forgets: forgets.parse().ok().filter(|nth| *nth > 0),
+            defaults: defaults.parse().unwrap(),
         }
     }
 
@@ -109,16 +116,26 @@ pub fn settings(builder: HostBuilder) -> HostBuilder {
         .max_crashes(10_000)
 }
 
-/// Is the worker.
-pub async fn run(storage: impl Storage, orders: Orders) {
+/// Is the worker with this number, on the storage that the orders name.
+pub async fn run_on_address(orders: Orders, program: u32) {
+    if orders.storage.starts_with("postgres") {
+        let storage = PostgresSchema::storage_at(&orders.storage, orders.defaults).await;
+        run(storage, orders, program).await;
+    } else {
+        let storage = Sqlite::open(&orders.storage).await.unwrap();
+        run(storage, orders, program).await;
+    }
+}
+
+/// Is the worker with this number.
+pub async fn run(storage: impl Storage, orders: Orders, program: u32) {
     let fuse = Fuse::new(orders.die);
-    let bench = Bench { journal: Journal::open(&orders.journal).unwrap(), fuse: fuse.clone(), pace: orders.pace };
-    let storage = Deadly::new(storage, fuse).forgets(orders.forgets);
-    let host = settings(Host::builder(storage))
-        .register(WORK, move |proc, input| workload::work(bench.clone(), proc, input))
-        .start()
-        .await
-        .unwrap();
+    let journal = Journal::open(&orders.journal, program).unwrap();
+    let bench = Bench { journal, fuse: fuse.clone(), pace: orders.pace };
+    let builder = Host::builder(Deadly::new(storage, fuse).forgets(orders.forgets));
+    let builder = if orders.defaults { builder } else { settings(builder) };
+    let host =
+        builder.register(WORK, move |proc, input| workload::work(bench.clone(), proc, input)).start().await.unwrap();
     let mut handles = Vec::new();
     for n in 0..orders.processes {
         let host = host.clone();

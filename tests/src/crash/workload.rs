@@ -63,7 +63,8 @@ pub fn expected(input: u32) -> u32 {
     progress + input + 1 + input + progress
 }
 
-async fn step(bench: &Bench, proc: &Process, name: &'static str, value: u32) -> Result<u32, Failure> {
+/// A step that takes its time, and writes down what it does.
+pub async fn step(bench: &Bench, proc: &Process, name: &'static str, value: u32) -> Result<u32, Failure> {
     let value = proc
         .step(name, |attempt: Attempt| {
             let (bench, proc) = (bench.clone(), proc.clone());

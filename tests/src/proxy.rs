@@ -1,0 +1,159 @@
+//! A TCP proxy in front of a database's server, for networks that misbehave.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// How the network is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Network {
+    /// Nothing passes, and nobody is told.
+    pub stalled: bool,
+    /// What is sent passes; an answer ends its connection.
+    pub swallows: bool,
+    /// Everything passes so much later, one way.
+    pub latency: Duration,
+    /// Connections before this one are cut.
+    cuts: u32,
+}
+
+/// Between a program and the server.
+pub struct Proxy {
+    /// The server's address by way of the proxy.
+    pub url: String,
+    wires: Arc<Wires>,
+}
+
+#[derive(Default)]
+struct Wires {
+    network: watch::Sender<Network>,
+    /// So many bytes are answered to the next thing that is sent, then its connection is cut.
+    next_answer: Mutex<Option<usize>>,
+    answered: AtomicUsize,
+    lost: AtomicUsize,
+}
+
+impl Proxy {
+    /// In front of the server that the address names, with the host as `@host:port/`.
+    pub async fn before(url: &str) -> Self {
+        let (login, place) = url.split_once('@').expect("user:password@host:port/");
+        let (server, rest) = place.split_once('/').expect("host:port/database");
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("{login}@{}/{rest}", listener.local_addr().unwrap());
+        let wires = Arc::new(Wires::default());
+        let proxy = Self { url, wires: wires.clone() };
+        let server = server.to_owned();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(connection(client, server.clone(), wires.clone()));
+            }
+        });
+        proxy
+    }
+
+    /// Changes how the network is.
+    pub fn network(&self, change: impl FnOnce(&mut Network)) {
+        self.wires.network.send_modify(change);
+    }
+
+    /// Cuts all connections.
+    pub fn cut(&self) {
+        self.network(|network| network.cuts += 1);
+    }
+
+    /// Of the answer to what is sent next, so many bytes pass; then its connection is cut. `None`: all of it.
+    pub fn cut_next_answer(&self, after: Option<usize>) {
+        *self.wires.next_answer.lock().unwrap() = after;
+    }
+
+    /// How many bytes the server has answered.
+    pub fn answered(&self) -> usize {
+        self.wires.answered.load(Ordering::SeqCst)
+    }
+
+    /// How many answers did not pass as a whole.
+    pub fn lost(&self) -> usize {
+        self.wires.lost.load(Ordering::SeqCst)
+    }
+}
+
+async fn connection(client: TcpStream, server: String, wires: Arc<Wires>) {
+    let Ok(server) = TcpStream::connect(server).await else { return };
+    for end in [&client, &server] {
+        let _ = end.set_nodelay(true);
+    }
+    let mut network = wires.network.subscribe();
+    let cuts = network.borrow_and_update().cuts;
+    let cut = async move { while network.changed().await.is_ok() && network.borrow().cuts == cuts {} };
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    // How much of an answer may still pass here.
+    let left = Mutex::new(None);
+    let asks = |_: usize| {
+        if let Some(after) = wires.next_answer.lock().unwrap().take() {
+            *left.lock().unwrap() = Some(after);
+        }
+        Passes::All
+    };
+    let answers = |length: usize| {
+        wires.answered.fetch_add(length, Ordering::SeqCst);
+        let mut left = left.lock().unwrap();
+        match *left {
+            _ if wires.network.borrow().swallows => Passes::Part(0),
+            Some(part) if part <= length => Passes::Part(part),
+            Some(part) => {
+                *left = Some(part - length);
+                Passes::All
+            }
+            None => Passes::All,
+        }
+    };
+    tokio::select! {
+        () = cut => {}
+        () = pass(from_client, to_server, &wires, asks) => {}
+        () = pass(from_server, to_client, &wires, answers) => {}
+    }
+}
+
+enum Passes {
+    All,
+    /// So many bytes, and nothing after them.
+    Part(usize),
+}
+
+fn pass(
+    mut from: impl AsyncReadExt + Unpin,
+    mut to: impl AsyncWriteExt + Unpin,
+    wires: &Wires,
+    decide: impl Fn(usize) -> Passes,
+) -> impl Future<Output = ()> {
+    let mut network = wires.network.subscribe();
+    async move {
+        let mut buffer = vec![0; 65_536];
+        loop {
+            let Ok(length @ 1..) = from.read(&mut buffer).await else { return };
+            let latency = network.borrow().latency;
+            if !latency.is_zero() {
+                tokio::time::sleep(latency).await;
+            }
+            if network.wait_for(|network| !network.stalled).await.is_err() {
+                return;
+            }
+            let (passes, last) = match decide(length) {
+                Passes::All => (length, false),
+                Passes::Part(part) => (part, true),
+            };
+            if last {
+                wires.lost.fetch_add(1, Ordering::SeqCst);
+            }
+            if to.write_all(&buffer[..passes]).await.is_err() || last {
+                let _ = to.flush().await;
+                return;
+            }
+        }
+    }
+}
