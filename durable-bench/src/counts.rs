@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::Error;
 use crate::site::{At, Place, Site};
 
-/// Commits and statements of a measurement. Of SQLite there are none to be had: its file does not count them.
+/// Commits and statements of a measurement.
 pub(crate) struct Counts {
     url: String,
     before: Option<(i64, i64)>,
