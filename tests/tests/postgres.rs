@@ -2,14 +2,14 @@
 //! interleavings staged with a second session; sessions that the server ends.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::{Claimed, InstanceId, LockState, Op, Outcome, Raised, Spawn, Storage, StorageError};
+use durable_core::storage::{Claimed, InstanceId, LockState, Op, Outcome, Park, Raised, Spawn, Storage, StorageError};
 use durable_core::*;
 use durable_tests::ops::*;
 use durable_tests::proxy::Proxy;
 use durable_tests::*;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 const GO: Event<u32> = Event::new("Go");
@@ -366,46 +366,86 @@ fn await_against_finish() {
     });
 }
 
-/// Two instances race for each id of a process and of a message: one winner, one number each, and no deadlock.
+/// Three instances race for each id of a process, a message and a durable start, for what is new and for what is due: a
+/// thousand times each one winner, one number each, and no deadlock.
 #[test]
 fn races_for_ids() {
     test(async {
-        const ROUNDS: usize = 60;
+        const ROUNDS: usize = 125;
         const EACH: usize = 8;
         let schema = PostgresSchema::new().await;
-        let mut connection = schema.connect().await;
         let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
-        let before: i64 = connection.fetch_one(deadlocks).await.unwrap().get(0);
+        let before = schema.number(deadlocks).await;
         let storages = [schema.storage().await, schema.storage().await, schema.storage().await];
-        let mut instances = Vec::new();
-        for storage in &storages {
-            instances.push(enlist(storage).await);
+        let (mut instances, mut parents) = (Vec::new(), Vec::new());
+        for (n, storage) in storages.iter().enumerate() {
+            let (me, heart) = enlist(storage).await;
+            parents.push(start(storage, me, &format!("parent-{n}")).await);
+            instances.push((me, heart));
         }
         let targets: Vec<String> = (0..EACH).map(|n| format!("target-{n}")).collect();
         for target in &targets {
             start(&storages[0], instances[0].0, target).await;
         }
+        // What each of them does at the same time as the others.
+        let race = async |ops: [Vec<Op>; 3]| {
+            let racing = storages.iter().zip(&instances).zip(ops);
+            let racing = racing.map(|((storage, (me, _)), ops)| in_background(storage, batch(*me, 0, ops)));
+            let mut outcomes = Vec::new();
+            for racing in racing.collect::<Vec<_>>() {
+                outcomes.push(racing.await.unwrap().unwrap());
+            }
+            outcomes
+        };
+        let claim = || vec![Op::Claim { kind: KIND.into(), limit: EACH }];
         for round in 0..ROUNDS {
-            let racing = storages.iter().zip(&instances).enumerate().map(|(n, (storage, (me, _)))| {
+            let ops = [0, 1, 2].map(|n: usize| {
                 // Each in another order.
                 let turn = |m: usize| (m * (2 * n + 1) + n) % EACH;
                 let mut ops: Vec<Op> = (0..EACH).map(|m| spawn(&format!("p-{round}-{}", turn(m)), false).0).collect();
                 ops.extend((0..EACH).map(|m| raise(&targets[turn(m)], &format!("{round}"))));
                 ops.extend((0..EACH).map(|m| raise(&targets[turn(m)], &format!("{round}-{n}"))));
-                in_background(storage, batch(*me, 0, ops))
+                ops.extend((0..EACH).map(|m| {
+                    let child =
+                        Spawn { kind: "child".into(), ..spawn_op(&format!("child-{round}-{}", turn(m)), false) };
+                    started(parents[n], &format!("{round}-{m}"), child)
+                }));
+                ops
             });
-            let mut winners = 0;
-            for outcomes in racing.collect::<Vec<_>>() {
-                let outcomes = outcomes.await.unwrap().unwrap();
-                for outcome in &outcomes {
-                    match outcome {
-                        Outcome::Spawned(spawned) => winners += usize::from(!spawned.existed),
-                        Outcome::Raised(Raised::Delivered { .. }) => {}
-                        other => panic!("{other:?}"),
+            let mut winners = HashMap::new();
+            for outcome in race(ops).await.concat() {
+                match outcome {
+                    Outcome::Spawned(spawned) => {
+                        *winners.entry(spawned.kind).or_insert(0) += usize::from(!spawned.existed)
                     }
+                    Outcome::Raised(Raised::Delivered { .. }) => {}
+                    other => panic!("{other:?}"),
                 }
             }
-            assert_eq!(winners, EACH, "one winner each");
+            assert_eq!((winners[KIND], winners["child"]), (EACH, EACH), "one winner each");
+            // First those that are new are due, then those whose timer is.
+            for turn in 1..=2 {
+                let mut claimed = HashMap::new();
+                // Rows that another one was looking at were passed over.
+                while claimed.len() < EACH {
+                    for (n, outcomes) in race([claim(), claim(), claim()]).await.into_iter().enumerate() {
+                        let [Outcome::Claimed(mine)] = &outcomes[..] else { panic!("{outcomes:?}") };
+                        for Claimed { run, claim } in mine {
+                            assert_eq!(*claim, turn);
+                            assert!(claimed.insert(*run, n).is_none(), "claimed twice");
+                        }
+                    }
+                }
+                let wake_at = (turn == 1).then(chrono::DateTime::default);
+                let parks = [0, 1, 2].map(|n| {
+                    let mine = claimed.iter().filter(|(_, owner)| **owner == n);
+                    mine.map(|(run, _)| {
+                        Op::Park(Park { run: *run, claim: turn, wake_at, seen: Some(0), waiting_for: None })
+                    })
+                    .collect()
+                });
+                assert!(race(parks).await.concat().iter().all(|outcome| *outcome == Outcome::Recorded));
+            }
         }
         for target in &targets {
             let run = storages[0].find("default", target, None).await.unwrap().unwrap().run;
@@ -415,10 +455,12 @@ fn races_for_ids() {
             assert_eq!(numbers.len(), state.events.len());
             assert_eq!(numbers.into_iter().max().unwrap(), state.process.signals);
         }
-        connection.execute("SELECT pg_stat_clear_snapshot()").await.unwrap();
-        tokio::time::sleep(Duration::from_millis(1200)).await;
-        let after: i64 = connection.fetch_one(deadlocks).await.unwrap().get(0);
-        assert_eq!(after, before, "deadlocks");
+        // A session tells what it has counted when it ends, at the latest.
+        drop(storages);
+        drop(instances);
+        let sessions = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}'", schema.name());
+        until("its sessions have ended", async || schema.number(&sessions).await == 0).await;
+        assert_eq!(schema.number(deadlocks).await, before, "deadlocks");
     });
 }
 
