@@ -4,12 +4,14 @@
 
 use durable_core::storage::{Claimed, InstanceId, LockState, Op, Outcome, Park, Raised, Spawn, Storage, StorageError};
 use durable_core::*;
+use durable_tests::crash::scene::Random;
 use durable_tests::ops::*;
 use durable_tests::proxy::Proxy;
 use durable_tests::*;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use std::collections::{HashMap, HashSet};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 const GO: Event<u32> = Event::new("Go");
@@ -466,38 +468,60 @@ fn races_for_ids() {
 
 // --- Sessions that end ---------------------------------------------------------------------------------------------
 
-/// Calls that are dropped at any moment leave no transaction open, and the storage goes on.
+/// Polls a call a few times and drops it. Says whether it was unfinished.
+async fn dropped(call: impl Future, polls: u64) -> bool {
+    let (mut call, mut left) = (std::pin::pin!(call), polls);
+    std::future::poll_fn(|cx| {
+        if call.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(false);
+        }
+        left = left.saturating_sub(1);
+        if left == 0 { Poll::Ready(true) } else { Poll::Pending }
+    })
+    .await
+}
+
+/// Calls that are dropped at any of their awaits leave no transaction open, and the storage goes on.
 #[test]
 fn dropped_calls_leave_nothing_open() {
     test(async {
-        const CALLS: u64 = 3000;
+        const CALLS: u64 = 10_000;
+        const AT_A_TIME: u64 = 4;
         let schema = PostgresSchema::new().await;
         let storage = schema.storage().await;
         let (me, _heart) = enlist(&storage).await;
         start(&storage, me, "target").await;
-        let mut dropped = 0;
-        for n in 0..CALLS {
-            let call = {
-                let storage = storage.clone();
-                tokio::spawn(async move {
-                    let (child, run) = spawn(&format!("p-{n}"), true);
-                    match n % 4 {
-                        // One statement.
-                        0 => storage.commit(&batch(me, 0, vec![child])).await.map(|_| ()),
-                        // A transaction.
-                        1 | 2 => {
-                            let ops = vec![child, raise("target", &n.to_string()), Op::Cancel { id: "target".into() }];
-                            storage.commit(&batch(me, 0, ops)).await.map(|_| ())
+        let some = |first: u64| {
+            let storage = storage.clone();
+            tokio::spawn(async move {
+                let (mut random, mut unfinished) = (Random(first), 0);
+                for n in (first..CALLS).step_by(AT_A_TIME as usize) {
+                    let kind = random.below(4);
+                    let (child, run) = spawn(&format!("{}-{n}", if kind > 1 { "two" } else { "one" }), true);
+                    let call = async {
+                        match kind {
+                            // One statement.
+                            0 => drop(storage.commit(&batch(me, 0, vec![child])).await),
+                            1 => drop(storage.load(&[run], true).await),
+                            // A transaction.
+                            _ => {
+                                let raise = raise("target", &n.to_string());
+                                let ops = vec![child, raise, Op::Cancel { id: "target".into() }];
+                                drop(storage.commit(&batch(me, 0, ops)).await);
+                            }
                         }
-                        _ => storage.load(&[run], true).await.map(|_| ()),
-                    }
-                })
-            };
-            tokio::time::sleep(Duration::from_micros(n * 37 % 2500)).await;
-            call.abort();
-            dropped += usize::from(call.await.is_err());
+                    };
+                    unfinished += u64::from(dropped(call, 1 + random.below(100)).await);
+                }
+                unfinished
+            })
+        };
+        let mut unfinished = 0;
+        for some in (0..AT_A_TIME).map(some).collect::<Vec<_>>() {
+            unfinished += some.await.unwrap();
         }
-        assert!(dropped > 300, "{dropped} were dropped");
+        println!("{unfinished} were unfinished");
+        assert!((CALLS / 2..CALLS - 100).contains(&unfinished), "{unfinished} were unfinished");
         let mut connection = schema.connect().await;
         let sql =
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state LIKE 'idle in transaction%'";
@@ -512,8 +536,8 @@ fn dropped_calls_leave_nothing_open() {
         }
         assert_eq!(open, 0);
         // Each batch is there as a whole or not at all.
-        let sql = "SELECT count(*) FROM {s}.processes p FULL JOIN {s}.events e ON p.id = 'p-' || e.event_id
-            WHERE p.id <> 'target' AND substr(p.id, 3)::integer % 4 IN (1, 2) AND e.run IS NULL OR p.run IS NULL";
+        let sql = "SELECT count(*) FROM {s}.processes p FULL JOIN {s}.events e ON p.id = 'two-' || e.event_id
+            WHERE p.run IS NULL OR p.id LIKE 'two-%' AND e.run IS NULL";
         let halves: i64 = connection.fetch_one(schema.sql(sql)).await.unwrap().get(0);
         assert_eq!(halves, 0);
         storage.refence(me, 1).await.unwrap();
