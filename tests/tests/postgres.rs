@@ -4,6 +4,7 @@
 
 use durable_core::storage::{Claimed, InstanceId, LockState, Op, Outcome, Park, Raised, Spawn, Storage, StorageError};
 use durable_core::*;
+use durable_postgres::Connect;
 use durable_tests::crash::scene::Random;
 use durable_tests::ops::*;
 use durable_tests::proxy::Proxy;
@@ -137,18 +138,41 @@ fn several_that_migrate_at_the_same_time() {
     });
 }
 
+/// A role beside the tests' own.
+struct Role<'s> {
+    schema: &'s PostgresSchema,
+    name: String,
+}
+
+impl<'s> Role<'s> {
+    async fn new(schema: &'s PostgresSchema) -> Self {
+        let role = Self { schema, name: schema.name().replace("test_", "role_") };
+        role.execute("CREATE ROLE {r} LOGIN PASSWORD 'secret'").await;
+        role
+    }
+    fn url(&self) -> String {
+        let options: PgConnectOptions = self.schema.url().parse().unwrap();
+        let (host, port, database) = (options.get_host(), options.get_port(), options.get_database().unwrap());
+        format!("postgres://{}:secret@{host}:{port}/{database}?application_name={}", self.name, self.schema.name())
+    }
+    /// All that it needs to run.
+    async fn grant(&self) {
+        self.execute("GRANT USAGE ON SCHEMA {s} TO {r}").await;
+        self.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {s} TO {r}").await;
+    }
+    /// Statements with `{r}` for the role.
+    async fn execute(&self, sql: &str) {
+        self.schema.execute(&sql.replace("{r}", &self.name)).await;
+    }
+}
+
 /// A role that may create nothing is enough to run.
 #[test]
 fn a_role_without_rights_to_create() {
     test(async {
         let schema = PostgresSchema::new().await;
-        let role = schema.name().replace("test_", "role_");
-        let mut connection = schema.connect().await;
-        let sql = |sql: &str| AssertSqlSafe(sql.replace("{s}", schema.name()).replace("{r}", &role));
-        connection.execute(sql("CREATE ROLE {r} LOGIN PASSWORD 'secret'")).await.unwrap();
-        let options: PgConnectOptions = schema.url().parse().unwrap();
-        let (host, port, database) = (options.get_host(), options.get_port(), options.get_database().unwrap());
-        let url = format!("postgres://{role}:secret@{host}:{port}/{database}?application_name={}", schema.name());
+        let role = Role::new(&schema).await;
+        let url = role.url();
         let connect = || Postgres::connect(&*url).schema(schema.name());
         let error = connect().await.unwrap_err().to_string();
         for part in ["permission denied", "CREATE", "schema_sql", "GRANT SELECT, INSERT, UPDATE, DELETE"] {
@@ -157,9 +181,7 @@ fn a_role_without_rights_to_create() {
         drop(schema.storage().await);
         let error = connect().await.unwrap_err().to_string();
         assert!(error.contains("permission denied") && error.contains("GRANT USAGE ON SCHEMA"), "{error}");
-        connection.execute(sql("GRANT USAGE ON SCHEMA {s} TO {r}")).await.unwrap();
-        let grant = sql("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {s} TO {r}");
-        connection.execute(grant).await.unwrap();
+        role.grant().await;
         connect().verify_only().await.unwrap();
         let host = Host::builder(connect().await.unwrap()).register(IT, it).start().await.unwrap();
         let handle = host.spawn(IT, "it", &1).await.unwrap();
@@ -167,7 +189,7 @@ fn a_role_without_rights_to_create() {
         assert_eq!(handle.output().await.unwrap(), 3);
         handle.delete().await.unwrap();
         host.shutdown(Duration::from_secs(5)).await;
-        connection.execute(sql("DROP OWNED BY {r}; DROP ROLE {r}")).await.unwrap();
+        role.execute("DROP OWNED BY {r}; DROP ROLE {r}").await;
     });
 }
 
@@ -611,7 +633,7 @@ fn a_lock_of_another_run_of_the_server_proves_nothing() {
 }
 
 /// Processes that are under way while `disturb` does its worst: they see nothing of it, and no recorded step runs twice.
-async fn disturbed(schema: &PostgresSchema, url: &str, disturb: impl AsyncFnOnce()) {
+async fn disturbed(connect: Connect, disturb: impl AsyncFnOnce()) {
     const MANY: u32 = 60;
     let effects = Effects::default();
     let counted = effects.clone();
@@ -630,8 +652,7 @@ async fn disturbed(schema: &PostgresSchema, url: &str, disturb: impl AsyncFnOnce
             Ok::<_, Failure>(proc.event(GO).await? + input)
         }
     };
-    let storage = Postgres::connect(url).schema(schema.name()).await.unwrap();
-    let host = Host::builder(storage)
+    let host = Host::builder(connect.await.unwrap())
         .heartbeat(Duration::from_millis(500), Duration::from_secs(10))
         .quiet_time(Duration::from_millis(50))
         .poll(Duration::from_millis(200))
@@ -666,7 +687,7 @@ fn sessions_that_end_at_any_moment() {
     test(async {
         let schema = PostgresSchema::new().await;
         let mut connection = schema.connect().await;
-        disturbed(&schema, schema.url(), async || {
+        disturbed(Postgres::connect(schema.url()).schema(schema.name()), async || {
             for _ in 0..20 {
                 let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
                 sqlx::query(sql).bind(schema.name()).execute(&mut connection).await.unwrap();
@@ -683,7 +704,7 @@ fn answers_that_are_lost() {
     test(async {
         let schema = PostgresSchema::new().await;
         let proxy = Proxy::before(schema.url()).await;
-        disturbed(&schema, &proxy.url, async || {
+        disturbed(Postgres::connect(&proxy.url).schema(schema.name()), async || {
             for round in 0..20 {
                 proxy.network(|network| network.swallows = true);
                 tokio::time::sleep(Duration::from_millis(20 + round % 3 * 10)).await;
@@ -693,6 +714,66 @@ fn answers_that_are_lost() {
         })
         .await;
         assert!(proxy.lost() > 20, "answers were lost");
+    });
+}
+
+/// The server takes no connection, takes no login, is read only: nothing is recorded meanwhile, and all goes on after.
+#[test]
+fn a_server_that_refuses() {
+    test(async {
+        for (refuse, allow) in [
+            ("CONNECTION LIMIT 0", "CONNECTION LIMIT -1"),
+            ("NOLOGIN", "LOGIN"),
+            ("SET default_transaction_read_only = on", "RESET default_transaction_read_only"),
+        ] {
+            let schema = PostgresSchema::new().await;
+            drop(schema.storage().await);
+            let role = Role::new(&schema).await;
+            role.grant().await;
+            let steps = async || schema.number("SELECT count(*) FROM {s}.steps").await;
+            let sessions = format!("FROM pg_stat_activity WHERE usename = '{}'", role.name);
+            let end = format!("SELECT count(pg_terminate_backend(pid)) {sessions}");
+            disturbed(Postgres::connect(role.url()).schema(schema.name()), async || {
+                until("something is recorded", async || steps().await > 0).await;
+                role.execute(&format!("ALTER ROLE {{r}} {refuse}")).await;
+                let since = schema.texts("SELECT clock_timestamp()::text").await.remove(0);
+                role.execute(&end).await;
+                let old = format!("SELECT count(*) {sessions} AND backend_start < '{since}'");
+                until("the old sessions have ended", async || schema.number(&old).await == 0).await;
+                let before = steps().await;
+                tokio::time::sleep(Duration::from_millis(600)).await;
+                assert_eq!(steps().await, before, "{refuse}");
+                role.execute(&format!("ALTER ROLE {{r}} {allow}")).await;
+                role.execute(&end).await;
+                until("it goes on", async || steps().await > before).await;
+            })
+            .await;
+            role.execute("DROP OWNED BY {r}; DROP ROLE {r}").await;
+        }
+    });
+}
+
+/// Statements that take too long, and locks that take too long, are given up and tried again.
+#[test]
+fn statements_that_take_too_long() {
+    test(async {
+        for (statement, lock) in [(100, 60_000), (60_000, 100)] {
+            let schema = PostgresSchema::new().await;
+            let mut session = schema.connect().await;
+            let connect = Postgres::connect(schema.url()).schema(schema.name());
+            let connect = connect.statement_timeout(Duration::from_millis(statement), Duration::from_millis(lock));
+            disturbed(connect, async || {
+                for table in ["processes", "steps", "fences", "instances", "events"] {
+                    let mut transaction = session.begin().await.unwrap();
+                    let lock = format!("LOCK TABLE {{s}}.{table} IN ACCESS EXCLUSIVE MODE");
+                    transaction.execute(schema.sql(&lock)).await.unwrap();
+                    tokio::time::sleep(Duration::from_millis(350)).await;
+                    transaction.rollback().await.unwrap();
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                }
+            })
+            .await;
+        }
     });
 }
 
