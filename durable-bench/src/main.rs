@@ -1,27 +1,35 @@
-//! Figures of durable processes beside the raw database, measured in one run, in turns, on the same file system with
-//! the same settings and the engine's own tables.
+//! Figures of durable processes beside the raw database, measured in one run, in turns, on the same file system or server
+//! with the same settings and the engine's own tables.
 //!
 //! `cargo run --release -p durable-bench -- --storage sqlite --workload sequential,many,parked,latency,recovery`
+//! `cargo run --release -p durable-bench -- --storage postgres://user:password@host/database --workload all`
 
+mod claims;
+mod counts;
 mod figures;
 mod processes;
+mod programs;
+mod proxy;
 mod raw;
+mod site;
 mod workloads;
 
 use clap::Parser;
 use figures::Figures;
+use programs::Role;
+use site::{At, Place};
 use std::path::PathBuf;
-use workloads::Bench;
+use workloads::{Bench, WORKLOADS};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Measures durable processes beside the raw database.
 #[derive(Parser)]
 struct Args {
-    /// Which database: `sqlite`, in a file of its own.
+    /// Which database: `sqlite`, in files of its own; or `postgres://user:password@host/database`, in schemas of its own.
     #[arg(long, default_value = "sqlite")]
     storage: String,
-    /// Which workloads, separated by commas.
+    /// Which workloads, separated by commas; or `all` that this database has.
     #[arg(long, value_delimiter = ',', default_value = "sequential,many,parked,latency,recovery")]
     workload: Vec<String>,
     /// One JSON object a line instead of a table.
@@ -33,37 +41,41 @@ struct Args {
     /// Divides the sizes of the workloads, for a quick look.
     #[arg(long, default_value_t = 1)]
     scale: usize,
-    /// Where the database files go: on the disk that is to be measured.
+    /// Where the files of SQLite's go: on the disk that is to be measured.
     #[arg(long, default_value = ".")]
     folder: PathBuf,
-    /// The worker that `recovery` kills; not for people.
+    /// This is a program that is measured; not for people.
+    #[arg(long, hide = true, value_enum, requires = "at")]
+    role: Option<Role>,
     #[arg(long, hide = true)]
-    recover: Option<String>,
+    at: Option<String>,
+    #[arg(long, hide = true)]
+    schema: Option<String>,
+    #[arg(long, hide = true, default_value_t = 0)]
+    count: usize,
 }
 
 fn main() -> Result<(), Error> {
     let args = Args::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        if let Some(path) = args.recover {
-            return workloads::recovery_worker(&path).await;
+        if let (Some(role), Some(at)) = (args.role, args.at) {
+            return programs::run(role, At::new(at, args.schema), args.count).await;
         }
-        if args.storage != "sqlite" {
-            return Err(format!("no storage {:?}; there is: sqlite", args.storage).into());
-        }
-        let bench = Bench { folder: args.folder, rounds: args.rounds.max(1), scale: args.scale.max(1) };
-        let mut figures = Figures::new(args.json, args.storage);
-        for workload in &args.workload {
-            match workload.as_str() {
-                "sequential" => bench.sequential(&mut figures).await?,
-                "many" => bench.many(&mut figures).await?,
-                "parked" => bench.parked(&mut figures).await?,
-                "latency" => bench.latency(&mut figures).await?,
-                "recovery" => bench.recovery(&mut figures).await?,
-                other => {
-                    let all = "sequential, many, parked, latency, recovery";
-                    return Err(format!("no workload {other:?}; there are: {all}").into());
-                }
+        let place = Place::new(&args.storage, args.folder)?;
+        let bench = Bench { place, rounds: args.rounds.max(1), scale: args.scale.max(1) };
+        let on_sqlite = matches!(bench.place, Place::Sqlite { .. });
+        let named = if args.workload == ["all"] {
+            WORKLOADS.iter().filter(|name| !(on_sqlite && **name == "remote")).copied().collect()
+        } else {
+            bench.named(&args.workload)?
+        };
+        let (mut raw, site) = bench.place.raw().await?;
+        let mut figures = Figures::new(args.json, bench.place.name(), raw.settings().await?);
+        drop((raw, site));
+        for name in named {
+            for measured in bench.measure(name).await? {
+                figures.add(name, measured);
             }
         }
         figures.end();

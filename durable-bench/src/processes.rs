@@ -1,6 +1,6 @@
 //! The processes that are measured.
 
-use durable_sqlite::{Definition, Event, Failure, Process};
+use durable_core::{Definition, Event, Failure, Process};
 use std::time::Duration;
 
 /// So many steps, one after the other.
@@ -47,3 +47,36 @@ pub(crate) async fn flight(proc: Process, (): ()) -> Result<(), Failure> {
     .await?;
     Ok(())
 }
+
+/// Transactional steps on an account: the table, the account, how many.
+pub(crate) const TRANSACTIONS: Definition<(String, i64, u32), u32> = Definition::new("transactions");
+
+/// But for the type of the connection, the same on every backend.
+macro_rules! transactions {
+    ($backend:ident) => {
+        pub(crate) mod $backend {
+            use super::*;
+            use ::$backend::Transactions;
+
+            pub(crate) async fn transactions(
+                proc: Process,
+                (table, account, steps): (String, i64, u32),
+            ) -> Result<u32, Failure> {
+                let sql = format!("UPDATE {table} SET cents = cents - 1 WHERE account = $1");
+                let sql = &sql;
+                for n in 0..steps {
+                    proc.transaction(("step", n), async |mut tx| {
+                        let update = sqlx::query(sqlx::AssertSqlSafe(sql.as_str())).bind(account);
+                        update.execute(&mut *tx).await.map(|_| 12345)
+                    })
+                    .failure()
+                    .await?;
+                }
+                Ok(steps)
+            }
+        }
+    };
+}
+
+transactions!(durable_postgres);
+transactions!(durable_sqlite);

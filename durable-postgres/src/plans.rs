@@ -105,7 +105,12 @@ fn batch_of(kind: Kind) -> Batch {
             Op::Delete { id: id.clone() },
         ]);
     }
-    Batch { fence: Fence { instance: InstanceId::new(), generation: 0 }, namespace: "default".into(), ops }
+    Batch {
+        fence: Fence { instance: InstanceId::new(), generation: 0 },
+        namespace: "default".into(),
+        ops,
+        prepared: Default::default(),
+    }
 }
 
 fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {

@@ -70,6 +70,10 @@ impl Storage for Postgres {
         if rows.is_empty() { Err(StorageError::Fenced) } else { Ok(()) }
     }
 
+    fn prepare(&self, batch: &Batch) {
+        batch::prepare(&self.0.schema, batch);
+    }
+
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         let outcomes = loop {
             let mut lent = self.0.connections.lend().await?;

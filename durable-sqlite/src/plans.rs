@@ -57,7 +57,12 @@ fn everything() -> Batch {
         Op::Delete { id: id.clone() },
         Op::Claim { kind: "kind".into(), limit: 10 },
     ];
-    Batch { fence: Fence { instance: InstanceId::new(), generation: 0 }, namespace: "n".into(), ops }
+    Batch {
+        fence: Fence { instance: InstanceId::new(), generation: 0 },
+        namespace: "n".into(),
+        ops,
+        prepared: Default::default(),
+    }
 }
 
 #[tokio::test]

@@ -198,6 +198,10 @@ impl Storage for Sqlite {
         if answers.first().is_some_and(|answer| answer.changes == 1) { Ok(()) } else { Err(StorageError::Fenced) }
     }
 
+    fn prepare(&self, batch: &Batch) {
+        batch::prepare(batch);
+    }
+
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         let mut lent = self.0.writer.lend(&self.0.options).await?;
         self.0.let_hearts_pass().await;

@@ -1,54 +1,84 @@
-//! Money moves between accounts of a bank, by a saga that takes it back when something fails, while the worker that runs
-//! it is killed with `kill -9` again and again. At the end everything is checked.
+//! Money moves between accounts, by a saga that takes it back when something fails, while the workers that run it are
+//! killed with `kill -9` again and again. At the end everything is checked.
 //!
-//! `cargo run --release --example money_transfer`
+//! `cargo run --release --example money_transfer`: one worker, processes in a SQLite file, accounts in a bank elsewhere.
+//! `-- --storage postgres://user:password@host/database`: three workers share a PostgreSQL database; one of them is also
+//! stopped for longer than its heartbeat may be silent. `--accounts database`: the accounts are tables beside the
+//! processes, and the steps are transactions.
 
 #![allow(unreachable_pub)] // A program of several files.
 
 mod bank;
 mod check;
+mod demo;
+mod files;
+mod journal;
+mod ledger;
+mod place;
 mod saga;
 mod worker;
 
-use bank::Bank;
-use clap::Parser;
-use durable_sqlite::storage::Storage;
-use durable_sqlite::{Host, Sqlite, Status};
-use indicatif::{ProgressBar, ProgressStyle};
-use saga::{TRANSFER, Transfer};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-use worker::Worker;
+use clap::{Parser, ValueEnum};
+use durable_core::storage::Storage;
+use place::Place;
+use std::fmt;
+use std::path::PathBuf;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
 #[derive(Parser)]
 struct Args {
-    /// Where the processes are kept: a SQLite file. A new one in `--folder` by default.
+    /// Where the processes are kept: a SQLite file, or `postgres://user:password@host/database`. A new file in `--folder`
+    /// by default.
     #[arg(long)]
     storage: Option<String>,
-    /// Where the bank's own database is.
+    /// The schema on PostgreSQL: the demo's own, made anew.
+    #[arg(long, default_value = "money_transfer")]
+    schema: String,
+    /// Where the accounts are.
+    #[arg(long, value_enum, default_value_t = Accounts::Bank)]
+    accounts: Accounts,
+    /// Where the demo's own files are: the bank's database, a journal of attempts.
     #[arg(long, default_value = "money_transfer.data")]
     folder: PathBuf,
     /// How many transfers.
     #[arg(long, default_value_t = 200)]
     transfers: u32,
-    /// How often the worker is killed.
+    /// How many worker programs: 1 on SQLite, 3 on PostgreSQL by default.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16))]
+    workers: Option<u32>,
+    /// How often a worker is killed.
     #[arg(long, default_value_t = 5)]
     kills: u32,
-    /// This is the worker.
+    /// Within how many seconds the others must have taken over from one that was killed.
+    #[arg(long, default_value_t = 5.0)]
+    within: f64,
+    /// This is a worker, with room for so many processes.
     #[arg(long, hide = true)]
-    worker: bool,
+    worker: Option<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Accounts {
+    /// In another system, which is called with idempotency keys: at least once.
+    Bank,
+    /// Tables in the same database as the processes: exactly once.
+    Database,
+}
+
+impl fmt::Display for Accounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::Bank { "bank" } else { "database" })
+    }
 }
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
     let args = Args::parse();
-    let bank_path = args.folder.join("bank.db");
-    let storage_path = args.storage.clone().unwrap_or_else(|| args.folder.join("processes.db").display().to_string());
-    if args.worker {
-        let bank = Bank::open(&bank_path).await?;
-        return worker::run(Sqlite::open(&*storage_path).await?, bank).await;
+    let storage = args.storage.clone().unwrap_or_else(|| args.folder.join("processes.db").display().to_string());
+    let place = Place::new(storage.clone(), args.schema.clone());
+    if let Some(room) = args.worker {
+        return worker::run(&args, place, room).await;
     }
     std::fs::create_dir_all(&args.folder)?;
     for file in std::fs::read_dir(&args.folder)? {
@@ -57,74 +87,23 @@ async fn main() -> Result<(), Error> {
             std::fs::remove_file(path)?;
         }
     }
-    let bank = Bank::create(&bank_path, saga::accounts()).await?;
-    let storage = Sqlite::open(&*storage_path).await?;
-    demo(&args, &storage_path, storage, bank).await
+    place.clear().await?;
+    match &place {
+        Place::Sqlite(path) => {
+            let opened = durable_sqlite::Sqlite::open(path.display().to_string()).await?;
+            run(&args, &storage, &place, opened).await
+        }
+        Place::Postgres { url, schema } => {
+            let opened = durable_postgres::Postgres::connect(url).schema(schema).await?;
+            run(&args, &storage, &place, opened).await
+        }
+    }
 }
 
-/// Starts all transfers, kills workers while they run them, and checks what is left.
-async fn demo(args: &Args, storage_path: &str, storage: impl Storage + Clone, bank: Bank) -> Result<(), Error> {
-    println!(
-        "{} transfers between {} accounts; the worker is killed {} times\n",
-        args.transfers,
-        saga::ACCOUNTS,
-        args.kills
-    );
-    let started = Instant::now();
-    // This program starts and watches; it registers no function, so it runs none of them.
-    let host = Host::builder(storage.clone()).label("money_transfer").start().await?;
-    for n in 0..args.transfers {
-        host.spawn(TRANSFER, saga::id(n), &Transfer::number(n)).await?;
-    }
-    let start = || Worker::start(storage_path, &args.folder);
-    let mut worker = start()?;
-    let bar = bar(args.transfers);
-    let mut killed = 0;
-    loop {
-        let ended = ended(&host).await?;
-        bar.set_position(u64::from(ended));
-        if ended == args.transfers {
-            break;
-        }
-        // Spread over the run, and only while the bank is in the middle of something.
-        let due = args.transfers * (killed + 1) / (args.kills + 1);
-        if killed < args.kills && ended >= due && bank.under_way(worker.id()).await? > 0 {
-            worker.kill()?;
-            killed += 1;
-            let steps = bank.under_way(worker.id()).await?;
-            let line = format!("  kill -9 {}: {steps} steps were under way, {ended} transfers had ended", worker.id());
-            bar.suspend(|| println!("{line}"));
-            worker = start()?;
-        } else if worker.has_ended()? {
-            return Err("the worker ended by itself".into());
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    bar.finish_and_clear();
-    worker.kill()?;
-    host.shutdown(Duration::from_secs(5)).await;
-    println!("  all have ended after {:.1} s\n", started.elapsed().as_secs_f64());
-    check::check(&storage, &bank, args.transfers, killed).await?;
-    println!(
-        "\nlook at it: sqlite3 {} \"SELECT id, status, claim, reason FROM durable_processes\"",
-        Path::new(storage_path).display()
-    );
+async fn run(args: &Args, address: &str, place: &Place, storage: impl Storage + Clone) -> Result<(), Error> {
+    let mut books = check::Books::create(args, place).await?;
+    let blows = demo::run(args, address, place, storage.clone()).await?;
+    check::check(args, &storage, &mut books, &blows).await?;
+    println!("\nlook at it: {}", place.look());
     Ok(())
-}
-
-/// How many transfers have ended.
-async fn ended(host: &Host) -> Result<u32, Error> {
-    let counts = host.processes().kind(TRANSFER).count().await?;
-    if let Some(stuck) = counts.iter().find(|count| count.status == Status::Stuck) {
-        return Err(format!("{} transfers are stuck", stuck.count).into());
-    }
-    Ok(u32::try_from(counts.iter().filter(|count| count.status.is_finished()).map(|count| count.count).sum::<u64>())?)
-}
-
-fn bar(length: u32) -> ProgressBar {
-    let bar = ProgressBar::new(u64::from(length));
-    if let Ok(style) = ProgressStyle::with_template("  {wide_bar} {pos}/{len} transfers") {
-        bar.set_style(style);
-    }
-    bar
 }

@@ -1,7 +1,10 @@
-use durable_sqlite::{Attempt, Cancelled, Definition, Process, ProcessError, StepError};
+use durable_core::{Attempt, Cancelled, Definition, Failure, Process, ProcessError, StepError};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
 
-use crate::bank::{Bank, BankError, Call};
+use crate::bank::{Bank, BankError};
+use crate::journal::Call;
 
 /// How many accounts there are; the last one is closed.
 pub const ACCOUNTS: u32 = 20;
@@ -11,6 +14,11 @@ pub const OPENING: i64 = 20_000;
 /// The accounts and what they have at first.
 pub fn accounts() -> impl Iterator<Item = (u32, i64, bool)> {
     (0..ACCOUNTS).map(|account| (account, OPENING, account + 1 == ACCOUNTS))
+}
+
+/// How long a step takes: long enough that a kill finds it in the middle.
+pub fn moment(any: u64) -> Duration {
+    Duration::from_millis(20 + any % 80)
 }
 
 /// The id of the n-th transfer.
@@ -41,21 +49,23 @@ pub enum TransferError {
     #[error(transparent)]
     Bank(#[from] StepError<BankError>),
     #[error(transparent)]
+    Ledger(#[from] StepError<Failure>),
+    #[error(transparent)]
     Cancelled(#[from] Cancelled),
 }
 
 impl ProcessError for TransferError {
     fn is_cancelled(&self) -> bool {
-        matches!(self, Self::Cancelled(_) | Self::Bank(StepError::Cancelled(_)))
+        matches!(self, Self::Cancelled(_) | Self::Bank(StepError::Cancelled(_)) | Self::Ledger(StepError::Cancelled(_)))
     }
 }
 
 pub const TRANSFER: Definition<Transfer, (), TransferError> = Definition::new("transfer");
 
 /// Holds the money on both accounts, then completes both; whatever fails in between, it gives back what it holds.
-pub async fn transfer(bank: std::sync::Arc<Bank>, proc: Process, transfer: Transfer) -> Result<(), TransferError> {
+pub async fn transfer(bank: Arc<Bank>, proc: Process, transfer: Transfer) -> Result<(), TransferError> {
     let Transfer { from, to, cents } = transfer;
-    let call = |step| Call { id: proc.id().to_owned(), execution: proc.execution(), step };
+    let call = |step| Call::of(&proc, step);
     let mut held = Vec::new();
     let result = async {
         for (step, account, cents) in [("StartTransfer1", from, -cents), ("StartTransfer2", to, cents)] {

@@ -1,14 +1,15 @@
 //! Each example, killed in the middle and started again: what it printed is compared with what it should have.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use durable_tests::{Backend, PostgresSchema};
 use sqlx::{Connection, Row};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-const LONG: Duration = Duration::from_secs(50);
+const LONG: Duration = Duration::from_secs(100);
 
 /// An example that runs.
 struct Running {
@@ -53,7 +54,13 @@ impl Running {
     }
 
     /// Waits for its end; what it has printed.
-    fn end(mut self) -> Vec<String> {
+    fn end(self) -> Vec<String> {
+        let (status, printed) = self.ended();
+        assert!(status.success(), "{status}: {printed:#?}");
+        printed
+    }
+
+    fn ended(mut self) -> (ExitStatus, Vec<String>) {
         let since = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -63,8 +70,7 @@ impl Running {
             std::thread::sleep(Duration::from_millis(5));
         };
         self.printed.extend(self.lines.iter());
-        assert!(status.success(), "{status}: {:#?}", self.printed);
-        self.printed
+        (status, self.printed)
     }
 }
 
@@ -177,16 +183,68 @@ fn credit_card() {
     assert_eq!(printed, expected);
 }
 
-#[test]
-fn money_transfer() {
+/// Its account at the end; process ids and counts of what a kill cut off differ from run to run.
+fn money_transfer(accounts: &str, stops: usize, more: &[&str]) {
     let (folder, _) = folder();
-    let args = ["--folder", folder.path().to_str().unwrap(), "--transfers", "60", "--kills", "3"];
-    let printed = Running::start("money_transfer", &args).end();
-    // Process ids and counts of what a kill cut off differ from run to run.
+    let args =
+        ["--folder", folder.path().to_str().unwrap(), "--transfers", "60", "--kills", "3", "--accounts", accounts];
+    // How soon others take over is no matter of a test: the machine may be busy.
+    let printed = Running::start("money_transfer", &[&args[..], &["--within", "50"], more].concat()).end();
     let line = |start: &str| printed.iter().filter(|line| line.trim_start().starts_with(start)).count();
+    let (keeper, once) = match accounts {
+        "bank" => ("bank ", "no recorded step ran twice"),
+        _ => ("books", "every step exactly once"),
+    };
     assert_eq!(line("kill -9"), 3, "{printed:#?}");
+    assert_eq!(line("kill -STOP"), stops, "{printed:#?}");
     assert_eq!(line("transfers      60  50 completed, 10 rolled back"), 1, "{printed:#?}");
-    assert_eq!(line("bank       400000  cents, as at the beginning"), 1, "{printed:#?}");
-    assert_eq!(line("ok: 3 kills, every transfer completed or rolled back, not a cent lost"), 1, "{printed:#?}");
+    assert_eq!(line(&format!("{keeper}      400000  cents, as at the beginning")), 1, "{printed:#?}");
+    let ok = format!("ok: 3 kills, every transfer completed or rolled back, not a cent lost, {once}");
+    assert_eq!(line(&ok), 1, "{printed:#?}");
     assert_eq!(line("WRONG"), 0, "{printed:#?}");
+}
+
+/// Three workers share a database, if there is one.
+fn money_transfer_on_postgres(accounts: &str) {
+    if let Err(why) = PostgresSchema::address() {
+        println!("not run: {why}");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let schema = runtime.block_on(PostgresSchema::new());
+    money_transfer(accounts, 1, &["--storage", schema.url(), "--schema", schema.name()]);
+}
+
+#[test]
+fn money_transfer_to_a_bank_sqlite() {
+    money_transfer("bank", 0, &[]);
+}
+
+#[test]
+fn money_transfer_within_the_database_sqlite() {
+    money_transfer("database", 0, &[]);
+}
+
+#[test]
+fn money_transfer_to_a_bank_postgres() {
+    money_transfer_on_postgres("bank");
+}
+
+#[test]
+fn money_transfer_within_the_database_postgres() {
+    money_transfer_on_postgres("database");
+}
+
+/// What is not the demo's is not dropped.
+#[test]
+fn a_schema_of_somebody_else_postgres() {
+    PostgresSchema::run(async {
+        let schema = PostgresSchema::new().await;
+        schema.storage().await;
+        let (folder, _) = folder();
+        let args = ["--storage", schema.url(), "--schema", schema.name(), "--folder", folder.path().to_str().unwrap()];
+        let (status, _) = Running::start("money_transfer", &args).ended();
+        assert!(!status.success());
+        schema.storage().await;
+    });
 }

@@ -79,6 +79,9 @@ impl<S: Storage> Storage for Faulty<S> {
     async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
         self.inner.refence(instance, generation).await
     }
+    fn prepare(&self, batch: &Batch) {
+        self.inner.prepare(batch);
+    }
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         let fault = (self.choose.lock().unwrap())(batch);
         match fault {

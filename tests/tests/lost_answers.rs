@@ -120,7 +120,50 @@ on_each_backend!(
     a_storage_that_stays_away,
     orders_that_are_sent_again,
     a_start_that_another_instance_took,
+    batches_that_were_made_ready_before_the_fence_moved,
 );
+
+/// Full batches follow each other, so that the next one is always ready, and every few of them go wrong.
+async fn batches_that_were_made_ready_before_the_fence_moved<B: Backend>() {
+    const STEPS: Definition<u32, u32> = Definition::new("steps");
+    const PROCESSES: u32 = 100;
+    let backend = B::new().await;
+    let effects = Effects::default();
+    let mut batches = 0;
+    let storage = Faulty::new(backend.storage().await, move |_| {
+        batches += 1;
+        match batches % 21 {
+            7 => Some(Fault::Before),
+            14 => Some(Fault::Lost),
+            0 => Some(Fault::Late),
+            _ => None,
+        }
+    });
+    let counted = effects.clone();
+    let steps = move |proc: Process, input: u32| {
+        let effects = counted.clone();
+        async move {
+            for n in 0..5 {
+                let effect = || async { Ok::<_, Failure>(effects.add(format!("{} {n}", proc.id()))) };
+                proc.step(("step", n), effect).await?;
+            }
+            Ok::<_, Failure>(input)
+        }
+    };
+    let host = Host::builder(storage).batch(8, 1 << 20).register(STEPS, steps).start().await.unwrap();
+    let starts = (0..PROCESSES).map(|n| {
+        let host = host.clone();
+        async move {
+            let process = host.spawn(STEPS, format!("p{n}"), &n).await.unwrap();
+            assert_eq!(process.output().await.unwrap(), n);
+        }
+    });
+    futures_util::future::join_all(starts).await;
+    let mut all = effects.all();
+    all.sort();
+    all.dedup();
+    assert_eq!((all.len(), effects.all().len()), (PROCESSES as usize * 5, PROCESSES as usize * 5), "each once");
+}
 
 /// An order whose answer is lost is carried out once, and its caller is told so.
 async fn orders_that_are_sent_again<B: Backend>() {

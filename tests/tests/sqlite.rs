@@ -233,6 +233,7 @@ fn dropped_calls_leave_nothing_open() {
                 fence: Fence { instance: id, generation: 0 },
                 namespace: "default".into(),
                 ops: (0..50).map(spawn).collect(),
+                prepared: Default::default(),
             };
             let call = {
                 let storage = storage.clone();

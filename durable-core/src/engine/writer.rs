@@ -5,15 +5,16 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::epoch::Epoch;
-use super::held::Slot;
-use super::queue::{From, Job};
+use super::held::{Places, Slot};
+use super::queue::{Answer, From, Job};
 use super::{Backoff, Core};
 use crate::storage::{
-    Batch, Effect, EventRow, Fence, Finish, InstanceId, Op, Outcome, Park, Raise, Raised, Record, RecordOp, RunId,
-    Spawn, StorageError,
+    Batch, Effect, EventRow, Fence, Finish, InstanceId, Op, Outcome, Park, Prepared, Raise, Raised, Record, RecordOp,
+    RunId, Spawn, StorageError,
 };
 
 pub(super) struct Writer {
@@ -24,23 +25,44 @@ pub(super) struct Writer {
     compare_at: Instant,
     /// What is committed and not told yet: that happens while the next batch is on its way.
     untold: Vec<(Job, Outcome)>,
+    /// A full batch that was made ready while the one before it was on its way.
+    next: Option<Ready>,
 }
 
-/// The epoch is over: the instance was fenced, or the host is gone.
-pub(super) struct Over;
+/// A batch, and who is told of its operations.
+struct Ready {
+    batch: Batch,
+    rest: Vec<Rest>,
+}
+
+/// A [`Job`] without its operation.
+type Rest = (From, Option<oneshot::Sender<Answer>>, Option<Places>);
+
+impl Ready {
+    fn jobs(self) -> impl ExactSizeIterator<Item = Job> {
+        let Self { batch, rest } = self;
+        batch.ops.into_iter().zip(rest).map(|(op, (from, reply, places))| Job { op, from, reply, places })
+    }
+}
+
+/// The epoch is over: the instance was fenced, or the host is gone. What was not written.
+struct Over(Vec<Job>);
 
 impl Writer {
     pub(super) fn new(core: Arc<Core>, epoch: Arc<Epoch>) -> Self {
         let compare_at = Instant::now() + core.settings.reconcile_every;
-        Self { core, epoch, generation: 0, compare_at, untold: Vec::new() }
+        Self { core, epoch, generation: 0, compare_at, untold: Vec::new(), next: None }
     }
 
     /// Writes until the epoch is over.
     pub(super) async fn write(mut self) {
         let core = self.core.clone();
         loop {
-            let mut jobs = core.queue.take(core.settings.batch_ops, core.settings.batch_bytes);
-            if jobs.is_empty() {
+            let ready = match self.next.take() {
+                Some(ready) => ready,
+                None => self.take(),
+            };
+            let ready = if ready.rest.is_empty() {
                 self.tell();
                 tokio::select! {
                     biased;
@@ -50,12 +72,17 @@ impl Writer {
                     () = self.epoch.draining() => return,
                     () = tokio::time::sleep_until(self.compare_at) => {}
                 }
-                jobs = core.queue.take(core.settings.batch_ops, core.settings.batch_bytes);
-            }
-            let committed = self.commit(jobs).await;
-            if committed.is_err() || self.epoch.is_over() {
-                self.tell();
-                self.epoch.end();
+                self.take()
+            } else {
+                ready
+            };
+            let back = match self.commit(ready).await {
+                Ok(()) if !self.epoch.is_over() => Vec::new(),
+                Ok(()) => self.give_up(Vec::new()),
+                Err(Over(jobs)) => self.give_up(jobs),
+            };
+            if self.epoch.is_over() {
+                core.queue.put_back(back);
                 return;
             }
             // However much is queued: what nobody holds must not wait for a quiet moment.
@@ -66,20 +93,38 @@ impl Writer {
         }
     }
 
-    /// Commits these, all or in parts. When it fails, calls from outside are back in the queue.
-    async fn commit(&mut self, jobs: Vec<Job>) -> Result<(), Over> {
+    /// What is queued, as a batch.
+    fn take(&self) -> Ready {
+        let settings = &self.core.settings;
+        self.ready(self.core.queue.take(settings.batch_ops, settings.batch_bytes))
+    }
+
+    fn ready(&self, jobs: Vec<Job>) -> Ready {
+        let (ops, rest) = jobs.into_iter().map(|Job { op, from, reply, places }| (op, (from, reply, places))).unzip();
+        let batch =
+            Batch { fence: self.fence(), namespace: self.core.namespace.clone(), ops, prepared: Prepared::default() };
+        Ready { batch, rest }
+    }
+
+    /// Ends the epoch: what was not written, those calls from outside that the next one writes.
+    fn give_up(&mut self, mut jobs: Vec<Job>) -> Vec<Job> {
+        self.tell();
+        self.epoch.end();
+        jobs.extend(self.next.take().into_iter().flat_map(Ready::jobs));
+        jobs.retain(|job| matches!(job.from, From::Host));
+        jobs
+    }
+
+    /// Commits a batch, all at once or in parts.
+    async fn commit(&mut self, ready: Ready) -> Result<(), Over> {
         // Parts still to be written, the first one last.
-        let mut parts = vec![jobs];
-        while let Some(jobs) = parts.pop() {
-            if jobs.is_empty() {
+        let mut parts = vec![ready];
+        while let Some(mut ready) = parts.pop() {
+            if ready.rest.is_empty() {
                 continue;
             }
-            let (ops, mut rest): (Vec<Op>, Vec<_>) =
-                jobs.into_iter().map(|Job { op, from, reply, places }| (op, (from, reply, places))).unzip();
-            let mut batch = Batch { fence: self.fence(), namespace: self.core.namespace.clone(), ops };
-            let result = self.commit_known(&mut batch, &mut rest).await;
-            let mut jobs =
-                batch.ops.into_iter().zip(rest).map(|(op, (from, reply, places))| Job { op, from, reply, places });
+            let result = self.commit_known(&mut ready).await;
+            let mut jobs = ready.jobs();
             match result {
                 Ok(outcomes) if outcomes.len() != batch_len(&jobs) => {
                     tracing::error!(
@@ -87,7 +132,7 @@ impl Writer {
                         outcomes.len(),
                         batch_len(&jobs)
                     );
-                    return Err(Over);
+                    return Err(Over(Vec::new()));
                 }
                 Ok(outcomes) => {
                     self.tell();
@@ -103,18 +148,15 @@ impl Writer {
                 Err(StorageError::Refused(_)) => {
                     let mut first: Vec<Job> = jobs.collect();
                     let second = first.split_off(first.len() / 2);
-                    parts.push(second);
-                    parts.push(first);
+                    parts.push(self.ready(second));
+                    parts.push(self.ready(first));
                 }
                 Err(error) => {
                     if !matches!(error, StorageError::Fenced) {
                         tracing::error!("the storage cannot be written: {error}");
                     }
-                    let mut back: Vec<Job> = jobs.collect();
-                    back.extend(parts.into_iter().rev().flatten());
-                    back.retain(|job| matches!(job.from, From::Host));
-                    self.core.queue.put_back(back);
-                    return Err(Over);
+                    let rest = parts.into_iter().rev().flat_map(Ready::jobs);
+                    return Err(Over(jobs.chain(rest).collect()));
                 }
             }
         }
@@ -127,9 +169,13 @@ impl Writer {
 
     /// Commits a batch until its outcome is known. Claims drop out of a batch that is sent again: what the first
     /// attempt claimed is found by comparing.
-    async fn commit_known<T>(&mut self, batch: &mut Batch, rest: &mut Vec<T>) -> Result<Vec<Outcome>, StorageError> {
+    async fn commit_known(&mut self, Ready { batch, rest }: &mut Ready) -> Result<Vec<Outcome>, StorageError> {
         let mut backoff = Backoff::new();
         let mut again = false;
+        if batch.fence != self.fence() {
+            batch.fence = self.fence();
+            batch.prepared = Prepared::default();
+        }
         loop {
             match self.send(batch).await {
                 Ok(mut outcomes) if again => {
@@ -152,6 +198,7 @@ impl Writer {
                     }
                     self.refence().await?;
                     batch.fence = self.fence();
+                    batch.prepared = Prepared::default();
                     let claims: Vec<bool> = batch.ops.iter().map(|op| matches!(op, Op::Claim { .. })).collect();
                     if claims.contains(&true) {
                         self.compare_at = Instant::now();
@@ -179,7 +226,14 @@ impl Writer {
         self.tell();
         match sent {
             Poll::Ready(answer) => answer,
-            Poll::Pending => commit.await,
+            Poll::Pending => {
+                if self.next.is_none() && self.core.queue.len() >= self.core.settings.batch_ops {
+                    let next = self.take();
+                    self.core.storage.prepare(&next.batch);
+                    self.next = Some(next);
+                }
+                commit.await
+            }
         }
     }
 

@@ -1,5 +1,8 @@
 use super::rows::{Ended, InstanceId, OpKind, RecordKey, RecordState, RunId, Status};
 use chrono::{DateTime, Utc};
+use std::any::Any;
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
 use uuid::Uuid;
 
 /// Who writes.
@@ -22,6 +25,38 @@ pub struct Batch {
     /// What is written. They take effect kind by kind in the order of the variants of [`Op`], and in this order
     /// within a kind.
     pub ops: Vec<Op>,
+    /// What the storage has made of it beforehand.
+    pub prepared: Prepared,
+}
+
+/// What [`Storage::prepare`](super::Storage::prepare) has made of a batch. Whoever changes the batch empties it; a clone is
+/// empty.
+#[derive(Default)]
+pub struct Prepared(Mutex<Option<Box<dyn Any + Send>>>);
+
+impl Prepared {
+    /// Keeps something.
+    pub fn put<T: Any + Send>(&self, made: T) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(made));
+    }
+
+    /// Takes what is kept, if it is a `T`.
+    pub fn take<T: Any>(&self) -> Option<T> {
+        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        made.downcast().ok().map(|made| *made)
+    }
+}
+
+impl Clone for Prepared {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Prepared")
+    }
 }
 
 /// One operation of a batch.

@@ -12,7 +12,7 @@ mod rows;
 mod transaction;
 
 pub use batch::{
-    Batch, Claimed, Effect, Fence, Finish, Forget, Op, Outcome, Park, Raise, Raised, RecordOp, Spawn, Spawned,
+    Batch, Claimed, Effect, Fence, Finish, Forget, Op, Outcome, Park, Prepared, Raise, Raised, RecordOp, Spawn, Spawned,
 };
 pub use error::StorageError;
 pub use rows::{
@@ -73,6 +73,10 @@ pub trait Storage: Send + Sync + 'static {
     /// This is how an unknown outcome is made known: after it, what an earlier attempt wrote can be read, and nothing
     /// of it can still arrive. Idempotent. [`StorageError::Fenced`] if the instance was taken over.
     async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()>;
+
+    /// Does that part of a commit which needs no database, and leaves it in [`Batch::prepared`]. Called, for a full batch,
+    /// while the database is busy with the one before it; not for every batch. Doing nothing is right, too.
+    fn prepare(&self, _: &Batch) {}
 
     /// Commits a batch as **one transaction**, fenced: unless the instance's row has exactly the batch's generation
     /// and is not fenced, nothing is written and the answer is [`StorageError::Fenced`]. The fence is read by a

@@ -50,18 +50,30 @@ impl fmt::Display for Of<'_> {
     }
 }
 
-/// Commits a batch. An error says that nothing was written, or, as `Unknown`, that it may have been.
-pub(crate) async fn commit(connection: &mut PgConnection, schema: &Schema, batch: &Batch) -> Result<Vec<Outcome>> {
-    let of = Of {
+fn of<'b>(schema: &'b Schema, batch: &'b Batch) -> Of<'b> {
+    Of {
         schema,
         instance: batch.fence.instance.0,
         generation: batch.fence.generation,
         namespace: &batch.namespace,
         gate: if batch.ops.iter().any(names_an_id) { Gate::Inbox } else { Gate::Fence },
-    };
+    }
+}
+
+/// Makes a batch ready to be sent, if it is one statement.
+pub(crate) fn prepare(schema: &Schema, batch: &Batch) {
+    let sorted = sort(&batch.ops);
+    if single::fits(&sorted) {
+        batch.prepared.put(single::statement(&of(schema, batch), &sorted));
+    }
+}
+
+/// Commits a batch. An error says that nothing was written, or, as `Unknown`, that it may have been.
+pub(crate) async fn commit(connection: &mut PgConnection, schema: &Schema, batch: &Batch) -> Result<Vec<Outcome>> {
+    let of = of(schema, batch);
     let sorted = sort(&batch.ops);
     let answer = if single::fits(&sorted) {
-        single::commit(connection, &of, &batch.ops, &sorted).await?
+        single::commit(connection, &of, &batch.ops, &sorted, &batch.prepared).await?
     } else {
         single::Answer::Nothing
     };

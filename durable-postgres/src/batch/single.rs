@@ -18,7 +18,7 @@
 //! orders. Nor does it tell why a message was not put in: then the whole batch is written once more, as a transaction
 //! that finds everything else done.
 
-use durable_core::storage::{Claimed, Op, Outcome, Raised, Result, RunId, StorageError};
+use durable_core::storage::{Claimed, Op, Outcome, Prepared, Raised, Result, RunId, StorageError};
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::HashSet;
 use uuid::Uuid;
@@ -158,8 +158,9 @@ pub(super) async fn commit(
     of: &Of<'_>,
     ops: &[Op],
     sorted: &Sorted<'_>,
+    prepared: &Prepared,
 ) -> Result<Answer> {
-    let Statement { sql, told } = statement(of, sorted);
+    let Statement { sql, told } = prepared.take().unwrap_or_else(|| statement(of, sorted));
     let rows = sql.run(connection, Commits::Yes).await?;
     let Some(row) = rows.first() else { return Err(StorageError::unknown("a batch has no answer")) };
     // From here on it is committed; whatever goes wrong with the answers does not undo it.

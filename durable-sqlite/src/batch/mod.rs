@@ -38,13 +38,58 @@ pub(crate) struct Plan<'b> {
     parts: Vec<Part>,
 }
 
+/// A batch as it is sent.
+enum Made {
+    /// Records alone, of one head: one statement, which is a transaction of its own.
+    Records(Script),
+    Whole(Whole),
+}
+
+struct Whole {
+    script: Script,
+    fence: usize,
+    parts: Vec<Part>,
+}
+
+impl Made {
+    fn of(batch: &Batch) -> Self {
+        let plain = |op: &Op| matches!(op, Op::Record(RecordOp { effect: None, takes: None, awaited: None, .. }));
+        if !batch.ops.is_empty() && batch.ops.iter().all(plain) {
+            let mut plan = Plan::empty(batch);
+            plan.records();
+            if plan.parts.len() == 1 {
+                return Self::Records(plan.script);
+            }
+        }
+        Self::Whole(Whole::of(batch))
+    }
+}
+
+impl Whole {
+    fn of(batch: &Batch) -> Self {
+        let Plan { script, fence, parts, .. } = Plan::new(batch);
+        Self { script, fence, parts }
+    }
+}
+
+/// Makes a batch ready to be sent.
+pub(crate) fn prepare(batch: &Batch) {
+    batch.prepared.put(Made::of(batch));
+}
+
 /// Commits a batch. An error says that nothing was written, or, as [`StorageError::Unknown`], that it may have been.
 pub(crate) async fn commit(connection: &mut SqliteConnection, batch: &Batch) -> Result<Vec<Outcome>> {
-    if let Some(outcomes) = commit_records(connection, batch).await? {
-        return Ok(outcomes);
-    }
-    let plan = Plan::new(batch);
-    let Plan { script, fence, parts, .. } = plan;
+    let Whole { script, fence, parts } = match batch.prepared.take().unwrap_or_else(|| Made::of(batch)) {
+        Made::Records(script) => {
+            let written = script.run(connection).await?.iter().map(|answer| answer.changes).sum::<u64>();
+            if written == batch.ops.len() as u64 {
+                return Ok(vec![Outcome::Recorded; batch.ops.len()]);
+            }
+            // The long way finds out why, and writes the same again.
+            Whole::of(batch)
+        }
+        Made::Whole(whole) => whole,
+    };
     let mut answers = script.run(connection).await?;
     if answers.get(fence).is_none_or(|answer| answer.rows.is_empty()) {
         return Err(StorageError::Fenced);
@@ -53,22 +98,6 @@ pub(crate) async fn commit(connection: &mut SqliteConnection, batch: &Batch) -> 
     answers::read(connection, batch, parts, &mut answers)
         .await
         .map_err(|error| StorageError::unknown(error.to_string()))
-}
-
-/// A batch of nothing but records whose heads are the same is one statement, which is a transaction of its own. None if
-/// it is not such a batch, or if not every row was written: the long way finds out why, and writes the same again.
-async fn commit_records(connection: &mut SqliteConnection, batch: &Batch) -> Result<Option<Vec<Outcome>>> {
-    let plain = |op: &Op| matches!(op, Op::Record(RecordOp { effect: None, takes: None, awaited: None, .. }));
-    if batch.ops.is_empty() || !batch.ops.iter().all(plain) {
-        return Ok(None);
-    }
-    let mut plan = Plan::empty(batch);
-    plan.records();
-    if plan.parts.len() > 1 {
-        return Ok(None);
-    }
-    let written = plan.script.run(connection).await?.iter().map(|answer| answer.changes).sum::<u64>();
-    Ok((written == batch.ops.len() as u64).then(|| vec![Outcome::Recorded; batch.ops.len()]))
 }
 
 impl<'b> Plan<'b> {

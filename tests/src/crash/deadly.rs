@@ -179,6 +179,9 @@ impl<S: Storage> Storage for Deadly<S> {
     async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
         self.inner.refence(instance, generation).await
     }
+    fn prepare(&self, batch: &Batch) {
+        self.inner.prepare(batch);
+    }
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         self.pass(batch, false);
         if let Some(nth) = self.forgets {

@@ -1,0 +1,55 @@
+//! What is measured: one file for each workload.
+
+mod grown;
+mod instances;
+mod latency;
+mod many;
+mod parked;
+mod recovery;
+mod remote;
+mod sequential;
+mod takeover;
+mod transaction;
+
+use crate::Error;
+use crate::figures::Measured;
+use crate::site::Place;
+
+/// How many calls are under way at once where a workload is about throughput.
+pub(crate) const CONCURRENT: usize = 4000;
+
+pub(crate) const WORKLOADS: [&str; 10] =
+    ["sequential", "many", "parked", "latency", "recovery", "transaction", "instances", "grown", "takeover", "remote"];
+
+#[derive(Clone)]
+pub(crate) struct Bench {
+    pub(crate) place: Place,
+    pub(crate) rounds: usize,
+    pub(crate) scale: usize,
+}
+
+impl Bench {
+    /// The workloads with these names.
+    pub(crate) fn named(&self, names: &[String]) -> Result<Vec<&'static str>, Error> {
+        let known = |name: &String| {
+            let known = WORKLOADS.into_iter().find(|known| known == name);
+            known.ok_or_else(|| format!("no workload {name:?}; there are: all, {}", WORKLOADS.join(", ")).into())
+        };
+        names.iter().map(known).collect()
+    }
+
+    pub(crate) async fn measure(&self, workload: &str) -> Result<Vec<Measured>, Error> {
+        match workload {
+            "sequential" => self.sequential().await,
+            "many" => self.many().await,
+            "parked" => self.parked().await,
+            "latency" => self.latency().await,
+            "recovery" => self.recovery().await,
+            "transaction" => self.transaction().await,
+            "instances" => self.instances().await,
+            "grown" => self.grown().await,
+            "takeover" => self.takeover().await,
+            _ => self.remote().await,
+        }
+    }
+}
