@@ -2,8 +2,8 @@
 
 use durable_core::Status;
 use durable_core::storage::{
-    self, Batch, Fence, Finish, Heart, InstanceId, NewInstance, Op, OpKind, Outcome, Park, Raise, RecordKey, RecordOp,
-    RecordState, RunId, Scope, Spawn, Storage,
+    self, Batch, Effect, Fence, Finish, Heart, InstanceId, NewInstance, Op, OpKind, Outcome, Park, Raise, RecordKey,
+    RecordOp, RecordState, RunId, Scope, Spawn, Storage,
 };
 
 /// The kind of all processes here.
@@ -46,20 +46,29 @@ pub async fn start(storage: &impl Storage, instance: InstanceId, id: &str) -> Ru
     run
 }
 
-/// A step's record.
-pub fn record(run: RunId, name: &str) -> Op {
+fn recorded(run: RunId, name: &str, op: OpKind, effect: Option<Effect>) -> Op {
     Op::Record(RecordOp {
         run,
         claim: 1,
         key: RecordKey { scope: Scope::Process, name: name.into(), key: "".into() },
-        op: OpKind::Step,
+        op,
         state: RecordState::Done,
         payload: "1".into(),
         attempts: 0,
         takes: None,
-        effect: None,
+        effect,
         awaited: None,
     })
+}
+
+/// A step's record.
+pub fn record(run: RunId, name: &str) -> Op {
+    recorded(run, name, OpKind::Step, None)
+}
+
+/// A process starts another one.
+pub fn started(run: RunId, name: &str, child: Spawn) -> Op {
+    recorded(run, name, OpKind::Spawn, Some(Effect::Spawn(child)))
 }
 
 /// The end of a process.

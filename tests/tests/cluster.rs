@@ -264,3 +264,86 @@ fn a_server_that_crashes_under_load() {
         assert!(!server.log().contains("deadlock detected"));
     });
 }
+
+// --- Clocks --------------------------------------------------------------------------------------------------------
+
+/// Programs whose clocks are minutes apart, and not the database's either: timers are on time, nobody is taken for dead,
+/// and whoever dies is taken over.
+#[test]
+fn clocks_that_are_apart() {
+    test(async {
+        let Some(library) = faketime() else {
+            return not_run("clocks that are apart", "libfaketime is not installed");
+        };
+        let scene = Scene::<PostgresSchema>::new(WORKER, 60, Duration::from_millis(60)).await;
+        scene.backend.storage().await;
+        scene.count_takeovers().await;
+        let start = |clock: &str| {
+            // The clock that only measures is nobody's to set.
+            let unset = ("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            scene.start_with(&[("LD_PRELOAD", &library), ("FAKETIME", clock), unset])
+        };
+        let mut workers = vec![start("-7m"), start("+11m"), scene.start(None)];
+        scene.until_begun(200).await;
+        assert_eq!(scene.backend.taken_over().await, 0, "somebody was taken for dead");
+        for (worker, clock) in workers.iter_mut().zip(["+3m", "-20m"]) {
+            worker.kill();
+            *worker = start(clock);
+            scene.until_begun(scene.begun() + 60).await;
+        }
+        for worker in &mut workers {
+            assert!(worker.wait(LONG), "a worker failed");
+        }
+        scene.check().await;
+        let late = "SELECT count(*) FROM {s}.steps WHERE abs(extract(epoch FROM now() - recorded_at)) > 60";
+        assert_eq!(scene.backend.number(late).await, 0, "times are the database's");
+    });
+}
+
+fn faketime() -> Option<String> {
+    const LIBRARY: &str = "faketime/libfaketime.so.1";
+    let folders = std::fs::read_dir("/usr/lib").ok()?.filter_map(Result::ok).map(|entry| entry.path());
+    let mut folders = folders.chain(["/usr/lib".into(), "/usr/lib64".into(), "/usr/local/lib".into()]);
+    let library = folders.find(|folder: &std::path::PathBuf| folder.join(LIBRARY).exists())?.join(LIBRARY);
+    library.to_str().map(str::to_owned)
+}
+
+// --- Upgrades ------------------------------------------------------------------------------------------------------
+
+/// A later version's migration, which adds what this one does not know.
+const LATER: &str = "
+    ALTER TABLE {s}.processes ADD COLUMN priority integer NOT NULL DEFAULT 0;
+    ALTER TABLE {s}.steps ADD COLUMN note text;
+    ALTER TABLE {s}.events ADD COLUMN sender text;
+    ALTER TABLE {s}.instances ADD COLUMN version bigint;
+    CREATE TABLE {s}.notes (run uuid NOT NULL PRIMARY KEY, note text NOT NULL);
+    CREATE INDEX processes_priority ON {s}.processes (priority) WHERE status = 'waiting';
+    INSERT INTO {s}.migrations (version, name, checksum, oldest_code, applied_at)
+        SELECT max(version) + 1, 'later', 'x', max(version), now() FROM {s}.migrations;";
+
+/// Programs of this version go on while the schema becomes that of the next one, and while they are replaced one by one;
+/// once the schema asks for later code, they are refused.
+#[test]
+fn a_rolling_upgrade() {
+    test(async {
+        let scene = Scene::<PostgresSchema>::new(WORKER, 90, Duration::from_millis(60)).await;
+        let schema = &scene.backend;
+        schema.storage().await;
+        let mut workers: Vec<_> = (0..3).map(|_| scene.start(None)).collect();
+        scene.until_begun(100).await;
+        schema.execute(LATER).await;
+        for worker in &mut workers {
+            scene.until_begun(scene.begun() + 60).await;
+            worker.kill();
+            *worker = scene.start(None);
+        }
+        for worker in &mut workers {
+            assert!(worker.wait(LONG), "a worker failed");
+        }
+        scene.check().await;
+        schema.execute("UPDATE {s}.migrations SET oldest_code = version WHERE name = 'later'").await;
+        let refused = Postgres::connect(schema.url()).schema(schema.name()).await.unwrap_err();
+        assert!(refused.to_string().contains("deploy a newer version of the service"), "{refused}");
+        assert!(!scene.start(None).wait(LONG), "it runs on a schema that asks for later code");
+    });
+}

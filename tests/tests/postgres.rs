@@ -2,14 +2,17 @@
 //! interleavings staged with a second session; sessions that the server ends.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::{Claimed, InstanceId, LockState, Op, Outcome, Raised, Spawn, Storage, StorageError};
+use durable_core::storage::{Claimed, InstanceId, LockState, Op, Outcome, Park, Raised, Spawn, Storage, StorageError};
 use durable_core::*;
+use durable_postgres::Connect;
+use durable_tests::crash::scene::Random;
 use durable_tests::ops::*;
 use durable_tests::proxy::Proxy;
 use durable_tests::*;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 const GO: Event<u32> = Event::new("Go");
@@ -135,18 +138,41 @@ fn several_that_migrate_at_the_same_time() {
     });
 }
 
+/// A role beside the tests' own.
+struct Role<'s> {
+    schema: &'s PostgresSchema,
+    name: String,
+}
+
+impl<'s> Role<'s> {
+    async fn new(schema: &'s PostgresSchema) -> Self {
+        let role = Self { schema, name: schema.name().replace("test_", "role_") };
+        role.execute("CREATE ROLE {r} LOGIN PASSWORD 'secret'").await;
+        role
+    }
+    fn url(&self) -> String {
+        let options: PgConnectOptions = self.schema.url().parse().unwrap();
+        let (host, port, database) = (options.get_host(), options.get_port(), options.get_database().unwrap());
+        format!("postgres://{}:secret@{host}:{port}/{database}?application_name={}", self.name, self.schema.name())
+    }
+    /// All that it needs to run.
+    async fn grant(&self) {
+        self.execute("GRANT USAGE ON SCHEMA {s} TO {r}").await;
+        self.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {s} TO {r}").await;
+    }
+    /// Statements with `{r}` for the role.
+    async fn execute(&self, sql: &str) {
+        self.schema.execute(&sql.replace("{r}", &self.name)).await;
+    }
+}
+
 /// A role that may create nothing is enough to run.
 #[test]
 fn a_role_without_rights_to_create() {
     test(async {
         let schema = PostgresSchema::new().await;
-        let role = schema.name().replace("test_", "role_");
-        let mut connection = schema.connect().await;
-        let sql = |sql: &str| AssertSqlSafe(sql.replace("{s}", schema.name()).replace("{r}", &role));
-        connection.execute(sql("CREATE ROLE {r} LOGIN PASSWORD 'secret'")).await.unwrap();
-        let options: PgConnectOptions = schema.url().parse().unwrap();
-        let (host, port, database) = (options.get_host(), options.get_port(), options.get_database().unwrap());
-        let url = format!("postgres://{role}:secret@{host}:{port}/{database}?application_name={}", schema.name());
+        let role = Role::new(&schema).await;
+        let url = role.url();
         let connect = || Postgres::connect(&*url).schema(schema.name());
         let error = connect().await.unwrap_err().to_string();
         for part in ["permission denied", "CREATE", "schema_sql", "GRANT SELECT, INSERT, UPDATE, DELETE"] {
@@ -155,9 +181,7 @@ fn a_role_without_rights_to_create() {
         drop(schema.storage().await);
         let error = connect().await.unwrap_err().to_string();
         assert!(error.contains("permission denied") && error.contains("GRANT USAGE ON SCHEMA"), "{error}");
-        connection.execute(sql("GRANT USAGE ON SCHEMA {s} TO {r}")).await.unwrap();
-        let grant = sql("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {s} TO {r}");
-        connection.execute(grant).await.unwrap();
+        role.grant().await;
         connect().verify_only().await.unwrap();
         let host = Host::builder(connect().await.unwrap()).register(IT, it).start().await.unwrap();
         let handle = host.spawn(IT, "it", &1).await.unwrap();
@@ -165,7 +189,7 @@ fn a_role_without_rights_to_create() {
         assert_eq!(handle.output().await.unwrap(), 3);
         handle.delete().await.unwrap();
         host.shutdown(Duration::from_secs(5)).await;
-        connection.execute(sql("DROP OWNED BY {r}; DROP ROLE {r}")).await.unwrap();
+        role.execute("DROP OWNED BY {r}; DROP ROLE {r}").await;
     });
 }
 
@@ -366,46 +390,86 @@ fn await_against_finish() {
     });
 }
 
-/// Two instances race for each id of a process and of a message: one winner, one number each, and no deadlock.
+/// Three instances race for each id of a process, a message and a durable start, for what is new and for what is due: a
+/// thousand times each one winner, one number each, and no deadlock.
 #[test]
 fn races_for_ids() {
     test(async {
-        const ROUNDS: usize = 60;
+        const ROUNDS: usize = 125;
         const EACH: usize = 8;
         let schema = PostgresSchema::new().await;
-        let mut connection = schema.connect().await;
         let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
-        let before: i64 = connection.fetch_one(deadlocks).await.unwrap().get(0);
+        let before = schema.number(deadlocks).await;
         let storages = [schema.storage().await, schema.storage().await, schema.storage().await];
-        let mut instances = Vec::new();
-        for storage in &storages {
-            instances.push(enlist(storage).await);
+        let (mut instances, mut parents) = (Vec::new(), Vec::new());
+        for (n, storage) in storages.iter().enumerate() {
+            let (me, heart) = enlist(storage).await;
+            parents.push(start(storage, me, &format!("parent-{n}")).await);
+            instances.push((me, heart));
         }
         let targets: Vec<String> = (0..EACH).map(|n| format!("target-{n}")).collect();
         for target in &targets {
             start(&storages[0], instances[0].0, target).await;
         }
+        // What each of them does at the same time as the others.
+        let race = async |ops: [Vec<Op>; 3]| {
+            let racing = storages.iter().zip(&instances).zip(ops);
+            let racing = racing.map(|((storage, (me, _)), ops)| in_background(storage, batch(*me, 0, ops)));
+            let mut outcomes = Vec::new();
+            for racing in racing.collect::<Vec<_>>() {
+                outcomes.push(racing.await.unwrap().unwrap());
+            }
+            outcomes
+        };
+        let claim = || vec![Op::Claim { kind: KIND.into(), limit: EACH }];
         for round in 0..ROUNDS {
-            let racing = storages.iter().zip(&instances).enumerate().map(|(n, (storage, (me, _)))| {
+            let ops = [0, 1, 2].map(|n: usize| {
                 // Each in another order.
                 let turn = |m: usize| (m * (2 * n + 1) + n) % EACH;
                 let mut ops: Vec<Op> = (0..EACH).map(|m| spawn(&format!("p-{round}-{}", turn(m)), false).0).collect();
                 ops.extend((0..EACH).map(|m| raise(&targets[turn(m)], &format!("{round}"))));
                 ops.extend((0..EACH).map(|m| raise(&targets[turn(m)], &format!("{round}-{n}"))));
-                in_background(storage, batch(*me, 0, ops))
+                ops.extend((0..EACH).map(|m| {
+                    let child =
+                        Spawn { kind: "child".into(), ..spawn_op(&format!("child-{round}-{}", turn(m)), false) };
+                    started(parents[n], &format!("{round}-{m}"), child)
+                }));
+                ops
             });
-            let mut winners = 0;
-            for outcomes in racing.collect::<Vec<_>>() {
-                let outcomes = outcomes.await.unwrap().unwrap();
-                for outcome in &outcomes {
-                    match outcome {
-                        Outcome::Spawned(spawned) => winners += usize::from(!spawned.existed),
-                        Outcome::Raised(Raised::Delivered { .. }) => {}
-                        other => panic!("{other:?}"),
+            let mut winners = HashMap::new();
+            for outcome in race(ops).await.concat() {
+                match outcome {
+                    Outcome::Spawned(spawned) => {
+                        *winners.entry(spawned.kind).or_insert(0) += usize::from(!spawned.existed)
                     }
+                    Outcome::Raised(Raised::Delivered { .. }) => {}
+                    other => panic!("{other:?}"),
                 }
             }
-            assert_eq!(winners, EACH, "one winner each");
+            assert_eq!((winners[KIND], winners["child"]), (EACH, EACH), "one winner each");
+            // First those that are new are due, then those whose timer is.
+            for turn in 1..=2 {
+                let mut claimed = HashMap::new();
+                // Rows that another one was looking at were passed over.
+                while claimed.len() < EACH {
+                    for (n, outcomes) in race([claim(), claim(), claim()]).await.into_iter().enumerate() {
+                        let [Outcome::Claimed(mine)] = &outcomes[..] else { panic!("{outcomes:?}") };
+                        for Claimed { run, claim } in mine {
+                            assert_eq!(*claim, turn);
+                            assert!(claimed.insert(*run, n).is_none(), "claimed twice");
+                        }
+                    }
+                }
+                let wake_at = (turn == 1).then(chrono::DateTime::default);
+                let parks = [0, 1, 2].map(|n| {
+                    let mine = claimed.iter().filter(|(_, owner)| **owner == n);
+                    mine.map(|(run, _)| {
+                        Op::Park(Park { run: *run, claim: turn, wake_at, seen: Some(0), waiting_for: None })
+                    })
+                    .collect()
+                });
+                assert!(race(parks).await.concat().iter().all(|outcome| *outcome == Outcome::Recorded));
+            }
         }
         for target in &targets {
             let run = storages[0].find("default", target, None).await.unwrap().unwrap().run;
@@ -415,47 +479,71 @@ fn races_for_ids() {
             assert_eq!(numbers.len(), state.events.len());
             assert_eq!(numbers.into_iter().max().unwrap(), state.process.signals);
         }
-        connection.execute("SELECT pg_stat_clear_snapshot()").await.unwrap();
-        tokio::time::sleep(Duration::from_millis(1200)).await;
-        let after: i64 = connection.fetch_one(deadlocks).await.unwrap().get(0);
-        assert_eq!(after, before, "deadlocks");
+        // A session tells what it has counted when it ends, at the latest.
+        drop(storages);
+        drop(instances);
+        let sessions = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}'", schema.name());
+        until("its sessions have ended", async || schema.number(&sessions).await == 0).await;
+        assert_eq!(schema.number(deadlocks).await, before, "deadlocks");
     });
 }
 
 // --- Sessions that end ---------------------------------------------------------------------------------------------
 
-/// Calls that are dropped at any moment leave no transaction open, and the storage goes on.
+/// Polls a call a few times and drops it. Says whether it was unfinished.
+async fn dropped(call: impl Future, polls: u64) -> bool {
+    let (mut call, mut left) = (std::pin::pin!(call), polls);
+    std::future::poll_fn(|cx| {
+        if call.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(false);
+        }
+        left = left.saturating_sub(1);
+        if left == 0 { Poll::Ready(true) } else { Poll::Pending }
+    })
+    .await
+}
+
+/// Calls that are dropped at any of their awaits leave no transaction open, and the storage goes on.
 #[test]
 fn dropped_calls_leave_nothing_open() {
     test(async {
-        const CALLS: u64 = 3000;
+        const CALLS: u64 = 10_000;
+        const AT_A_TIME: u64 = 4;
         let schema = PostgresSchema::new().await;
         let storage = schema.storage().await;
         let (me, _heart) = enlist(&storage).await;
         start(&storage, me, "target").await;
-        let mut dropped = 0;
-        for n in 0..CALLS {
-            let call = {
-                let storage = storage.clone();
-                tokio::spawn(async move {
-                    let (child, run) = spawn(&format!("p-{n}"), true);
-                    match n % 4 {
-                        // One statement.
-                        0 => storage.commit(&batch(me, 0, vec![child])).await.map(|_| ()),
-                        // A transaction.
-                        1 | 2 => {
-                            let ops = vec![child, raise("target", &n.to_string()), Op::Cancel { id: "target".into() }];
-                            storage.commit(&batch(me, 0, ops)).await.map(|_| ())
+        let some = |first: u64| {
+            let storage = storage.clone();
+            tokio::spawn(async move {
+                let (mut random, mut unfinished) = (Random(first), 0);
+                for n in (first..CALLS).step_by(AT_A_TIME as usize) {
+                    let kind = random.below(4);
+                    let (child, run) = spawn(&format!("{}-{n}", if kind > 1 { "two" } else { "one" }), true);
+                    let call = async {
+                        match kind {
+                            // One statement.
+                            0 => drop(storage.commit(&batch(me, 0, vec![child])).await),
+                            1 => drop(storage.load(&[run], true).await),
+                            // A transaction.
+                            _ => {
+                                let raise = raise("target", &n.to_string());
+                                let ops = vec![child, raise, Op::Cancel { id: "target".into() }];
+                                drop(storage.commit(&batch(me, 0, ops)).await);
+                            }
                         }
-                        _ => storage.load(&[run], true).await.map(|_| ()),
-                    }
-                })
-            };
-            tokio::time::sleep(Duration::from_micros(n * 37 % 2500)).await;
-            call.abort();
-            dropped += usize::from(call.await.is_err());
+                    };
+                    unfinished += u64::from(dropped(call, 1 + random.below(100)).await);
+                }
+                unfinished
+            })
+        };
+        let mut unfinished = 0;
+        for some in (0..AT_A_TIME).map(some).collect::<Vec<_>>() {
+            unfinished += some.await.unwrap();
         }
-        assert!(dropped > 300, "{dropped} were dropped");
+        println!("{unfinished} were unfinished");
+        assert!((CALLS / 2..CALLS - 100).contains(&unfinished), "{unfinished} were unfinished");
         let mut connection = schema.connect().await;
         let sql =
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state LIKE 'idle in transaction%'";
@@ -470,8 +558,8 @@ fn dropped_calls_leave_nothing_open() {
         }
         assert_eq!(open, 0);
         // Each batch is there as a whole or not at all.
-        let sql = "SELECT count(*) FROM {s}.processes p FULL JOIN {s}.events e ON p.id = 'p-' || e.event_id
-            WHERE p.id <> 'target' AND substr(p.id, 3)::integer % 4 IN (1, 2) AND e.run IS NULL OR p.run IS NULL";
+        let sql = "SELECT count(*) FROM {s}.processes p FULL JOIN {s}.events e ON p.id = 'two-' || e.event_id
+            WHERE p.run IS NULL OR p.id LIKE 'two-%' AND e.run IS NULL";
         let halves: i64 = connection.fetch_one(schema.sql(sql)).await.unwrap().get(0);
         assert_eq!(halves, 0);
         storage.refence(me, 1).await.unwrap();
@@ -545,7 +633,7 @@ fn a_lock_of_another_run_of_the_server_proves_nothing() {
 }
 
 /// Processes that are under way while `disturb` does its worst: they see nothing of it, and no recorded step runs twice.
-async fn disturbed(schema: &PostgresSchema, url: &str, disturb: impl AsyncFnOnce()) {
+async fn disturbed(connect: Connect, disturb: impl AsyncFnOnce()) {
     const MANY: u32 = 60;
     let effects = Effects::default();
     let counted = effects.clone();
@@ -564,8 +652,7 @@ async fn disturbed(schema: &PostgresSchema, url: &str, disturb: impl AsyncFnOnce
             Ok::<_, Failure>(proc.event(GO).await? + input)
         }
     };
-    let storage = Postgres::connect(url).schema(schema.name()).await.unwrap();
-    let host = Host::builder(storage)
+    let host = Host::builder(connect.await.unwrap())
         .heartbeat(Duration::from_millis(500), Duration::from_secs(10))
         .quiet_time(Duration::from_millis(50))
         .poll(Duration::from_millis(200))
@@ -600,7 +687,7 @@ fn sessions_that_end_at_any_moment() {
     test(async {
         let schema = PostgresSchema::new().await;
         let mut connection = schema.connect().await;
-        disturbed(&schema, schema.url(), async || {
+        disturbed(Postgres::connect(schema.url()).schema(schema.name()), async || {
             for _ in 0..20 {
                 let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
                 sqlx::query(sql).bind(schema.name()).execute(&mut connection).await.unwrap();
@@ -617,7 +704,7 @@ fn answers_that_are_lost() {
     test(async {
         let schema = PostgresSchema::new().await;
         let proxy = Proxy::before(schema.url()).await;
-        disturbed(&schema, &proxy.url, async || {
+        disturbed(Postgres::connect(&proxy.url).schema(schema.name()), async || {
             for _ in 0..20 {
                 let before = proxy.lost();
                 proxy.network(|network| network.swallows = true);
@@ -628,6 +715,66 @@ fn answers_that_are_lost() {
             }
         })
         .await;
+    });
+}
+
+/// The server takes no connection, takes no login, is read only: nothing is recorded meanwhile, and all goes on after.
+#[test]
+fn a_server_that_refuses() {
+    test(async {
+        for (refuse, allow) in [
+            ("CONNECTION LIMIT 0", "CONNECTION LIMIT -1"),
+            ("NOLOGIN", "LOGIN"),
+            ("SET default_transaction_read_only = on", "RESET default_transaction_read_only"),
+        ] {
+            let schema = PostgresSchema::new().await;
+            drop(schema.storage().await);
+            let role = Role::new(&schema).await;
+            role.grant().await;
+            let steps = async || schema.number("SELECT count(*) FROM {s}.steps").await;
+            let sessions = format!("FROM pg_stat_activity WHERE usename = '{}'", role.name);
+            let end = format!("SELECT count(pg_terminate_backend(pid)) {sessions}");
+            disturbed(Postgres::connect(role.url()).schema(schema.name()), async || {
+                until("something is recorded", async || steps().await > 0).await;
+                role.execute(&format!("ALTER ROLE {{r}} {refuse}")).await;
+                let since = schema.texts("SELECT clock_timestamp()::text").await.remove(0);
+                role.execute(&end).await;
+                let old = format!("SELECT count(*) {sessions} AND backend_start < '{since}'");
+                until("the old sessions have ended", async || schema.number(&old).await == 0).await;
+                let before = steps().await;
+                tokio::time::sleep(Duration::from_millis(600)).await;
+                assert_eq!(steps().await, before, "{refuse}");
+                role.execute(&format!("ALTER ROLE {{r}} {allow}")).await;
+                role.execute(&end).await;
+                until("it goes on", async || steps().await > before).await;
+            })
+            .await;
+            role.execute("DROP OWNED BY {r}; DROP ROLE {r}").await;
+        }
+    });
+}
+
+/// Statements that take too long, and locks that take too long, are given up and tried again.
+#[test]
+fn statements_that_take_too_long() {
+    test(async {
+        for (statement, lock) in [(100, 60_000), (60_000, 100)] {
+            let schema = PostgresSchema::new().await;
+            let mut session = schema.connect().await;
+            let connect = Postgres::connect(schema.url()).schema(schema.name());
+            let connect = connect.statement_timeout(Duration::from_millis(statement), Duration::from_millis(lock));
+            disturbed(connect, async || {
+                for table in ["processes", "steps", "fences", "instances", "events"] {
+                    let mut transaction = session.begin().await.unwrap();
+                    let lock = format!("LOCK TABLE {{s}}.{table} IN ACCESS EXCLUSIVE MODE");
+                    transaction.execute(schema.sql(&lock)).await.unwrap();
+                    tokio::time::sleep(Duration::from_millis(350)).await;
+                    transaction.rollback().await.unwrap();
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                }
+            })
+            .await;
+        }
     });
 }
 

@@ -59,7 +59,12 @@ impl<B: Shared> Scene<B> {
 
     /// Starts a worker.
     pub fn start(&self, die: Option<Boundary>) -> Worker {
-        self.orders(die).start(Path::new(self.worker))
+        self.orders(die).start(Path::new(self.worker), &[])
+    }
+
+    /// Starts a worker with these variables in its environment.
+    pub fn start_with(&self, environment: &[(&str, &str)]) -> Worker {
+        self.orders(None).start(Path::new(self.worker), environment)
     }
 
     /// Is a worker, the one with this number, in the test's own program.
@@ -88,10 +93,14 @@ impl<B: Shared> Scene<B> {
         assert!(wrong.is_empty(), "{} things are wrong:\n{}", wrong.len(), wrong.join("\n"));
     }
 
+    /// How many attempts have begun.
+    pub fn begun(&self) -> usize {
+        self.lines().iter().filter(|line| matches!(line.what, What::Begin { .. })).count()
+    }
+
     /// Waits until so many attempts have begun.
     pub async fn until_begun(&self, attempts: usize) {
-        let begun = || self.lines().iter().filter(|line| matches!(line.what, What::Begin { .. })).count();
-        crate::until("attempts", async || begun() >= attempts).await;
+        crate::until("attempts", async || self.begun() >= attempts).await;
     }
 
     /// From now on, whoever is fenced while it owns processes is counted.

@@ -57,10 +57,11 @@ impl Orders {
         }
     }
 
-    /// Starts the worker program.
-    pub fn start(&self, program: &Path) -> Worker {
-        let child = Command::new(program).args(self.to_args()).stdin(Stdio::null()).spawn().unwrap();
-        Worker(child)
+    /// Starts the worker program, with these variables in its environment.
+    pub fn start(&self, program: &Path, environment: &[(&str, &str)]) -> Worker {
+        let mut command = Command::new(program);
+        command.args(self.to_args()).envs(environment.iter().copied()).stdin(Stdio::null());
+        Worker(command.spawn().unwrap())
     }
 }
 
