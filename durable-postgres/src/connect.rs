@@ -1,6 +1,6 @@
 use durable_core::storage::{Result, StorageError};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
-use sqlx::{ConnectOptions, Error, Row};
+use sqlx::{ConnectOptions, Connection, Error, Executor, Row};
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::str::FromStr;
@@ -184,6 +184,12 @@ pub(crate) struct Options {
 pub(crate) async fn connect(options: &Options) -> sqlx::Result<PgConnection> {
     let mut connection = options.options.connect().await?;
     session::set(&mut connection, options.bounds, options.whose).await?;
+    if options.whose == Whose::Service {
+        // For the driver it is within a transaction from now on, so that one which the service begins within the engine's
+        // is a savepoint, and its commit not the engine's.
+        std::mem::forget(connection.begin().await?);
+        connection.execute("ROLLBACK").await?;
+    }
     Ok(connection)
 }
 

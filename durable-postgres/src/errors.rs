@@ -74,7 +74,8 @@ pub(crate) fn passes(error: &Error) -> bool {
         Some(code) => {
             // Not a statement that took too long: it would again.
             let class = matches!(code.get(..2), Some("08" | "40" | "53")) || code.starts_with("57P");
-            class || matches!(code, "55P03" | "25P03" | "25006")
+            // Statements that the connection keeps, and that no longer fit: another connection helps.
+            class || matches!(code, "55P03" | "25P03" | "25006" | "0A000" | "26000")
         }
         None => matches!(error, Error::Io(_) | Error::Tls(_) | Error::Protocol(_) | Error::PoolTimedOut),
     }

@@ -1,6 +1,6 @@
 //! Who may write: statements about instances other than their heartbeats.
 
-use durable_core::storage::{Fence, InstanceId, Peer};
+use durable_core::storage::{InstanceId, Peer};
 
 use crate::names::Schema;
 use crate::read::limit_arg;
@@ -15,16 +15,6 @@ pub(crate) fn refence(schema: &Schema, instance: InstanceId, generation: i64) ->
     sql.text = format!(
         "UPDATE {schema}.fences SET generation = greatest(generation, {generation})
          WHERE instance = {instance} AND fenced_at IS NULL RETURNING 1"
-    );
-    sql
-}
-
-/// A row if batches under this fence may write.
-pub(crate) fn stands(schema: &Schema, fence: Fence) -> Sql {
-    let mut sql = Sql::default();
-    let (instance, generation) = (sql.bind(fence.instance.0), sql.bind(fence.generation));
-    sql.text = format!(
-        "SELECT 1 FROM {schema}.fences WHERE instance = {instance} AND generation = {generation} AND fenced_at IS NULL"
     );
     sql
 }

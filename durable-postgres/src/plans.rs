@@ -153,8 +153,8 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
             _ => {}
         }
     }
-    statements.push(("inbox", batch::waiting(schema, "default")));
-    statements.push(("stands", fence::stands(schema, Fence { instance, generation: 1 })));
+    statements.push(("inbox", batch::waiting(schema, "default", 1, 10)));
+    statements.push(("last of the inbox", batch::last(schema, "default")));
     for kind in [Kind::Single, Kind::Messages, Kind::Whole] {
         statements.extend(batch::statements(schema, &batch_of(kind)));
     }

@@ -35,19 +35,21 @@ impl Postgres {
 }
 
 impl Postgres {
-    /// Moves on what waits in the inbox, and says how much that was. A lost answer is no worse than none: what was moved
-    /// is not there any more.
-    async fn sweep(&self, namespace: &str) -> Result<usize> {
-        let mut lent = self.0.connections.lend().await?;
-        let result = match batch::sweep(&mut lent.connection, &self.0.schema, namespace).await {
-            Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
-            result => result,
-        };
-        let moved = lent.done(result)?;
-        if moved > 0 {
+    /// Moves on what waits in the inbox now. A lost answer is no worse than none: what was moved is not there any more.
+    async fn sweep(&self, namespace: &str) -> Result<()> {
+        let last = self.run(batch::last(&self.0.schema, namespace)).await?;
+        let Some(last) = last.first().map(|row| rows::get::<i64>(row, 0)).transpose()? else { return Ok(()) };
+        loop {
+            let mut lent = self.0.connections.lend().await?;
+            let result = match batch::sweep(&mut lent.connection, &self.0.schema, namespace, last).await {
+                Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
+                result => result,
+            };
+            if lent.done(result)? == 0 {
+                return Ok(());
+            }
             Hints::tell(&self.0);
         }
-        Ok(moved)
     }
 }
 
@@ -75,19 +77,18 @@ impl Storage for Postgres {
     }
 
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
-        let outcomes = loop {
+        let commit = async |swept: bool| {
             let mut lent = self.0.connections.lend().await?;
-            let result = batch::commit(&mut lent.connection, &self.0.schema, batch).await;
-            match lent.done(result) {
-                // Or something waits in the inbox, which goes first; unless somebody else has moved it on meanwhile.
-                Err(StorageError::Fenced) if batch.ops.iter().any(batch::names_an_id) => {
-                    self.sweep(&batch.namespace).await?;
-                    if self.run(fence::stands(&self.0.schema, batch.fence)).await?.is_empty() {
-                        return Err(StorageError::Fenced);
-                    }
-                }
-                result => break result?,
+            let result = batch::commit(&mut lent.connection, &self.0.schema, batch, swept).await;
+            lent.done(result)
+        };
+        let outcomes = match commit(false).await {
+            // Or something waits in the inbox, which goes first. What is wrong there is not the batch's fault.
+            Err(StorageError::Fenced) if batch.ops.iter().any(batch::names_an_id) => {
+                self.sweep(&batch.namespace).await.map_err(|error| StorageError::unavailable(error.to_string()))?;
+                commit(true).await?
             }
+            result => result?,
         };
         if concerns_others(batch, &outcomes) {
             Hints::tell(&self.0);
@@ -109,10 +110,12 @@ impl Storage for Postgres {
     }
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
-        loop {
-            let (polled, inbox) = read::polled(&self.run(read::poll_statement(&self.0.schema, poll)).await?)?;
-            if !inbox || self.sweep(&poll.namespace).await? == 0 {
-                return Ok(polled);
+        let look = async || read::polled(&self.run(read::poll_statement(&self.0.schema, poll)).await?);
+        match look().await? {
+            (polled, false) => Ok(polled),
+            (_, true) => {
+                self.sweep(&poll.namespace).await?;
+                Ok(look().await?.0)
             }
         }
     }
@@ -161,7 +164,7 @@ impl Storage for Postgres {
         let mut rows = find().await?;
         if rows.is_empty() {
             // It may wait in the inbox, or may have left it since.
-            while self.sweep(namespace).await? > 0 {}
+            self.sweep(namespace).await?;
             rows = find().await?;
         }
         rows.first().map(rows::process).transpose()

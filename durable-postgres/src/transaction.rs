@@ -114,9 +114,17 @@ impl Ending for PgEnding {
         const ABORTED: &str = "25P02";
         let Some(mut connection) = self.slot.take() else { return Ok(Committed::Escaped) };
         // What the closure has set must not decide where the record goes, and who writes it.
-        let regain = "RELEASE SAVEPOINT durable_transaction; RESET SESSION AUTHORIZATION; RESET ROLE;
-            SET LOCAL search_path = pg_catalog, pg_temp";
-        if let Err(error) = connection.execute(sqlx::raw_sql(regain)).await {
+        // Nor may it take the bounds off what is locked from here on, nor lessen what a commit promises.
+        let regain = format!(
+            "RELEASE SAVEPOINT durable_transaction; RESET SESSION AUTHORIZATION; RESET ROLE;
+             SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL client_encoding = 'UTF8';
+             SET LOCAL synchronous_commit TO DEFAULT; SET LOCAL idle_in_transaction_session_timeout = {};
+             SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {}",
+            self.bounds.idle_in_transaction.as_millis().max(1),
+            self.bounds.lock.as_millis().max(1),
+            self.bounds.statement.as_millis().max(1)
+        );
+        if let Err(error) = connection.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(regain))).await {
             return match code(&error).as_deref() {
                 Some(NO_SUCH_SAVEPOINT | NO_TRANSACTION) => Ok(Committed::Escaped),
                 Some(ABORTED) => Ok(Committed::Aborted),
@@ -133,8 +141,7 @@ impl Ending for PgEnding {
     async fn rollback(self: Box<Self>) -> Result<RolledBack> {
         const NO_SUCH_SAVEPOINT: &str = "3B001";
         const NO_TRANSACTION: &str = "25P01";
-        // Whoever still has the handle has the connection, which is closed with it.
-        let Some(mut connection) = self.slot.take() else { return Ok(RolledBack::Open) };
+        let Some(mut connection) = self.slot.take() else { return Ok(RolledBack::Escaped) };
         // Whether it is aborted, and whether it is there at all, must be known before it is ended.
         let aborted = match connection.execute(sqlx::raw_sql("RELEASE SAVEPOINT durable_transaction")).await {
             Ok(_) => false,
@@ -145,8 +152,12 @@ impl Ending for PgEnding {
             },
         };
         connection.execute(sqlx::raw_sql("ROLLBACK")).await.map_err(reading)?;
+        if aborted {
+            // It may be the connection's fault: a plan that it keeps and that no longer fits, say.
+            return Ok(RolledBack::Aborted);
+        }
         give_back(self.home, connection, self.bounds);
-        Ok(if aborted { RolledBack::Aborted } else { RolledBack::Open })
+        Ok(RolledBack::Open)
     }
 
     fn is_transient(&self, error: &(dyn Error + 'static)) -> Option<bool> {
@@ -158,7 +169,10 @@ impl Ending for PgEnding {
 /// works.
 fn give_back(home: Home, mut connection: PgConnection, bounds: Bounds) {
     tokio::spawn(async move {
-        let reset = connection.execute(sqlx::raw_sql("RESET ALL; RESET SESSION AUTHORIZATION; RESET ROLE")).await;
+        // Not `DISCARD ALL`, which would take the statements that the driver keeps.
+        let reset = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; CLOSE ALL; UNLISTEN *; DISCARD TEMP;
+            SELECT pg_catalog.pg_advisory_unlock_all()";
+        let reset = connection.execute(sqlx::raw_sql(reset)).await;
         if reset.is_ok() && session::set(&mut connection, bounds, Whose::Service).await.is_ok() {
             home.keep(connection);
         }

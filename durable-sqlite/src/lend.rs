@@ -15,6 +15,8 @@ pub(crate) struct Single(Arc<Mutex<Option<SqliteConnection>>>);
 pub(crate) struct Lent {
     home: Turn,
     pub(crate) connection: SqliteConnection,
+    /// It was opened for this.
+    pub(crate) fresh: bool,
 }
 
 /// The turn of one of those who wait for a connection, with or without using it.
@@ -32,11 +34,11 @@ impl Single {
 
     pub(crate) async fn lend(&self, options: &SqliteConnectOptions) -> Result<Lent> {
         let mut home = self.turn().await;
-        let connection = match home.take() {
-            Some(connection) => connection,
-            None => connect(options).await.map_err(reading)?,
+        let (connection, fresh) = match home.take() {
+            Some(connection) => (connection, false),
+            None => (connect(options).await.map_err(reading)?, true),
         };
-        Ok(Lent { home, connection })
+        Ok(Lent { home, connection, fresh })
     }
 }
 
@@ -48,7 +50,7 @@ impl Lent {
 
     /// Gives the connection back, unless its user does not know what it has done.
     pub(crate) fn done<T>(self, result: Result<T>) -> Result<T> {
-        let Self { mut home, connection } = self;
+        let Self { mut home, connection, .. } = self;
         if !matches!(result, Err(StorageError::Unknown(_))) {
             *home = Some(connection);
         }

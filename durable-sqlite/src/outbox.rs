@@ -159,14 +159,15 @@ impl<'c, X: SqliteExecutor<'c> + 'c> OutboxWriter for InTransaction<'c, X> {
         let Raise { id, name, event_id, payload } = raise;
         let [namespace, id, name]: [Arg; 3] = [namespace.into(), (&**id).into(), (&**name).into()];
         let [event_id, payload]: [Arg; 2] = [(&**event_id).into(), (&**payload).into()];
-        // Its owner has to be told whoever it is: the engine does not know of it.
+        // Counted first: were the message left out after that, no other would get its number. Its owner has to be told
+        // whoever it is: the engine does not know of it.
         let sql = format!(
-            "INSERT INTO main.durable_events (run, number, name, event_id, payload, raised_at)
-             SELECT p.run, p.signals + 1, ?, ?, ?, {NOW} FROM main.durable_processes p
-             WHERE p.namespace = ? AND p.id = ? AND p.current = 1 AND p.status IN {unfinished}
-                 AND NOT EXISTS (SELECT 1 FROM main.durable_events e WHERE e.run = p.run AND e.event_id = ?);
-             UPDATE main.durable_processes SET signals = signals + 1, {wake}
-             WHERE changes() = 1 AND namespace = ? AND id = ? AND current = 1;
+            "UPDATE main.durable_processes SET signals = signals + 1, {wake}
+             WHERE namespace = ? AND id = ? AND current = 1 AND status IN {unfinished} AND NOT EXISTS (
+                 SELECT 1 FROM main.durable_events e WHERE e.run = durable_processes.run AND e.event_id = ?);
+             INSERT INTO main.durable_events (run, number, name, event_id, payload, raised_at)
+             SELECT p.run, p.signals, ?, ?, ?, {NOW} FROM main.durable_processes p
+             WHERE changes() = 1 AND p.namespace = ? AND p.id = ? AND p.current = 1;
              SELECT p.run, e.number FROM main.durable_processes p
                  LEFT JOIN main.durable_events e ON e.run = p.run AND e.event_id = ?
              WHERE p.namespace = ? AND p.id = ? AND p.current = 1",
@@ -174,14 +175,14 @@ impl<'c, X: SqliteExecutor<'c> + 'c> OutboxWriter for InTransaction<'c, X> {
             wake = crate::batch::wake(),
         );
         let args = vec![
-            name,
-            event_id.clone(),
-            payload,
+            // No instance's id.
+            "".into(),
             namespace.clone(),
             id.clone(),
             event_id.clone(),
-            // No instance's id.
-            "".into(),
+            name,
+            event_id.clone(),
+            payload,
             namespace.clone(),
             id.clone(),
             event_id,

@@ -4,17 +4,20 @@ use durable_core::storage::{
     Storage, StorageError, Transactional, source,
 };
 use durable_core::{Name, Process, Transaction, Typed};
+use sqlx::Connection;
 use sqlx::sqlite::SqliteConnection;
 use std::error::Error;
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::Sqlite;
-use crate::errors::passes;
+use crate::errors::{passes, reading};
 use crate::lend::Turn;
 use crate::rows::get;
 use crate::script::{NOW, Script};
-use crate::store::{all, patiently};
+use crate::store::{all, is_busy, patiently};
 
 /// `proc.transaction(…)`: steps whose SQL commits with their record.
 pub trait Transactions {
@@ -74,6 +77,12 @@ impl Transactional for Sqlite {
         let turn = self.0.writer.turn().await;
         self.0.let_hearts_pass().await;
         let mut lent = self.0.transactor.lend(&self.0.options.clone().foreign_keys(true)).await?;
+        if lent.fresh {
+            // For the driver it is within a transaction from now on, so that one which the service begins within the
+            // engine's is a savepoint, and its commit not the engine's.
+            std::mem::forget(lent.connection.begin().await.map_err(reading)?);
+            script("ROLLBACK").run(&mut lent.connection).await?;
+        }
         let begin = || {
             let mut script = Script::default();
             script.add("BEGIN IMMEDIATE", []);
@@ -82,12 +91,24 @@ impl Transactional for Sqlite {
             script
         };
         let begun = patiently(begin, &mut lent.connection).await;
-        if let Err(error) = begun {
-            return lent.done(Err(error));
+        match begun {
+            Ok(_) => {}
+            Err(StorageError::Unavailable(why)) if is_busy(&*why) => {
+                return lent.done(Err(StorageError::Unavailable(why)));
+            }
+            // It may be what an earlier closure has left on the connection, which goes.
+            Err(error) => return Err(error),
         }
+        let gone = Arc::new(AtomicBool::new(false));
+        // A statement that still runs when the transaction is given up would keep everybody from writing.
+        let goes_on = {
+            let gone = gone.clone();
+            move || !gone.load(Ordering::Relaxed)
+        };
+        lent.connection.lock_handle().await.map_err(reading)?.set_progress_handler(10_000, goes_on);
         let (home, connection) = lent.part();
         let (tx, slot) = Tx::new(connection);
-        Ok(Open { tx, ending: Box::new(SqliteEnding { slot, home, _turn: turn }) })
+        Ok(Open { tx, ending: Box::new(SqliteEnding { slot, gone, home, _turn: turn }) })
     }
 
     async fn settled(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
@@ -99,8 +120,34 @@ impl Transactional for Sqlite {
 
 struct SqliteEnding {
     slot: Slot<SqliteConnection>,
+    /// Nobody wants the transaction any more.
+    gone: Arc<AtomicBool>,
     home: Turn,
     _turn: Turn,
+}
+
+impl Drop for SqliteEnding {
+    fn drop(&mut self) {
+        self.gone.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Ends the closure's part: false if its SQL has ended the transaction itself.
+async fn regain(connection: &mut SqliteConnection) -> Result<bool> {
+    connection.lock_handle().await.map_err(reading)?.remove_progress_handler();
+    let mut release = script("PRAGMA query_only = OFF");
+    release.add("RELEASE durable_transaction", []);
+    match release.run(connection).await {
+        Ok(_) => Ok(true),
+        Err(error) if error.to_string().contains("no such savepoint") => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the closure has left nothing on the connection that the next one would meet.
+async fn is_clean(connection: &mut SqliteConnection) -> bool {
+    let left = script("SELECT 1 FROM temp.sqlite_master LIMIT 1").run(connection).await;
+    left.is_ok_and(|answers| all(&answers).next().is_none())
 }
 
 fn script(sql: &str) -> Script {
@@ -113,25 +160,26 @@ fn script(sql: &str) -> Script {
 impl Ending for SqliteEnding {
     async fn commit(mut self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
         let Some(mut connection) = self.slot.take() else { return Ok(Committed::Escaped) };
-        if script("RELEASE durable_transaction").run(&mut connection).await.is_err() {
+        if !regain(&mut connection).await? {
             return Ok(Committed::Escaped);
         }
         let committed = commit(&mut connection, instance, record).await;
-        if committed.is_ok() {
+        if committed.is_ok() && is_clean(&mut connection).await {
             *self.home = Some(connection);
         }
         committed
     }
 
     async fn rollback(mut self: Box<Self>) -> Result<RolledBack> {
-        // Whoever still has the handle has the connection, which is closed with it.
-        let Some(mut connection) = self.slot.take() else { return Ok(RolledBack::Open) };
-        let there = script("RELEASE durable_transaction").run(&mut connection).await.is_ok();
-        if there {
-            script("ROLLBACK").run(&mut connection).await?;
+        let Some(mut connection) = self.slot.take() else { return Ok(RolledBack::Escaped) };
+        if !regain(&mut connection).await? {
+            return Ok(RolledBack::Escaped);
         }
-        *self.home = Some(connection);
-        Ok(if there { RolledBack::Open } else { RolledBack::Escaped })
+        script("ROLLBACK").run(&mut connection).await?;
+        if is_clean(&mut connection).await {
+            *self.home = Some(connection);
+        }
+        Ok(RolledBack::Open)
     }
 
     fn is_transient(&self, error: &(dyn Error + 'static)) -> Option<bool> {

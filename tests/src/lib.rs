@@ -39,6 +39,10 @@ pub trait Sql: Backend {
     const STEPS: &'static str;
     /// SQL that gives the engine's names another meaning for whoever does not name the place as well.
     const HIDE: &'static [&'static str];
+    /// What a careless closure leaves on its connection.
+    const LEAVE: &'static [&'static str];
+    /// Asks every process to cancel, as the engine does.
+    const CANCELS: &'static str;
     /// A connection of the service's own.
     type Connection: Send;
     /// Begins a transaction that writes.
@@ -96,6 +100,10 @@ impl Sql for SqliteFile {
         "CREATE TEMP TABLE IF NOT EXISTS durable_processes (dummy TEXT)",
         "CREATE TEMP TABLE IF NOT EXISTS durable_fences (dummy TEXT)",
     ];
+    const LEAVE: &'static [&'static str] = &["PRAGMA query_only = ON"];
+    const CANCELS: &'static str =
+        "UPDATE durable_processes SET cancel_requested_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
+        signals = signals + 1, signalled = 1";
     type Connection = sqlx::SqliteConnection;
     const BEGIN: &'static str = "BEGIN IMMEDIATE";
     async fn connection(&self) -> sqlx::SqliteConnection {

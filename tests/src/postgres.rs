@@ -85,6 +85,15 @@ impl Sql for PostgresSchema {
         "SET search_path = pg_temp, pg_catalog",
         "SET ROLE pg_monitor",
     ];
+    const LEAVE: &'static [&'static str] = &[
+        "SELECT pg_advisory_lock(4711)",
+        "SET idle_in_transaction_session_timeout = 0",
+        "SET client_encoding = 'LATIN1'",
+        "LISTEN something",
+        "PREPARE it AS SELECT 1",
+    ];
+    const CANCELS: &'static str =
+        "UPDATE processes SET cancel_requested_at = now(), signals = signals + 1, signalled = true";
     type Connection = PgConnection;
     const BEGIN: &'static str = "BEGIN";
     async fn connection(&self) -> PgConnection {

@@ -1,6 +1,7 @@
 //! What each durable operation promises, on every storage.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use durable_core::storage::{RecordKey, RecordState, Scope, Storage};
 use durable_core::*;
 use durable_tests::*;
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,7 @@ on_each_backend!(
     a_dropped_step_is_attempted_again,
     an_operation_dropped_while_it_is_recorded,
     a_receive_dropped_while_it_is_recorded,
+    a_timed_receive_that_was_dropped_leaves_no_deadline,
     two_that_ask_for_one_value,
     a_message_as_large_as_allowed,
     wakers_of_operations_that_are_gone,
@@ -606,6 +608,41 @@ async fn a_receive_dropped_while_it_is_recorded<B: Backend>() {
     let (dropped, log) = handle.output().await.unwrap();
     assert!(dropped > 0);
     assert_eq!(log, (0..2 * ROUNDS).collect::<Vec<_>>(), "each once, in order, in both executions");
+}
+
+async fn a_timed_receive_that_was_dropped_leaves_no_deadline<B: Backend>() {
+    const DROPPED: Definition<(), (u64, u64)> = Definition::new("dropped");
+    let backend = B::new().await;
+    // What decides a `select!` is not recorded, so it stays in memory here.
+    let host = quick(&backend).await.quiet_time(Duration::from_secs(3600));
+    let function = |proc: Process, ()| async move {
+        let drop_one = async |n: u32| {
+            tokio::select! {
+                biased;
+                _ = std::future::IntoFuture::into_future(proc.event(PAID).timeout(100 * MS)) => unreachable!(),
+                _ = std::future::IntoFuture::into_future(proc.delay(("soon", n), 20 * MS)) => {}
+            }
+        };
+        drop_one(0).await;
+        proc.delay("later", 200 * MS).await?;
+        let first = proc.event(PAID).timeout(Duration::from_secs(3600)).await?;
+        drop_one(1).await;
+        proc.delay("much later", 200 * MS).await?;
+        Ok::<_, Failure>((first.unwrap_or(0), proc.event(PAID).await?))
+    };
+    let host = host.register(DROPPED, function).start().await.unwrap();
+    let handle = host.spawn(DROPPED, "d", &()).await.unwrap();
+    let storage = backend.storage().await;
+    let run = handle.status().await.unwrap().run;
+    let passed = async |name: &str| {
+        let key = RecordKey { scope: Scope::Process, name: name.into(), key: "".into() };
+        storage.record(run, &key).await.unwrap().is_some_and(|record| record.state == RecordState::Done)
+    };
+    until("the first deadline has passed", async || passed("later").await).await;
+    handle.raise(PAID, &1).await.unwrap();
+    until("the second one, too", async || passed("much later").await).await;
+    handle.raise(PAID, &2).await.unwrap();
+    assert_eq!(handle.output().await.unwrap(), (1, 2));
 }
 
 async fn two_that_ask_for_one_value<B: Backend>() {

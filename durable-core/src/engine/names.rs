@@ -27,6 +27,8 @@ pub(crate) struct NameState {
     pub(crate) asked: bool,
     /// A record of it waits to be committed.
     pub(crate) recording: bool,
+    /// This execution has begun it, and dropped it unfinished.
+    pub(crate) dropped: bool,
 }
 
 impl NameState {

@@ -248,6 +248,7 @@ impl Drop for Operation {
             && matches!(name.usage, Usage::Busy(_))
         {
             name.usage = Usage::Free;
+            name.dropped = true;
         }
         drop(state);
         self.run.name_changed();

@@ -60,7 +60,7 @@ where
         Box::pin(async move {
             let prepared = spawn.prepare().map_err(|limit| OutboxError::Process(limit.into()))?;
             let spawned = outbox.spawn(spawn.namespace(), &prepared).await.map_err(OutboxError::Database)?;
-            spawn.judge(&prepared.digest, &spawned).map_err(OutboxError::Process)
+            spawn.judge_coming(&prepared.digest, &spawned).map_err(OutboxError::Process)
         })
     }
 }

@@ -64,6 +64,13 @@ impl<O, E> SpawnProcess<O, E> {
         Ok(Handle::new(self.core, self.id.into(), Some(spawned.run), Some(self.kind)))
     }
 
+    /// As [`judge`](Self::judge), where it depends on others which run a new process will be.
+    pub(super) fn judge_coming(self, digest: &str, spawned: &Spawned) -> Result<Handle<O, E>, SpawnError> {
+        let run = spawned.existed.then_some(spawned.run);
+        judge_spawned(spawned, &self.id, self.kind, digest, self.existing_ok)?;
+        Ok(Handle::new(self.core, self.id.into(), run, Some(self.kind)))
+    }
+
     pub(super) fn namespace(&self) -> &str {
         &self.core.namespace
     }

@@ -118,6 +118,7 @@ impl Place {
         let Some(record) = race.wait(WaitFor::Engine, None, record).await? else { return Ok(None) };
         match payload::decode(&record.payload) {
             Ok(Received::Message(json)) => Ok(Some(Box::<str>::from(json))),
+            // One that was dropped while it timed out: the next plain receive passes it over.
             Ok(Received::TimedOut(_)) => Ok(None),
             Err(why) => race.undecodable(&why).await,
         }
@@ -163,23 +164,23 @@ where
             if !run.admits(format_args!("the receive of {name:?}"), at) {
                 return std::future::pending().await;
             }
-            let Some(place) = Place::take(&run, name, at) else { return std::future::pending().await };
-            let mut operation = Operation::with_key(&run, key(scope, name, place.k), OpKind::Event, at);
-            let received = receive(&mut operation, name, timeout).await?;
-            let message = match &received {
-                Received::Message(json) => match payload::decode::<T>(json.get()) {
-                    Ok(message) => Some(message),
-                    Err(why) => return operation.undecodable(&why).await,
-                },
-                Received::TimedOut(_) => None,
-            };
-            place.completed();
-            match finish(message) {
-                Some(output) => {
-                    operation.done();
-                    Ok(output)
+            loop {
+                let Some(place) = Place::take(&run, name, at) else { return std::future::pending().await };
+                let mut operation = Operation::with_key(&run, key(scope, name, place.k), OpKind::Event, at);
+                let received = receive(&mut operation, name, timeout).await?;
+                let message = match &received {
+                    Received::Message(json) => match payload::decode::<T>(json.get()) {
+                        Ok(message) => Some(message),
+                        Err(why) => return operation.undecodable(&why).await,
+                    },
+                    Received::TimedOut(_) => None,
+                };
+                place.completed();
+                operation.done();
+                // Without a time-out now, the record is of one that was dropped while it timed out: it took nothing.
+                if let Some(output) = finish(message) {
+                    return Ok(output);
                 }
-                None => operation.undecodable("it says that the receive timed out, but it has no time-out now").await,
             }
         })
     }
@@ -193,8 +194,11 @@ async fn receive(operation: &mut Operation, name: &str, timeout: Option<Duration
         },
         Begun::Open(pending) => pending,
     };
-    let deadline = match (pending, timeout) {
-        (Some(record), _) => match payload::decode::<Pending>(&record.payload) {
+    // The deadline of one that this execution has dropped is not this one's.
+    let dropped = operation.run.state().names.get(&operation.key).is_some_and(|name| name.dropped);
+    let deadline = match (pending.filter(|_| !dropped), timeout) {
+        (_, None) => None,
+        (Some(record), Some(_)) => match payload::decode::<Pending>(&record.payload) {
             Ok(pending) => Some(pending.deadline),
             Err(why) => return operation.undecodable(&why).await,
         },
@@ -209,7 +213,6 @@ async fn receive(operation: &mut Operation, name: &str, timeout: Option<Duration
                 Some(deadline)
             }
         }
-        (None, None) => None,
     };
     let event = operation
         .wait(WaitFor::Event(name.into()), deadline, |state, now| match lowest(state, name) {

@@ -466,7 +466,7 @@ where
         let _context = Context { run: run.serial, inside }.enter();
         attempts.begin(attempt)
     };
-    let mut user = pin!(user.instrument(span));
+    let mut user = pin!(Some(user.instrument(span)));
     let mut limit = pin!(async {
         match timeout {
             Some(after) => {
@@ -478,6 +478,8 @@ where
     });
     let ended = poll_fn(|cx| {
         if !run.polled_here() {
+            // Whoever polls goes on doing so; what the attempt holds must not stay with them.
+            user.set(None);
             return Poll::Pending;
         }
         {
@@ -487,6 +489,8 @@ where
             }
             match state.cancelled(scope) {
                 Some(true) => return Poll::Ready(Err(Cancelled)),
+                // The cancellation's record may have to wait for the database, and that for the transaction.
+                None if inside == Inside::Transaction => return Poll::Ready(Err(Cancelled)),
                 // No success may follow the cancellation that is being recorded.
                 None => {
                     state.note_foreign(cx, &run.root);
@@ -498,7 +502,10 @@ where
         let polled = {
             // Durable operations are refused in there.
             let _context = Context { run: run.serial, inside }.enter();
-            user.as_mut().poll(cx)
+            match user.as_mut().as_pin_mut() {
+                Some(user) => user.poll(cx),
+                None => Poll::Pending,
+            }
         };
         if let Poll::Ready(result) = polled {
             return Poll::Ready(Ok(match result {

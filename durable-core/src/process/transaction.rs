@@ -207,6 +207,10 @@ where
             },
             Tried::Again { why, aborts } => {
                 aborted += u32::from(aborts);
+                operation.run.core.note_trouble(&why);
+                if backoff.tries() == 5 {
+                    tracing::warn!(id = %operation.run.id, run = %operation.run.run, "the transaction {} fails again and again: {why}", operation.key);
+                }
                 tracing::debug!(id = %operation.run.id, run = %operation.run.run, "the transaction {} is made again: {why}", operation.key);
                 tokio::time::sleep(backoff.next()).await;
                 continue;
@@ -288,8 +292,11 @@ where
     drop(given);
     drop(watchdog);
     match made {
-        // The connection goes with its ending.
-        Err(cancelled) => Err(cancelled),
+        Err(Cancelled) => {
+            // The connection goes with its ending, before anything is waited for.
+            drop(ending);
+            operation.wait(WaitFor::Engine, None, |_, _| None).await
+        }
         Ok(Attempted::TimedOut(after)) => Ok(Tried::Failed(StepError::TimedOut(after), true)),
         Ok(Attempted::Err(error)) => {
             let transient = R::cause(&error).and_then(|error| ending.is_transient(error));
@@ -347,6 +354,8 @@ async fn commit<S: Transactional, T, E>(
         cancelled
     };
     if cancelled {
+        // What it holds goes before the wait: the cancellation's record may be waiting for it.
+        drop(ending);
         return operation.wait(WaitFor::Engine, None, |_, _| None).await;
     }
     // In a task of the engine's own: whoever asked may go away, the outcome must become known.

@@ -15,9 +15,9 @@ use std::fmt;
 use uuid::Uuid;
 
 use crate::names::Schema;
-pub(crate) use inbox::sweep;
 #[cfg(test)]
 pub(crate) use inbox::waiting;
+pub(crate) use inbox::{last, sweep};
 use parts::{Sorted, Start};
 
 pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
@@ -50,13 +50,13 @@ impl fmt::Display for Of<'_> {
     }
 }
 
-fn of<'b>(schema: &'b Schema, batch: &'b Batch) -> Of<'b> {
+fn of<'b>(schema: &'b Schema, batch: &'b Batch, swept: bool) -> Of<'b> {
     Of {
         schema,
         instance: batch.fence.instance.0,
         generation: batch.fence.generation,
         namespace: &batch.namespace,
-        gate: if batch.ops.iter().any(names_an_id) { Gate::Inbox } else { Gate::Fence },
+        gate: if !swept && batch.ops.iter().any(names_an_id) { Gate::Inbox } else { Gate::Fence },
     }
 }
 
@@ -64,13 +64,19 @@ fn of<'b>(schema: &'b Schema, batch: &'b Batch) -> Of<'b> {
 pub(crate) fn prepare(schema: &Schema, batch: &Batch) {
     let sorted = sort(&batch.ops);
     if single::fits(&sorted) {
-        batch.prepared.put(single::statement(&of(schema, batch), &sorted));
+        batch.prepared.put(single::statement(&of(schema, batch, false), &sorted));
     }
 }
 
 /// Commits a batch. An error says that nothing was written, or, as `Unknown`, that it may have been.
-pub(crate) async fn commit(connection: &mut PgConnection, schema: &Schema, batch: &Batch) -> Result<Vec<Outcome>> {
-    let of = of(schema, batch);
+/// `swept`: what waited in the inbox when the batch was handed over has been moved on.
+pub(crate) async fn commit(
+    connection: &mut PgConnection,
+    schema: &Schema,
+    batch: &Batch,
+    swept: bool,
+) -> Result<Vec<Outcome>> {
+    let of = of(schema, batch, swept);
     let sorted = sort(&batch.ops);
     let answer = if single::fits(&sorted) {
         single::commit(connection, &of, &batch.ops, &sorted, &batch.prepared).await?
@@ -81,6 +87,8 @@ pub(crate) async fn commit(connection: &mut PgConnection, schema: &Schema, batch
         single::Answer::Done(outcomes) => Ok(outcomes),
         single::Answer::Nothing => whole::commit(connection, &of, &batch.ops, &sorted).await,
         single::Answer::Partly => {
+            // What has come into the inbox since then is not before this batch.
+            let of = Of { gate: Gate::Fence, ..of };
             let again = whole::commit(connection, &of, &batch.ops, &sorted).await;
             again.map_err(|error| StorageError::unknown(error.to_string()))
         }

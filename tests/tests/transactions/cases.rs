@@ -81,6 +81,9 @@ tests!(
     a_deferred_constraint_is_its_error,
     a_handle_that_outlives_its_closure,
     sql_that_hides_the_tables,
+    a_transaction_within_is_a_savepoint,
+    what_a_closure_leaves_on_its_connection,
+    a_cancellation_that_comes_while_it_is_open,
     many_at_once,
     limits,
     a_step_and_a_transaction_of_one_name,
@@ -501,6 +504,87 @@ mod cases {
             assert_eq!(host.spawn(OTHER, format!("o{n}"), &()).await.unwrap().output().await.unwrap(), 1);
         }
         assert_eq!(backend.number(&format!("SELECT count(*) FROM {} WHERE op = 'transaction'", B::STEPS)).await, 3);
+    }
+
+    pub(super) async fn a_transaction_within_is_a_savepoint() {
+        use sqlx::Connection;
+        const DEBIT: Definition<u32, i64> = Definition::new("debit");
+        let backend = bank().await;
+        let function = |proc: Process, round: u32| async move {
+            let debit = proc.transaction("debit", async |mut tx| {
+                let mut inner = tx.begin().await?;
+                sqlx::query("UPDATE accounts SET cents = cents - 100 WHERE id = 1").execute(&mut *inner).await?;
+                inner.commit().await?;
+                let mut undone = tx.begin().await?;
+                sqlx::query("UPDATE accounts SET cents = 0 WHERE id = 1").execute(&mut *undone).await?;
+                drop(undone);
+                let left = debit(&mut tx, 1).await?;
+                if round == 0 { Err(DebitError::NotEnough(left)) } else { Ok(left) }
+            });
+            Ok::<_, Failure>(debit.await.unwrap_or(-1))
+        };
+        let host = quick(&backend).await.register(DEBIT, function).start().await.unwrap();
+        for (round, left) in [(0, -1), (1, 899), (2, 798)] {
+            let handle = host.spawn(DEBIT, format!("d{round}"), &round).await.unwrap();
+            assert_eq!(handle.output().await.unwrap(), left, "{round}");
+        }
+        assert_eq!(cents(&backend, 1).await, 798);
+    }
+
+    pub(super) async fn what_a_closure_leaves_on_its_connection() {
+        const DEBIT: Definition<bool, i64> = Definition::new("debit");
+        let backend = bank().await;
+        let function = |proc: Process, fails: bool| async move {
+            let debit = proc.transaction("debit", async |mut tx| {
+                sql(&mut tx, "CREATE TEMP TABLE scratch (dummy TEXT)").await?;
+                let left = debit(&mut tx, 1).await?;
+                for leaves in B::LEAVE {
+                    sql(&mut tx, leaves).await?;
+                }
+                if fails { Err(DebitError::NotEnough(left)) } else { Ok(left) }
+            });
+            match debit.await {
+                Ok(left) => Ok::<_, Failure>(left),
+                Err(StepError::Failed(DebitError::NotEnough(_))) => Ok(-1),
+                Err(other) => panic!("{other:?}"),
+            }
+        };
+        let host = quick(&backend).await.register(DEBIT, function).start().await.unwrap();
+        for (n, fails) in [true, false, true, false, false].into_iter().enumerate() {
+            host.spawn(DEBIT, format!("d{n}"), &fails).await.unwrap().output().await.unwrap();
+        }
+        assert_eq!(cents(&backend, 1).await, 997);
+    }
+
+    pub(super) async fn a_cancellation_that_comes_while_it_is_open() {
+        const DEBIT: Definition<(), (), Cancelled> = Definition::new("debit");
+        let backend = bank().await;
+        let function = |proc: Process, ()| async move {
+            let debit = proc.transaction("debit", async |mut tx| {
+                debit(&mut tx, 100).await?;
+                std::future::pending::<Result<i64, DebitError>>().await
+            });
+            match debit.await {
+                Err(StepError::Cancelled(cancelled)) => Err(cancelled),
+                // SQLite has one writer, and the transaction was it.
+                Err(StepError::TimedOut(_)) => proc.event(GO).await,
+                other => panic!("{other:?}"),
+            }
+        };
+        // Its mark is committed, by hand, while the transaction waits for the right to begin, or to write.
+        let mut own = backend.connection().await;
+        let host = quick(&backend).await.register(DEBIT, function).start().await.unwrap();
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        loop {
+            // Whoever holds the write lock first; on SQLite the transaction may have it until its deadline.
+            if sqlx::raw_sql(B::BEGIN).execute(&mut own).await.is_ok() {
+                break;
+            }
+        }
+        run(&mut own, B::CANCELS).await;
+        run(&mut own, "COMMIT").await;
+        until_status(&handle, Status::Cancelled).await;
+        assert_eq!(cents(&backend, 1).await, 1000);
     }
 
     pub(super) async fn many_at_once() {

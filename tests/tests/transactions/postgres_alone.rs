@@ -96,6 +96,8 @@ tests!(
     a_transaction_that_stays_open_holds_up_nobody,
     what_cannot_be_moved_on_stays,
     two_that_put_in_the_same,
+    a_row_that_nobody_can_read_holds_up_nobody,
+    a_flood_of_starts_holds_up_nobody,
 );
 
 mod cases {
@@ -319,5 +321,58 @@ mod cases {
         until("both are moved on", async || backend.number("SELECT count(*) FROM inbox").await == 0).await;
         assert_eq!(backend.number("SELECT count(*) FROM processes").await, 1);
         assert_eq!(backend.number("SELECT count(*) FROM events").await, 1);
+    }
+
+    pub(super) async fn a_row_that_nobody_can_read_holds_up_nobody() {
+        let backend = bank().await;
+        let host = adding(&backend).await;
+        let put = |what: &str, token: &str| {
+            format!(
+                "INSERT INTO inbox (namespace, what, id, name, token, payload, digest, restart, put_at)
+                 VALUES ('default', '{what}', 'bad', 'add', '{token}', '1', '', false, now())"
+            )
+        };
+        backend.execute(&put("start", "not a uuid")).await;
+        backend.execute(&put("something else", "x")).await;
+        let mut open = backend.connect().await;
+        open.execute("BEGIN").await.unwrap();
+        let handle = host.spawn_in(&mut open, ADD, "good", &1).await.unwrap();
+        open.execute("COMMIT").await.unwrap();
+        handle.raise(NUMBER, &1).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 2);
+        assert_eq!(backend.number("SELECT count(*) FROM inbox WHERE refused IS NOT NULL").await, 2);
+    }
+
+    pub(super) async fn a_flood_of_starts_holds_up_nobody() {
+        let backend = std::sync::Arc::new(bank().await);
+        let host = adding(&backend).await;
+        let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let floods: Vec<_> = (0..4)
+            .map(|flood| {
+                let (backend, host, over) = (backend.clone(), host.clone(), over.clone());
+                tokio::spawn(async move {
+                    let mut open = backend.connect().await;
+                    let mut starts = 0;
+                    while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                        let id = format!("flood {flood} {starts}");
+                        open.execute("BEGIN").await.unwrap();
+                        host.spawn_in(&mut open, ADD, id, &1).await.unwrap();
+                        open.execute("COMMIT").await.unwrap();
+                        starts += 1;
+                    }
+                    starts
+                })
+            })
+            .collect();
+        for n in 0..30 {
+            let handle = host.spawn(ADD, format!("other {n}"), &n).await.unwrap();
+            handle.raise(NUMBER, &1).await.unwrap();
+            assert_eq!(handle.output().await.unwrap(), n + 1);
+            assert!(host.get(format!("nobody {n}")).status().await.is_err());
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        for flood in floods {
+            assert!(flood.await.unwrap() > 0);
+        }
     }
 }
