@@ -61,9 +61,10 @@ pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds, whose: Wh
     ];
     let engine = engine.into_iter().filter(|_| whose == Whose::Engine);
     let (names, values): (Vec<&str>, Vec<String>) = frees.into_iter().chain(engine).unzip();
+    // Not by way of `pg_settings`, which takes half a millisecond: as long as several commits.
     sqlx::query(
-        "SELECT set_config(s.name, v.value, false) FROM unnest($1, $2) AS v (name, value)
-             JOIN pg_catalog.pg_settings s ON s.name = v.name",
+        "SELECT set_config(name, value, false) FROM unnest($1, $2) AS v (name, value)
+             WHERE current_setting(name, true) IS NOT NULL",
     )
     .bind(names)
     .bind(values)

@@ -2,6 +2,7 @@
 
 use durable_core::storage::{Filter, InstanceId, Storage};
 use durable_core::{Host, RunId, Status};
+use futures_util::future::try_join_all;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -37,13 +38,15 @@ struct Demo<'a, S> {
     room: usize,
 }
 
-/// Starts all transfers, part by part; in the midst of each part but the last a worker is killed or stopped.
+/// Starts all transfers, part by part; in the midst of a part a worker is killed or stopped. There is one part more than
+/// that, for a worker that was too fast.
 pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storage + Clone) -> Result<Vec<Blow>, Error> {
     let on_sqlite = matches!(place, Place::Sqlite(_));
     let workers = args.workers.unwrap_or(if on_sqlite { 1 } else { 3 });
     // With one there is nobody to take over from it while it is stopped; nor can anybody while it holds SQLite's one
     // right to write, as each transaction does.
     let pauses = u32::from(workers > 1 && !(on_sqlite && args.accounts == Accounts::Database));
+    let blows_due = (args.kills + pauses) as usize;
     let parts = args.kills + pauses + 1;
     let mut shared = vec![files::journal(&args.folder), files::bank(&args.folder)];
     if let Place::Sqlite(path) = place {
@@ -84,16 +87,21 @@ pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storag
     let mut begun = 0;
     for part in 0..parts {
         let until = args.transfers * (part + 1) / parts;
-        for n in begun..until {
-            demo.host.spawn(TRANSFER, saga::id(n), &Transfer::number(n)).await?;
-        }
+        // All at once, so that the part lasts.
+        let host = &demo.host;
+        let starts = (begun..until)
+            .map(|n| async move { host.spawn(TRANSFER, saga::id(n), &Transfer::number(n)).await.map(|_| ()) });
+        try_join_all(starts).await?;
         let midst = begun + (until - begun) / 4;
         begun = until;
-        if part + 1 < parts {
+        if blows.len() < blows_due {
             // The stop is in the middle.
-            let killed = pauses == 0 || part != parts / 2;
-            blows.push(demo.blow(killed, midst, begun).await?);
+            let killed = pauses == 0 || blows.len() != blows_due / 2;
+            blows.extend(demo.blow(killed, midst, begun).await?);
         }
+    }
+    if blows.len() < blows_due {
+        return Err("the transfers ended before a worker could be killed; give more with `--transfers`".into());
     }
     while demo.look().await? < args.transfers {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -127,12 +135,12 @@ impl<S: Storage> Demo<'_, S> {
     }
 
     /// Kills or stops the busiest worker once so many transfers have ended, in the middle of a step, and waits until
-    /// others have taken over.
-    async fn blow(&mut self, killed: bool, midst: u32, begun: u32) -> Result<Blow, Error> {
+    /// others have taken over. Nothing if all that had begun ended before.
+    async fn blow(&mut self, killed: bool, midst: u32, begun: u32) -> Result<Option<Blow>, Error> {
         loop {
             let ended = self.look().await?;
             if ended >= begun {
-                return Err("all transfers ended before a worker could be killed; give more with `--transfers`".into());
+                return Ok(None);
             }
             if ended >= midst
                 && let Some(at) = self.busiest().await?
@@ -168,9 +176,9 @@ impl<S: Storage> Demo<'_, S> {
                 } else if self.workers.len() < self.size {
                     self.workers.push(self.worker()?);
                 }
-                return Ok(Blow { killed, program, seconds });
+                return Ok(Some(Blow { killed, program, seconds }));
             }
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 

@@ -8,8 +8,9 @@ use crate::site::Place;
 use crate::{Error, proxy};
 
 const DELAY: Duration = Duration::from_millis(5);
-/// Not `parked`: its memory knows no network.
-const EACH: [&str; 5] = ["sequential", "many", "latency", "recovery", "transaction"];
+/// And how much smaller: what goes step by step takes as long as it takes round trips. Not `parked`: its memory knows no
+/// network.
+const EACH: [(&str, usize); 5] = [("sequential", 5), ("many", 1), ("latency", 5), ("recovery", 1), ("transaction", 10)];
 
 impl Bench {
     /// The other workloads with a network that is slower, in turns with what they do without.
@@ -21,10 +22,10 @@ impl Bench {
         };
         let far = Place::Postgres { url: proxy::before(url, DELAY).await? };
         let (here, there) = (round_trip(&self.place).await?, round_trip(&far).await?);
-        let bench = |place: &Place| Bench { place: place.clone(), rounds: 1, scale: self.scale };
-        let (near, far) = (bench(&self.place), bench(&far));
         let mut all = Vec::new();
-        for workload in EACH {
+        for (workload, smaller) in EACH {
+            let bench = |place: &Place| Bench { place: place.clone(), rounds: 1, scale: self.scale * smaller };
+            let (near, far) = (bench(&self.place), bench(&far));
             let (mut nears, mut fars) = (Vec::new(), Vec::new());
             for _ in 0..self.rounds {
                 // Boxed: a workload that measures workloads.
