@@ -33,7 +33,7 @@ pub enum LedgerError {
 impl Ledger {
     /// The one that is there.
     pub async fn open(place: &Place, folder: &Path) -> Result<Self, Error> {
-        let hurry = if matches!(place, Place::Sqlite(_)) { 10 } else { 1 };
+        let hurry = if matches!(place, Place::Sqlite(_)) { 5 } else { 1 };
         let (accounts, lines) = (place.table("accounts"), place.table("lines"));
         Ok(Self { accounts, lines, journal: Journal::open(folder).await?, hurry })
     }

@@ -187,7 +187,7 @@ fn credit_card() {
 fn money_transfer(accounts: &str, stops: usize, more: &[&str]) {
     let (folder, _) = folder();
     let args =
-        ["--folder", folder.path().to_str().unwrap(), "--transfers", "60", "--kills", "3", "--accounts", accounts];
+        ["--folder", folder.path().to_str().unwrap(), "--transfers", "120", "--kills", "3", "--accounts", accounts];
     // How soon others take over is no matter of a test: the machine may be busy.
     let printed = Running::start("money_transfer", &[&args[..], &["--within", "50"], more].concat()).end();
     let line = |start: &str| printed.iter().filter(|line| line.trim_start().starts_with(start)).count();
@@ -197,7 +197,7 @@ fn money_transfer(accounts: &str, stops: usize, more: &[&str]) {
     };
     assert_eq!(line("kill -9"), 3, "{printed:#?}");
     assert_eq!(line("kill -STOP"), stops, "{printed:#?}");
-    assert_eq!(line("transfers      60  50 completed, 10 rolled back"), 1, "{printed:#?}");
+    assert_eq!(line("transfers     120  102 completed, 18 rolled back"), 1, "{printed:#?}");
     assert_eq!(line(&format!("{keeper}      400000  cents, as at the beginning")), 1, "{printed:#?}");
     let ok = format!("ok: 3 kills, every transfer completed or rolled back, not a cent lost, {once}");
     assert_eq!(line(&ok), 1, "{printed:#?}");

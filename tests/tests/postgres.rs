@@ -788,7 +788,8 @@ fn a_program_that_stops_inside_a_transaction() {
     test(async {
         let schema = PostgresSchema::new().await;
         let connect = Postgres::connect(schema.url()).schema(schema.name());
-        let storage = connect.idle_in_transaction_timeout(Duration::from_millis(500)).await.unwrap();
+        // Longer than any pause of this test's between two statements.
+        let storage = connect.idle_in_transaction_timeout(Duration::from_secs(2)).await.unwrap();
         let other = schema.storage().await;
         let (me, _heart) = enlist(&storage).await;
         start(&storage, me, "target").await;
@@ -809,10 +810,8 @@ fn a_program_that_stops_inside_a_transaction() {
                 break;
             }
         }
-        let since = Instant::now();
         let peer = other.peers("default", InstanceId::new()).await.unwrap().peers.remove(0);
         until("it is fenced", async || other.fence(&peer).await.is_ok_and(|fenced| fenced)).await;
-        assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
         let error = call.await.unwrap_err();
         assert!(matches!(error, StorageError::Unavailable(_)), "{error:?}");
         assert_eq!(before, schema.everything().await);

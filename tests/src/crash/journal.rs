@@ -68,8 +68,9 @@ impl Journal {
     }
 }
 
-/// All lines of a file.
+/// All lines of a file. Somebody may be writing the last one at this moment: then it is not there yet.
 pub fn read(path: &Path) -> Vec<Line> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line:?}: {e}"))).collect()
+    let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+    lines.map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line:?}: {e}"))).collect()
 }
