@@ -150,7 +150,8 @@ pub fn run(test: impl Future<Output = ()>) {
     log();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
-        tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs");
+        let patience = Duration::from_secs(if long() { 900 } else { 60 });
+        tokio::time::timeout(patience, test).await.expect("the test hangs");
     });
     runtime.shutdown_timeout(Duration::from_secs(1));
 }

@@ -490,81 +490,84 @@ fn races_for_ids() {
 
 // --- Sessions that end ---------------------------------------------------------------------------------------------
 
-/// Polls a call a few times and drops it. Says whether it was unfinished.
-async fn dropped(call: impl Future, polls: u64) -> bool {
+/// Polls a call so many times, and drops it if it has not ended by then. Says whether it was dropped.
+async fn dropped_after(polls: u64, call: impl Future) -> bool {
     let (mut call, mut left) = (std::pin::pin!(call), polls);
     std::future::poll_fn(|cx| {
-        if call.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(false);
+        left -= 1;
+        match call.as_mut().poll(cx) {
+            Poll::Ready(_) => Poll::Ready(false),
+            Poll::Pending if left == 0 => Poll::Ready(true),
+            Poll::Pending => Poll::Pending,
         }
-        left = left.saturating_sub(1);
-        if left == 0 { Poll::Ready(true) } else { Poll::Pending }
     })
     .await
 }
 
 /// Calls that are dropped at any of their awaits leave no transaction open, and the storage goes on.
-#[test]
-fn dropped_calls_leave_nothing_open() {
-    test(async {
-        const CALLS: u64 = 10_000;
-        const AT_A_TIME: u64 = 4;
-        let schema = PostgresSchema::new().await;
-        let storage = schema.storage().await;
-        let (me, _heart) = enlist(&storage).await;
-        start(&storage, me, "target").await;
-        let some = |first: u64| {
-            let storage = storage.clone();
-            tokio::spawn(async move {
-                let (mut random, mut unfinished) = (Random(first), 0);
-                for n in (first..CALLS).step_by(AT_A_TIME as usize) {
-                    let kind = random.below(4);
-                    let (child, run) = spawn(&format!("{}-{n}", if kind > 1 { "two" } else { "one" }), true);
-                    let call = async {
-                        match kind {
-                            // One statement.
-                            0 => drop(storage.commit(&batch(me, 0, vec![child])).await),
-                            1 => drop(storage.load(&[run], true).await),
-                            // A transaction.
-                            _ => {
-                                let raise = raise("target", &n.to_string());
-                                let ops = vec![child, raise, Op::Cancel { id: "target".into() }];
-                                drop(storage.commit(&batch(me, 0, ops)).await);
-                            }
-                        }
-                    };
-                    unfinished += u64::from(dropped(call, 1 + random.below(100)).await);
+async fn dropped_calls(transactions: bool) {
+    const AT_A_TIME: u64 = 4;
+    let each = if long() { 5_000 } else { 1_000 } / AT_A_TIME;
+    // How often it waits, about, on a connection that is open; and while one is opened.
+    let (few, many) = (if transactions { 10 } else { 2 }, 150);
+    let schema = PostgresSchema::new().await;
+    let storage = schema.storage().await;
+    let (me, _heart) = enlist(&storage).await;
+    start(&storage, me, "target").await;
+    let call = async move |storage: &Postgres, n: u64, id: &str| {
+        let (child, run) = spawn(&format!("p-{id}"), true);
+        if transactions {
+            let ops = vec![child, raise("target", id), Op::Cancel { id: "target".into() }];
+            drop(storage.commit(&batch(me, 0, ops)).await);
+        } else if n.is_multiple_of(8) {
+            drop(storage.load(&[run], true).await);
+        } else {
+            drop(storage.commit(&batch(me, 0, vec![child])).await);
+        }
+    };
+    let some = |first: u64| {
+        let storage = storage.clone();
+        tokio::spawn(async move {
+            let (mut random, mut dropped) = (Random(first), 0);
+            for n in (first..).step_by(AT_A_TIME as usize) {
+                if dropped == each {
+                    break;
                 }
-                unfinished
-            })
-        };
-        let mut unfinished = 0;
-        for some in (0..AT_A_TIME).map(some).collect::<Vec<_>>() {
-            unfinished += some.await.unwrap();
-        }
-        println!("{unfinished} were unfinished");
-        assert!((CALLS / 10..CALLS - 100).contains(&unfinished), "{unfinished} were unfinished");
-        let mut connection = schema.connect().await;
-        let sql =
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state LIKE 'idle in transaction%'";
-        let mut open = 0;
-        for _ in 0..50 {
-            let row = sqlx::query(sql).bind(schema.name()).fetch_one(&mut connection).await.unwrap();
-            open = row.get::<i64, _>(0);
-            if open == 0 {
-                break;
+                let open = random.below(2) == 0;
+                if open {
+                    call(&storage, n, &format!("{n}-before")).await;
+                }
+                let polls = 1 + random.below(if open { few } else { many });
+                dropped += u64::from(dropped_after(polls, call(&storage, n, &n.to_string())).await);
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        assert_eq!(open, 0);
+        })
+    };
+    for some in (0..AT_A_TIME).map(some).collect::<Vec<_>>() {
+        some.await.unwrap();
+    }
+    let open = format!(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}' AND state LIKE 'idle in transaction%'",
+        schema.name()
+    );
+    until("no transaction is open", async || schema.number(&open).await == 0).await;
+    if transactions {
         // Each batch is there as a whole or not at all.
-        let sql = "SELECT count(*) FROM {s}.processes p FULL JOIN {s}.events e ON p.id = 'two-' || e.event_id
-            WHERE p.run IS NULL OR p.id LIKE 'two-%' AND e.run IS NULL";
-        let halves: i64 = connection.fetch_one(schema.sql(sql)).await.unwrap().get(0);
-        assert_eq!(halves, 0);
-        storage.refence(me, 1).await.unwrap();
-        assert!(storage.find("default", "target", None).await.unwrap().is_some());
-    });
+        let halves = "SELECT count(*) FROM {s}.processes p FULL JOIN {s}.events e ON p.id = 'p-' || e.event_id
+            WHERE p.run IS NULL OR p.id LIKE 'p-%' AND e.run IS NULL";
+        assert_eq!(schema.number(halves).await, 0);
+    }
+    storage.refence(me, 1).await.unwrap();
+    assert!(storage.find("default", "target", None).await.unwrap().is_some());
+}
+
+#[test]
+fn dropped_statements_leave_nothing_open() {
+    test(dropped_calls(false));
+}
+
+#[test]
+fn dropped_transactions_leave_nothing_open() {
+    test(dropped_calls(true));
 }
 
 async fn lock_pid(connection: &mut PgConnection, schema: &PostgresSchema, instance: InstanceId) -> Option<i32> {

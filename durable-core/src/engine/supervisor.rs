@@ -67,7 +67,10 @@ async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended
     let fenced = tokio::select! {
         () = epoch.over() => true,
         ended = tasks.join_next() => {
-            tracing::error!("a part of the engine ended unexpectedly: {ended:?}");
+            // In order, once the epoch is over: it may be seen here before it is above.
+            if !epoch.is_over() || !matches!(ended, Some(Ok(()))) {
+                tracing::error!("a part of the engine ended unexpectedly: {ended:?}");
+            }
             true
         }
         ended = &mut writer => {
