@@ -9,6 +9,7 @@ mod batch;
 mod error;
 pub mod migration;
 mod rows;
+mod sorted;
 mod transaction;
 
 pub use batch::{
@@ -20,6 +21,7 @@ pub use rows::{
     ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope, Status, Target,
 };
 
+pub use sorted::Sorted;
 pub use transaction::{Committed, Ending, Open, OutboxWriter, RolledBack, Slot, Transactional, Tx, source};
 
 use async_trait::async_trait;
