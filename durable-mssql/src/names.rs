@@ -38,6 +38,11 @@ impl Schema {
         &self.name
     }
 
+    /// The database's name, to be put within brackets.
+    pub(crate) fn database(&self) -> &str {
+        self.database.as_deref().unwrap_or("master")
+    }
+
     /// The name of a lock of this schema's: servers hold such names apart by database.
     pub(crate) fn lock(&self, what: impl fmt::Display) -> String {
         format!("durable/{}/{what}", self.name)

@@ -57,6 +57,12 @@ pub(crate) const SETTINGS: &str = "SET XACT_ABORT ON; SET TRANSACTION ISOLATION 
     SET QUOTED_IDENTIFIER ON; SET ANSI_NULLS ON; SET ANSI_PADDING ON; SET ANSI_WARNINGS ON; SET ARITHABORT ON; \
     SET CONCAT_NULL_YIELDS_NULL ON; SET NUMERIC_ROUNDABORT OFF;";
 
+/// How a session stands: what a service's statements may have changed. The last error counts: a session that has seen one
+/// is not used again, so that the next one's can be told.
+pub(crate) const STANDING: &str = "SELECT CONCAT(@@TRANCOUNT, N'/', DB_NAME(), N'/', SUSER_SNAME(), N'/', USER_NAME(), \
+    N'/', @@LANGID, N'/', @@DATEFIRST, N'/', @@TEXTSIZE, N'/', @@OPTIONS, N'/', @@LOCK_TIMEOUT, N'/', s.date_format, \
+    N'/', s.deadlock_priority, N'/', s.prev_error) FROM sys.dm_exec_sessions AS s WHERE s.session_id = @@SPID";
+
 /// The socket of a session, which is shut when the session must end whoever holds it.
 #[derive(Clone)]
 pub(crate) struct Socket(Arc<std::net::TcpStream>);
@@ -85,6 +91,8 @@ pub(crate) struct Session {
     /// The manager's generation at its birth, and the manager's.
     born: u64,
     generation: Arc<AtomicU64>,
+    /// Of a session for the service: how it stood when it was new.
+    standing: String,
     doubted: bool,
 }
 
@@ -122,15 +130,15 @@ impl Manager {
             Err(Error::Io { kind: IoErrorKind::TimedOut, message })
         })?;
         let own = match self.whose {
-            Whose::Engine => "SET NOCOUNT ON;".to_owned(),
-            // For the transaction's end to know whether its beginning was kept.
-            Whose::Service => {
-                "CREATE TABLE #durable_kept (kept INT NOT NULL); INSERT INTO #durable_kept (kept) VALUES (0);".into()
-            }
+            Whose::Engine => format!("SET NOCOUNT ON; SET LOCK_TIMEOUT {};", bounds.lock_ms()),
+            // The table is for the transaction's end to know whether its beginning was kept.
+            Whose::Service => format!(
+                "CREATE TABLE #durable_kept (kept INT NOT NULL); INSERT INTO #durable_kept (kept) VALUES (0); {STANDING};"
+            ),
         };
-        let set = format!("{SETTINGS} SET LOCK_TIMEOUT {}; {own}", bounds.lock_ms());
-        client.simple_query(set).await?.into_results().await?;
-        Ok(Session { client, socket, born, generation: self.generation.clone(), doubted: false })
+        let rows = client.simple_query(format!("{SETTINGS} {own}")).await?.into_first_result().await?;
+        let standing = rows.first().and_then(|row| row.get::<&str, _>(0)).unwrap_or_default().to_owned();
+        Ok(Session { client, socket, born, generation: self.generation.clone(), standing, doubted: false })
     }
 }
 
@@ -224,6 +232,12 @@ impl Lent {
 
     pub(crate) fn socket(&self) -> Socket {
         self.0.socket()
+    }
+
+    /// Ends its transaction, and says whether it stands as when it was new.
+    pub(crate) async fn is_as_new(&mut self, ending: &str) -> tiberius::Result<bool> {
+        let rows = self.simple_query(format!("{ending} {STANDING}")).await?.into_first_result().await?;
+        Ok(rows.first().and_then(|row| row.get::<&str, _>(0)).is_some_and(|standing| standing == self.0.standing))
     }
 
     /// Gives it back, trusted if all went well.

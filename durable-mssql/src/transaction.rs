@@ -7,14 +7,13 @@ use durable_core::{Name, Process, Transaction, Typed};
 use std::error::Error;
 use std::future::Future;
 use std::time::Duration;
-use tiberius::Row;
 use uuid::Uuid;
 
 use crate::Mssql;
 use crate::errors::{passes, reading, sort};
 use crate::fence::{self, BUSY};
 use crate::names::Schema;
-use crate::rows::{get, maybe};
+use crate::rows::get;
 use crate::session::{Bounds, Lent, SETTINGS, Socket};
 use crate::sql::{Commits, Sql, hex};
 
@@ -150,12 +149,12 @@ impl Ending for MssqlEnding {
         let verdict = rows.first().map(|row| get::<i32>(row, 0)).transpose()?;
         if verdict == Some(RECORDED) {
             let commit = "SET IMPLICIT_TRANSACTIONS OFF; WHILE @@TRANCOUNT > 0 BEGIN COMMIT TRANSACTION; END;";
-            let committed = close(&mut lent, commit).await.map_err(|error| sort(error, Commits::Yes));
+            let committed = lent.is_as_new(commit).await.map_err(|error| sort(error, Commits::Yes));
             let clean = committed?;
             self.finish(lent, clean);
             return Ok(Committed::Recorded);
         }
-        let rolled_back = close(&mut lent, ROLLBACK).await;
+        let rolled_back = lent.is_as_new(ROLLBACK).await;
         let outcome = match verdict {
             Some(FENCED) => Err(StorageError::Fenced),
             Some(BUSY) => Err(StorageError::unavailable("the instance's lock did not come free in time")),
@@ -179,10 +178,11 @@ impl Ending for MssqlEnding {
         let Some(mut lent) = self.slot.take() else { return Ok(RolledBack::Escaped) };
         let mut sql = Sql::default();
         let lock = sql.text(&self.lock);
+        sql.push(format!("USE [{}]", self.schema.database()));
         sql.push(format!("SELECT CASE WHEN {} THEN {RECORDED} ELSE {GONE} END", held(&lock)));
         let rows = sql.run(&mut lent, Commits::No).await?.rows();
         let found = rows.first().map(|row| get::<i32>(row, 0)).transpose()?;
-        let clean = close(&mut lent, ROLLBACK).await.map_err(reading)?;
+        let clean = lent.is_as_new(ROLLBACK).await.map_err(reading)?;
         Ok(match found {
             Some(RECORDED) => {
                 self.finish(lent, clean);
@@ -209,21 +209,6 @@ impl MssqlEnding {
 
 const ROLLBACK: &str = "SET IMPLICIT_TRANSACTIONS OFF; IF @@TRANCOUNT > 0 ROLLBACK TRANSACTION;";
 
-/// Ends the transaction, and says whether the session is as it was: no transaction, the same user and database, no error.
-async fn close(lent: &mut Lent, how: &str) -> tiberius::Result<bool> {
-    let sql = format!(
-        "{how} SELECT @@TRANCOUNT, CASE WHEN SUSER_SNAME() = ORIGINAL_LOGIN() THEN 1 ELSE 0 END, DB_NAME(),
-             (SELECT MAX(s.prev_error) FROM sys.dm_exec_sessions AS s WHERE s.session_id = @@SPID)"
-    );
-    let rows: Vec<Row> = lent.simple_query(sql).await?.into_first_result().await?;
-    let clean = |row: &Row| -> Result<bool> {
-        let (open, same): (i32, i32) = (get(row, 0)?, get(row, 1)?);
-        let error: Option<i32> = maybe(row, 3)?;
-        Ok(open == 0 && same == 1 && error.unwrap_or(0) == 0)
-    };
-    Ok(rows.first().is_some_and(|row| clean(row).unwrap_or(false)))
-}
-
 /// Whether the transaction is the one that was begun.
 fn held(lock: &str) -> String {
     format!("@@TRANCOUNT > 0 AND XACT_STATE() = 1 AND APPLOCK_MODE(N'public', {lock}, N'Transaction') = N'Exclusive'")
@@ -244,6 +229,8 @@ pub(crate) fn write(schema: &Schema, bounds: Bounds, lock: &str, instance: Insta
     let patience = sql.number(i64::try_from(bounds.lock_ms()).unwrap_or(i64::MAX));
     sql.push("SET NOCOUNT ON");
     sql.push("SET ROWCOUNT 0");
+    // Locks of applications belong to a database.
+    sql.push(format!("USE [{}]", schema.database()));
     sql.push(format!(
         "DECLARE @verdict INT = {RECORDED}, @me BINARY(16) = {me}, @run BINARY(16) = {run}, @claim BIGINT = {claim}, \
          @patience INT = {patience}"

@@ -13,11 +13,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use durable_core::memory::Memory;
+pub use durable_mssql::Mssql;
 pub use durable_postgres::Postgres;
 pub use durable_sqlite::Sqlite;
 
+mod mssql;
 mod postgres;
 mod server;
+pub use mssql::MssqlSchema;
 pub use postgres::PostgresSchema;
 pub use server::Server;
 

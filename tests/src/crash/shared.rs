@@ -99,7 +99,7 @@ pub async fn read<B: Sql>(backend: &B) -> (Vec<Recorded>, Vec<Ended>) {
     let (processes, steps) = (B::PROCESSES, B::STEPS);
     // Neither a name nor an id has a line feed in it.
     let records = format!(
-        "SELECT p.id || '\n' || s.name || '\n' || s.claim || '\n' || s.attempts FROM {steps} s JOIN {processes} p
+        "SELECT concat(p.id, '\n', s.name, '\n', s.claim, '\n', s.attempts) FROM {steps} s JOIN {processes} p
              ON p.run = s.run
          WHERE s.op = 'step' AND s.state = 'done' ORDER BY p.id, s.name"
     );
@@ -108,7 +108,7 @@ pub async fn read<B: Sql>(backend: &B) -> (Vec<Recorded>, Vec<Ended>) {
         let (claim, attempts) = (parts[2].parse().unwrap(), parts[3].parse().unwrap());
         Recorded { id: parts[0].into(), step: parts[1].into(), claim, attempts }
     };
-    let ended = format!("SELECT id || '\n' || status || '\n' || claim FROM {processes} ORDER BY id");
+    let ended = format!("SELECT concat(id, '\n', status, '\n', claim) FROM {processes} ORDER BY id");
     let process = |line: String| {
         let parts: Vec<&str> = line.split('\n').collect();
         Ended { id: parts[0].into(), status: parts[1].into(), claims: parts[2].parse().unwrap() }

@@ -1,0 +1,157 @@
+use durable_mssql::tiberius::{ColumnData, Config, QueryItem, Row};
+use durable_mssql::{Client, Mssql};
+use std::future::Future;
+
+use crate::crash::shared::Shared;
+use crate::{Backend, Sql};
+
+/// A schema of its own, and a user who may do nothing but use it, in the database that `DURABLE_MSSQL_URL` names; dropped
+/// with it.
+pub struct MssqlSchema {
+    address: String,
+    name: String,
+}
+
+/// Who makes the schemas.
+fn administrator() -> Result<String, String> {
+    const URL: &str = "DURABLE_MSSQL_URL";
+    std::env::var(URL).map_err(|_| format!("{URL} is not set"))
+}
+
+async fn connect(address: &str) -> Client {
+    use tokio_util::compat::TokioAsyncWriteCompatExt;
+    let config = Config::from_ado_string(address).unwrap();
+    let stream = tokio::net::TcpStream::connect(config.get_addr()).await.unwrap();
+    Client::connect(config, stream.compat_write()).await.unwrap()
+}
+
+async fn rows(client: &mut Client, sql: &str) -> Vec<Row> {
+    use futures_util::TryStreamExt;
+    let items: Vec<QueryItem> = client.simple_query(sql).await.unwrap().try_collect().await.unwrap();
+    items.into_iter().filter_map(QueryItem::into_row).collect()
+}
+
+impl MssqlSchema {
+    /// Why there is no database here.
+    pub fn missing() -> Option<String> {
+        administrator().err()
+    }
+
+    /// Runs a test if there is a database, else says so.
+    pub fn run(test: impl Future<Output = ()>) {
+        match Self::missing() {
+            None => crate::run(test),
+            Some(why) => crate::not_run("mssql", &why),
+        }
+    }
+
+    /// The database's address, as the schema's own user.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The schema's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A connection of the test's own.
+    pub async fn connect(&self) -> Client {
+        connect(&self.address).await
+    }
+}
+
+impl Backend for MssqlSchema {
+    type Storage = Mssql;
+
+    async fn new() -> Self {
+        let administrator = administrator().unwrap();
+        let name = format!("test_{}", durable_core::RunId::new().0.simple());
+        let mut client = connect(&administrator).await;
+        for sql in [
+            format!("CREATE LOGIN {name} WITH PASSWORD = N'{name}-A1', CHECK_POLICY = OFF"),
+            format!("CREATE USER {name} FOR LOGIN {name} WITH DEFAULT_SCHEMA = {name}"),
+            format!("CREATE SCHEMA {name} AUTHORIZATION {name}"),
+            format!("GRANT CREATE TABLE TO {name}"),
+        ] {
+            rows(&mut client, &sql).await;
+        }
+        let place: Vec<&str> = administrator
+            .split(';')
+            .filter(|pair| !["user", "uid", "user id", "username", "password", "pwd"].contains(&key(pair).as_str()))
+            .collect();
+        Self { address: format!("{};user={name};password={name}-A1", place.join(";")), name }
+    }
+
+    async fn storage(&self) -> Mssql {
+        Mssql::connect(&self.address).schema(&self.name).await.unwrap()
+    }
+}
+
+impl Sql for MssqlSchema {
+    const PROCESSES: &'static str = "processes";
+    const STEPS: &'static str = "steps";
+    const HIDE: &'static [&'static str] = &["CREATE TABLE #steps (dummy INT)", "USE tempdb"];
+    const LEAVE: &'static [&'static str] = &["SET LANGUAGE French", "SET DATEFIRST 3", "SET TEXTSIZE 10"];
+    const CANCELS: &'static str =
+        "UPDATE processes SET cancel_requested_at = SYSUTCDATETIME(), signals = signals + 1, signalled = 1";
+    type Connection = Client;
+    const BEGIN: &'static str = "BEGIN TRANSACTION";
+    async fn connection(&self) -> Client {
+        self.connect().await
+    }
+    async fn execute(&self, sql: &str) {
+        rows(&mut self.connect().await, sql).await;
+    }
+    async fn number(&self, sql: &str) -> i64 {
+        let rows = rows(&mut self.connect().await, sql).await;
+        let mut row = rows.into_iter().next().unwrap().into_iter();
+        match row.next().unwrap() {
+            ColumnData::I32(Some(number)) => number.into(),
+            ColumnData::I64(Some(number)) => number,
+            other => panic!("not a number: {other:?}"),
+        }
+    }
+    async fn texts(&self, sql: &str) -> Vec<String> {
+        let rows = rows(&mut self.connect().await, sql).await;
+        rows.iter().map(|row| row.get::<&str, _>(0).unwrap().to_owned()).collect()
+    }
+}
+
+impl Shared for MssqlSchema {
+    const NOW: &'static str = "SYSUTCDATETIME()";
+    const COUNT_TAKEOVERS: &'static str = "
+        CREATE TABLE taken_over (processes BIGINT NOT NULL, silent BIGINT NOT NULL);
+        EXEC (N'CREATE TRIGGER count_takeovers ON fences AFTER UPDATE AS
+            INSERT INTO taken_over (processes, silent)
+            SELECT (SELECT COUNT_BIG(*) FROM processes AS p WHERE p.owner = i.instance),
+                (SELECT DATEDIFF_BIG(MILLISECOND, n.heartbeat_at, SYSUTCDATETIME()) FROM instances AS n
+                    WHERE n.instance = i.instance)
+            FROM inserted AS i JOIN deleted AS d ON d.instance = i.instance
+            WHERE d.fenced_at IS NULL AND i.fenced_at IS NOT NULL');";
+    /// With the schema as its fragment.
+    fn worker_address(&self) -> String {
+        format!("{}#{}", self.address, self.name)
+    }
+    async fn is_held(&self) -> bool {
+        let mut client = connect(&administrator().unwrap()).await;
+        let held = format!(
+            "SELECT s.session_id FROM sys.dm_exec_sessions AS s
+             WHERE s.login_name = '{}' AND s.status = 'sleeping' AND s.open_transaction_count > 0",
+            self.name
+        );
+        !rows(&mut client, &held).await.is_empty()
+    }
+}
+
+impl MssqlSchema {
+    /// The storage at the address of a worker.
+    pub async fn storage_at(address: &str) -> Mssql {
+        let (address, schema) = address.rsplit_once('#').expect("address#schema");
+        Mssql::connect(address).schema(schema).await.unwrap()
+    }
+}
+
+fn key(pair: &str) -> String {
+    pair.split('=').next().unwrap_or_default().trim().to_lowercase()
+}
