@@ -26,7 +26,7 @@ CREATE TABLE {schema}.processes (
     awaited             BIT           NOT NULL,
     input               NVARCHAR(MAX) NOT NULL,
     input_digest        NVARCHAR(64)  COLLATE Latin1_General_BIN2 NOT NULL,
-    output              NVARCHAR(MAX) NULL,
+    [output]            NVARCHAR(MAX) NULL,
     -- why it failed or is stuck, in words
     reason              NVARCHAR(MAX) NULL,
     -- records that the function, when it ended, had never asked for

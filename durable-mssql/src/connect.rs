@@ -9,9 +9,9 @@ use tiberius::{AuthMethod, Config};
 
 use crate::errors::reading;
 use crate::names::Schema;
-use crate::session::{Bounds, Sessions, Whose};
+use crate::session::{Bounds, Session, Sessions, Whose};
 use crate::store::Shared;
-use crate::{Mssql, heart, migrate};
+use crate::{Mssql, heart, migrate, rows};
 
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type Token =
@@ -191,20 +191,8 @@ impl Connect {
         let place = target.config.get_addr();
         let sessions = Sessions::new(target.clone(), Whose::Engine, self.max_connections);
         let mut session = sessions.own().await.map_err(|error| explain(&place, error))?;
-        let database =
-            "SELECT DB_NAME(), CONVERT(INT, SERVERPROPERTY('ProductMajorVersion')), CONVERT(NVARCHAR(300), @@VERSION)";
-        let row = session.simple_query(database).await.map_err(reading)?.into_row().await.map_err(reading)?;
-        let row = row.ok_or_else(|| StorageError::schema("the server did not say which database this is"))?;
-        let (name, major): (Option<&str>, Option<i32>) =
-            (row.try_get(0).map_err(reading)?, row.try_get(1).map_err(reading)?);
-        // Azure SQL says 12, whatever it can do.
-        const SQL_SERVER_2019: i32 = 15;
-        const AZURE: i32 = 12;
-        if major.is_some_and(|major| major < SQL_SERVER_2019 && major != AZURE) {
-            let words: &str = row.try_get(2).map_err(reading)?.unwrap_or("of an unknown version");
-            return Err(StorageError::schema(format!("the server is {words}; SQL Server 2019 or later is needed")));
-        }
-        let schema = schema.within(name.unwrap_or("master"));
+        let name = database(&mut session).await?;
+        let schema = schema.within(&name);
         if self.verify_only {
             migrate::verify(&mut session, &schema).await?;
         } else {
@@ -250,6 +238,32 @@ impl IntoFuture for Connect {
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(self.connect())
     }
+}
+
+/// The database's name, if server and database can do what is asked of them.
+async fn database(session: &mut Session) -> Result<String> {
+    const SQL_SERVER_2019: i32 = 15;
+    // Azure SQL says 12, whatever it can do.
+    const AZURE: i32 = 12;
+    const WITH_JSON: i32 = 130;
+    let about = "SELECT d.name, CONVERT(INT, d.compatibility_level),
+        CONVERT(INT, SERVERPROPERTY('ProductMajorVersion')), CONVERT(NVARCHAR(300), @@VERSION)
+        FROM sys.databases AS d WHERE d.name = DB_NAME()";
+    let row = session.simple_query(about).await.map_err(reading)?.into_row().await.map_err(reading)?;
+    let row = row.ok_or_else(|| StorageError::schema("the server did not say which database this is"))?;
+    let name: &str = rows::get(&row, 0)?;
+    let (level, major): (i32, Option<i32>) = (rows::get(&row, 1)?, rows::maybe(&row, 2)?);
+    if major.is_some_and(|major| major < SQL_SERVER_2019 && major != AZURE) {
+        let words: &str = rows::maybe(&row, 3)?.unwrap_or("of an unknown version");
+        return Err(StorageError::schema(format!("the server is {words}; SQL Server 2019 or later is needed")));
+    }
+    if level < WITH_JSON {
+        return Err(StorageError::schema(format!(
+            "database {name:?} is at compatibility level {level}; {WITH_JSON} or later is needed: `ALTER DATABASE {name} SET \
+             COMPATIBILITY_LEVEL = 150`"
+        )));
+    }
+    Ok(name.to_owned())
 }
 
 /// An error at connecting, with what was given, except the password, and what the user may do about it.

@@ -84,7 +84,8 @@ pub(crate) fn end(schema: &Schema, instance: InstanceId) -> Sql {
 /// Hands processes of a fenced instance back, and says how many.
 pub(crate) fn release(schema: &Schema, fenced: InstanceId, limit: usize) -> Sql {
     alone(schema, fenced.0, |sql| {
-        let limit = sql.number(limit_arg(limit));
+        // Above some thousands the server would lock the whole table.
+        let limit = sql.number(limit_arg(limit.min(2000)));
         format!(
             "UPDATE p SET owner = NULL, status = N'waiting', wake_at = SYSUTCDATETIME(), signalled = 0,
                      status_at = SYSUTCDATETIME()

@@ -60,7 +60,7 @@ pub(crate) fn run(row: &Row, column: usize) -> Result<RunId> {
 }
 
 /// The columns of [`process`], of a table that is called `p`.
-pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.output, p.reason, p.owner, p.claim, \
+pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.[output], p.reason, p.owner, p.claim, \
     p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
     p.created_at, p.status_at, p.finished_at";
 
@@ -115,7 +115,7 @@ pub(crate) fn event(row: &Row) -> Result<EventRow> {
 }
 
 /// The columns of [`target`], of waiters `w` and the processes `t` that they await.
-pub(crate) const TARGET: &str = "w.waiter, w.target, t.status, t.output";
+pub(crate) const TARGET: &str = "w.waiter, w.target, t.status, t.[output]";
 
 /// None if it has not ended.
 pub(crate) fn target(row: &Row) -> Result<Option<Target>> {

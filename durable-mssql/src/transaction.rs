@@ -135,6 +135,9 @@ const CANCELLED: i32 = 5;
 const LOST: i32 = 6;
 const ABORTED: i32 = 7;
 
+/// For a script's own statements alone: they begin no transaction, and are not cut short.
+const ALONE: &str = "SET NOCOUNT ON; SET IMPLICIT_TRANSACTIONS OFF; SET ROWCOUNT 0";
+
 /// What became of a transaction that is not there any more: an error on the session, without its having been committed, has
 /// undone it; otherwise its own SQL has ended it.
 const GONE: &str = "CASE WHEN (SELECT MAX(k.kept) FROM #durable_kept AS k) = 0 AND (SELECT MAX(s.prev_error)
@@ -178,6 +181,7 @@ impl Ending for MssqlEnding {
         let Some(mut lent) = self.slot.take() else { return Ok(RolledBack::Escaped) };
         let mut sql = Sql::default();
         let lock = sql.text(&self.lock);
+        sql.push(ALONE);
         sql.push(format!("USE [{}]", self.schema.database()));
         sql.push(format!("SELECT CASE WHEN {} THEN {RECORDED} ELSE {GONE} END", held(&lock)));
         let rows = sql.run(&mut lent, Commits::No).await?.rows();
@@ -227,8 +231,7 @@ pub(crate) fn write(schema: &Schema, bounds: Bounds, lock: &str, instance: Insta
     let attempts = sql.number(i64::from(*attempts));
     let (own, fence) = (sql.text(lock), sql.text(fence::lock(schema, instance.0)));
     let patience = sql.number(i64::try_from(bounds.lock_ms()).unwrap_or(i64::MAX));
-    sql.push("SET NOCOUNT ON");
-    sql.push("SET ROWCOUNT 0");
+    sql.push(ALONE);
     // Locks of applications belong to a database.
     sql.push(format!("USE [{}]", schema.database()));
     sql.push(format!(

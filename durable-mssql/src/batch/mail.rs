@@ -110,7 +110,7 @@ pub(super) fn wait(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
              AND NOT EXISTS (SELECT 1 FROM {of}.waiters AS w WHERE w.target = a.run AND w.waiter = a.waiter)"
     ));
     sql.push(format!(
-        "INSERT INTO @out (part, ord, run, text, more) SELECT {awaited}, a.ord, p.run, p.status, p.output
+        "INSERT INTO @out (part, ord, run, text, more) SELECT {awaited}, a.ord, p.run, p.status, p.[output]
          FROM @awaits AS a JOIN {of}.processes AS p ON p.run = a.run"
     ));
 }

@@ -42,7 +42,7 @@ pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
         forget(sql, of, sorted);
         let j = json::ids(sql, resumes);
         sql.push(format!(
-            "UPDATE p SET status = N'waiting', wake_at = @now, calm_claim = p.claim, output = NULL, reason = NULL,
+            "UPDATE p SET status = N'waiting', wake_at = @now, calm_claim = p.claim, [output] = NULL, reason = NULL,
                  status_at = @now, finished_at = NULL
              FROM {of}.processes AS p JOIN {j} ON p.namespace = @namespace AND p.id = j.id
              WHERE p.[current] = 1 AND p.status IN (N'stuck', N'failed')"

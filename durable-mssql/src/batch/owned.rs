@@ -91,7 +91,7 @@ fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     }
     let j = table.named(sql, "j");
     let set =
-        "status = j.status, output = j.output, reason = j.reason, unasked = j.unasked, owner = NULL, wake_at = NULL,
+        "status = j.status, [output] = j.[output], reason = j.reason, unasked = j.unasked, owner = NULL, wake_at = NULL,
         waiting_for = NULL, signalled = 0, status_at = @now, finished_at = CASE WHEN j.ended = 1 THEN @now END";
     change(sql, of, &j, set, "");
     let ending = sorted.ending();
@@ -159,7 +159,7 @@ pub(super) fn claim(sql: &mut Sql, of: &Of<'_>, kind: &str, limit: usize) {
         "UPDATE p SET owner = @me, claim = p.claim + 1, status = N'running', wake_at = NULL, waiting_for = NULL,
              status_at = @now
          OUTPUT {claimed}, inserted.run, inserted.claim INTO @out (part, run, a)
-         FROM {of}.processes AS p
+         FROM {of}.processes AS p WITH (ROWLOCK, READPAST, READCOMMITTEDLOCK)
          WHERE p.run IN (SELECT TOP ({limit}) q.run
              FROM {of}.processes AS q WITH (UPDLOCK, READPAST, ROWLOCK, READCOMMITTEDLOCK)
              WHERE {inner} ORDER BY q.wake_at) AND {outer}"
