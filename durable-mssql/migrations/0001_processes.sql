@@ -125,6 +125,8 @@ CREATE TABLE {schema}.instances (
     kinds        NVARCHAR(MAX) NOT NULL,
     started_at   DATETIME2(6)  NOT NULL,
     heartbeat_at DATETIME2(6)  NOT NULL,
+    -- the application lock that its session holds while it lives
+    lock_name    NVARCHAR(200) COLLATE Latin1_General_BIN2 NOT NULL,
     -- which run of the server its session held its lock in at its last heartbeat, null if it did not
     locked_in    NVARCHAR(64)  NULL,
     CONSTRAINT instances_key PRIMARY KEY CLUSTERED (instance)

@@ -245,22 +245,22 @@ async fn database(session: &mut Session) -> Result<String> {
     const SQL_SERVER_2019: i32 = 15;
     // Azure SQL says 12, whatever it can do.
     const AZURE: i32 = 12;
-    const WITH_JSON: i32 = 130;
-    let about = "SELECT d.name, CONVERT(INT, d.compatibility_level),
-        CONVERT(INT, SERVERPROPERTY('ProductMajorVersion')), CONVERT(NVARCHAR(300), @@VERSION)
-        FROM sys.databases AS d WHERE d.name = DB_NAME()";
+    let about =
+        "SELECT DB_NAME(), CONVERT(INT, SERVERPROPERTY('ProductMajorVersion')), CONVERT(NVARCHAR(300), @@VERSION)";
     let row = session.simple_query(about).await.map_err(reading)?.into_row().await.map_err(reading)?;
     let row = row.ok_or_else(|| StorageError::schema("the server did not say which database this is"))?;
-    let name: &str = rows::get(&row, 0)?;
-    let (level, major): (i32, Option<i32>) = (rows::get(&row, 1)?, rows::maybe(&row, 2)?);
+    let (name, major): (&str, Option<i32>) = (rows::get(&row, 0)?, rows::maybe(&row, 1)?);
     if major.is_some_and(|major| major < SQL_SERVER_2019 && major != AZURE) {
-        let words: &str = rows::maybe(&row, 3)?.unwrap_or("of an unknown version");
+        let words: &str = rows::maybe(&row, 2)?.unwrap_or("of an unknown version");
         return Err(StorageError::schema(format!("the server is {words}; SQL Server 2019 or later is needed")));
     }
-    if level < WITH_JSON {
+    // A database that was made by an old server may be kept from what a newer one can do.
+    let json = async { session.simple_query("SELECT j.[key] FROM OPENJSON(N'[1]') AS j").await?.into_results().await };
+    if let Err(why) = json.await {
         return Err(StorageError::schema(format!(
-            "database {name:?} is at compatibility level {level}; {WITH_JSON} or later is needed: `ALTER DATABASE {name} SET \
-             COMPATIBILITY_LEVEL = 150`"
+            "database {name:?} has no OPENJSON ({}); it needs compatibility level 130 or later: `ALTER DATABASE {name} SET \
+             COMPATIBILITY_LEVEL = 150`",
+            reading(why)
         )));
     }
     Ok(name.to_owned())

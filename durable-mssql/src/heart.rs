@@ -64,13 +64,11 @@ fn yes(rows: &[Row]) -> Result<bool> {
 pub(crate) fn peers(schema: &Schema, namespace: &str, me: InstanceId) -> Sql {
     let mut sql = Sql::default();
     let (namespace, me) = (sql.text(namespace), sql.id(me.0));
-    let prefix = schema.lock("alive/");
     sql.push("SELECT SYSUTCDATETIME()");
     sql.push(format!(
         "SELECT i.instance, i.heartbeat_at, CONVERT(BIT, CASE WHEN f.fenced_at IS NULL THEN 0 ELSE 1 END),
              CONVERT(BIT, CASE WHEN i.locked_in = {LIFETIME} THEN 1 ELSE 0 END),
-             CONVERT(BIT, APPLOCK_TEST(N'public', CONCAT(N'{prefix}', LOWER(CONVERT(NVARCHAR(32), i.instance, 2))),
-                 N'Exclusive', N'Session'))
+             CONVERT(BIT, APPLOCK_TEST(N'public', i.lock_name, N'Exclusive', N'Session'))
          FROM {schema}.instances AS i LEFT JOIN {schema}.fences AS f ON f.instance = i.instance
          WHERE i.namespace = {namespace} AND i.instance <> {me}"
     ));
@@ -138,6 +136,7 @@ impl Life {
         let mut sql = Sql::default();
         let (me, namespace, label) = (sql.id(new.id.0), sql.text(&*new.namespace), sql.text(&*new.label));
         let kinds = sql.text(serde_json::to_string(&new.kinds).map_err(StorageError::refused)?);
+        let lock = sql.text(lock(&self.shared.schema, new.id.0));
         let (schema, locked_in) = (&self.shared.schema, self.locked_in(&mut sql));
         sql.push(format!("DECLARE @me BINARY(16) = {me}, @now DATETIME2(6) = SYSUTCDATETIME()"));
         sql.push("BEGIN TRANSACTION");
@@ -146,8 +145,9 @@ impl Life {
              WHERE NOT EXISTS (SELECT 1 FROM {schema}.fences AS f WHERE f.instance = @me)"
         ));
         sql.push(format!(
-            "INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, locked_in)
-             SELECT @me, {namespace}, {label}, {kinds}, @now, @now, {locked_in}
+            "INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_name,
+                 locked_in)
+             SELECT @me, {namespace}, {label}, {kinds}, @now, @now, {lock}, {locked_in}
              WHERE NOT EXISTS (SELECT 1 FROM {schema}.instances AS i WHERE i.instance = @me)"
         ));
         sql.push("COMMIT TRANSACTION");

@@ -93,7 +93,7 @@ impl Table {
                 Cell::Id(id) => write!(self.json, "\"{}\"", id.simple()),
                 Cell::Number(number) => write!(self.json, "{number}"),
                 Cell::Bit(bit) => write!(self.json, "{bit}"),
-                Cell::Text(text) => serde_json::to_writer(&mut self.json, text).map_err(Into::into),
+                Cell::Text(text) => escaped(&mut self.json, text),
                 Cell::Null => write!(self.json, "null"),
             };
         }
@@ -134,8 +134,9 @@ fn source(columns: &[(&str, Column)], parameter: &str, name: &str) -> String {
             Column::Id => (format!("CONVERT(BINARY(16), r.[{column}], 2)"), "NVARCHAR(32)".to_owned()),
             Column::Number => (format!("r.[{column}]"), "BIGINT".to_owned()),
             Column::Bit => (format!("r.[{column}]"), "BIT".to_owned()),
-            Column::Key(units) => (format!("r.[{column}] COLLATE Latin1_General_BIN2"), format!("NVARCHAR({units})")),
-            Column::Text => (format!("r.[{column}]"), "NVARCHAR(MAX)".to_owned()),
+            // Twice as long, should every unit be escaped.
+            Column::Key(units) => (unescaped(column, &MARKS), format!("NVARCHAR({})", 2 * units)),
+            Column::Text => (unescaped(column, &[&SPACES[..], &MARKS].concat()), "NVARCHAR(MAX)".to_owned()),
             Column::Time => (format!("CONVERT(DATETIME2(6), r.[{column}], 126)"), "NVARCHAR(40)".to_owned()),
         };
         selected.push(format!("{value} AS [{column}]"));
@@ -145,6 +146,35 @@ fn source(columns: &[(&str, Column)], parameter: &str, name: &str) -> String {
     format!("(SELECT {selected} FROM OPENJSON({parameter}) WITH ({read}) AS r) AS {name}")
 }
 
+/// How a unit is escaped, and what stands for it in SQL: as JSON Pointer (RFC 6901) does it. Not every server that speaks
+/// the protocol undoes JSON's own escapes. The mark itself is the last to be undone.
+const MARKS: [(&str, &str); 3] = [("~1", "N'\"'"), ("~2", "N'\\'"), ("~0", "N'~'")];
+/// Spaces that JSON does not allow within a string; keys have none.
+const SPACES: [(&str, &str); 3] = [("~3", "NCHAR(10)"), ("~4", "NCHAR(9)"), ("~5", "NCHAR(13)")];
+
+fn escaped(json: &mut Vec<u8>, text: &str) -> std::io::Result<()> {
+    json.push(b'"');
+    for byte in text.bytes() {
+        match byte {
+            b'~' => json.extend(b"~0"),
+            b'"' => json.extend(b"~1"),
+            b'\\' => json.extend(b"~2"),
+            b'\n' => json.extend(b"~3"),
+            b'\t' => json.extend(b"~4"),
+            b'\r' => json.extend(b"~5"),
+            0..0x20 => write!(json, "\\u{byte:04x}")?,
+            other => json.push(other),
+        }
+    }
+    json.push(b'"');
+    Ok(())
+}
+
+fn unescaped(column: &str, escapes: &[(&str, &str)]) -> String {
+    let text = format!("r.[{column}] COLLATE Latin1_General_BIN2");
+    escapes.iter().fold(text, |text, (escape, unit)| format!("REPLACE({text}, N'{escape}', {unit})"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,9 +182,12 @@ mod tests {
     #[test]
     fn rows_as_json() {
         let mut table = Table::new(&[("run", Column::Id), ("n", Column::Number), ("t", Column::Text)]);
-        table.row([Cell::Id(Uuid::nil()), 1_i64.into(), "a\"\u{1}é".into()]);
+        table.row([Cell::Id(Uuid::nil()), 1_i64.into(), "a\"\\~1\u{1}é\n".into()]);
         table.row([Cell::Null, Cell::Null, None::<&str>.into()]);
         let id = "0".repeat(32);
-        assert_eq!(String::from_utf8(table.json).unwrap(), format!(r#"[["{id}",1,"a\"\u0001é"],[null,null,null]"#));
+        assert_eq!(
+            String::from_utf8(table.json).unwrap(),
+            format!(r#"[["{id}",1,"a~1~2~01\u0001é~3"],[null,null,null]"#)
+        );
     }
 }

@@ -8,7 +8,7 @@ use tiberius::error::Error;
 use uuid::Uuid;
 
 use crate::names::Schema;
-use crate::rows::{get, text};
+use crate::rows::{get, run, text};
 use crate::sql::{Sql, hex};
 use crate::{Mssql, batch};
 
@@ -118,9 +118,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> OutboxWriter for InTransaction<'_
     async fn spawn(self, namespace: &str, spawn: &Spawn) -> tiberius::Result<Spawned> {
         let rows = put_start(self.schema()?, namespace, spawn).fetch(self.client).await?.rows();
         let row = rows.first().ok_or_else(|| decoded("a start has no answer"))?;
-        let run: Uuid = get::<&str>(row, 0).map_err(decoded)?.parse()?;
+        let run = run(row, 0).map_err(decoded)?;
         let (kind, digest) = (text(row, 1).map_err(decoded)?, text(row, 2).map_err(decoded)?);
-        Ok(Spawned { run: RunId(run), existed: run != spawn.run.0, kind, digest })
+        Ok(Spawned { run, existed: run != spawn.run, kind, digest })
     }
 
     async fn raise(self, namespace: &str, raise: &Raise) -> tiberius::Result<Raised> {
@@ -148,14 +148,14 @@ pub(crate) fn put_start(schema: &Schema, namespace: &str, spawn: &Spawn) -> Sql 
     let (restart, finished) = (sql.bit(*restart_finished), batch::FINISHED);
     sql.push(PLAIN);
     sql.push(
-        "DECLARE @found TABLE (run NVARCHAR(36) NOT NULL, kind NVARCHAR(128) NOT NULL, digest NVARCHAR(64) NOT NULL)",
+        "DECLARE @found TABLE (run BINARY(16) NOT NULL, kind NVARCHAR(128) NOT NULL, digest NVARCHAR(64) NOT NULL)",
     );
     sql.push(format!(
-        "INSERT INTO @found (run, kind, digest) SELECT TOP (1) i.token, i.name, i.digest FROM {schema}.inbox AS i {INBOX}
+        "INSERT INTO @found (run, kind, digest) SELECT TOP (1) CONVERT(BINARY(16), i.token, 2), i.name, i.digest FROM {schema}.inbox AS i {INBOX}
          WHERE i.namespace = {namespace} AND i.id = {id} AND i.what = N'start' AND i.refused IS NULL ORDER BY i.number DESC"
     ));
     sql.push(format!(
-        "INSERT INTO @found (run, kind, digest) SELECT CONVERT(NVARCHAR(32), p.run, 2), p.kind, p.input_digest
+        "INSERT INTO @found (run, kind, digest) SELECT p.run, p.kind, p.input_digest
          FROM {schema}.processes AS p WHERE p.namespace = {namespace} AND p.id = {id} AND p.[current] = 1
              AND NOT ({restart} = 1 AND p.kind = {kind} AND p.status IN {finished})
              AND NOT EXISTS (SELECT 1 FROM @found AS f)"
@@ -165,7 +165,7 @@ pub(crate) fn put_start(schema: &Schema, namespace: &str, spawn: &Spawn) -> Sql 
          BEGIN
              INSERT INTO {schema}.inbox (namespace, what, id, name, token, payload, digest, restart, put_at)
                  VALUES ({namespace}, N'start', {id}, {kind}, {run}, {input}, {digest}, {restart}, SYSUTCDATETIME());
-             INSERT INTO @found (run, kind, digest) VALUES ({run}, {kind}, {digest});
+             INSERT INTO @found (run, kind, digest) VALUES (CONVERT(BINARY(16), {run}, 2), {kind}, {digest});
          END"
     ));
     sql.push("SELECT f.run, f.kind, f.digest FROM @found AS f");

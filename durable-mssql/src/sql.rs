@@ -114,3 +114,12 @@ impl ToSql for Parameter {
 pub(crate) fn hex(id: Uuid) -> String {
     id.simple().to_string()
 }
+
+/// The hexadecimal digits of an id, in SQL. Not every server that speaks the protocol converts bytes to digits; all write
+/// out a `UNIQUEIDENTIFIER`, whose first three groups are turned around.
+pub(crate) fn digits(id: &str) -> String {
+    let text = format!("CONVERT(NVARCHAR(36), CONVERT(UNIQUEIDENTIFIER, {id}))");
+    let parts = [(7, 2), (5, 2), (3, 2), (1, 2), (12, 2), (10, 2), (17, 2), (15, 2), (20, 4), (25, 12)];
+    let parts = parts.map(|(start, length)| format!("SUBSTRING({text}, {start}, {length})"));
+    format!("LOWER(CONCAT({}))", parts.join(", "))
+}

@@ -12,6 +12,8 @@ pub struct MssqlSchema {
     name: String,
 }
 
+const PASSWORD: &str = "Durable-1433";
+
 /// Who makes the schemas.
 fn administrator() -> Result<String, String> {
     const URL: &str = "DURABLE_MSSQL_URL";
@@ -23,6 +25,21 @@ async fn connect(address: &str) -> Client {
     let config = Config::from_ado_string(address).unwrap();
     let stream = tokio::net::TcpStream::connect(config.get_addr()).await.unwrap();
     Client::connect(config, stream.compat_write()).await.unwrap()
+}
+
+/// What the tests run against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The real one, which is excused from nothing.
+    SqlServer,
+    /// Babelfish for PostgreSQL, which speaks its protocol.
+    Babelfish,
+}
+
+async fn target(client: &mut Client) -> Target {
+    let version = rows(client, "SELECT @@VERSION").await;
+    let babelfish = version[0].get::<&str, _>(0).unwrap().contains("Babelfish");
+    if babelfish { Target::Babelfish } else { Target::SqlServer }
 }
 
 async fn rows(client: &mut Client, sql: &str) -> Vec<Row> {
@@ -69,18 +86,20 @@ impl Backend for MssqlSchema {
         let name = format!("test_{}", durable_core::RunId::new().0.simple());
         let mut client = connect(&administrator).await;
         for sql in [
-            format!("CREATE LOGIN {name} WITH PASSWORD = N'{name}-A1', CHECK_POLICY = OFF"),
+            format!("CREATE LOGIN {name} WITH PASSWORD = N'{PASSWORD}'"),
             format!("CREATE USER {name} FOR LOGIN {name} WITH DEFAULT_SCHEMA = {name}"),
             format!("CREATE SCHEMA {name} AUTHORIZATION {name}"),
-            format!("GRANT CREATE TABLE TO {name}"),
         ] {
             rows(&mut client, &sql).await;
+        }
+        if target(&mut client).await == Target::SqlServer {
+            rows(&mut client, &format!("GRANT CREATE TABLE TO {name}")).await;
         }
         let place: Vec<&str> = administrator
             .split(';')
             .filter(|pair| !["user", "uid", "user id", "username", "password", "pwd"].contains(&key(pair).as_str()))
             .collect();
-        Self { address: format!("{};user={name};password={name}-A1", place.join(";")), name }
+        Self { address: format!("{};user={name};password={PASSWORD}", place.join(";")), name }
     }
 
     async fn storage(&self) -> Mssql {

@@ -3,18 +3,19 @@
 use durable_core::storage::{Claimed, Finish, Op, Outcome, Raised, Result, RunId, Sorted, Spawned, StorageError};
 use std::collections::{HashMap, HashSet};
 use tiberius::Row;
+use uuid::Uuid;
 
 use super::{COMMITTED, Committed, INBOX, judge};
-use crate::rows::{get, maybe, maybe_text, run, status, text};
+use crate::rows::{get, maybe, maybe_id, maybe_text, run, status, text};
 
 /// What is told, a row each: which part tells it, the operation's place, and what.
 pub(super) const TABLE: &str = "DECLARE @out TABLE (part INT NOT NULL, ord BIGINT NULL, run BINARY(16) NULL, \
-    a BIGINT NULL, b BIGINT NULL, c BIGINT NULL, mine INT NULL, text NVARCHAR(MAX) NULL, more NVARCHAR(MAX) NULL)";
-pub(super) const SELECT: &str = "SELECT o.part, o.ord, o.run, o.a, o.b, o.c, o.mine, o.text, o.more FROM @out AS o";
+    owner BINARY(16) NULL, a BIGINT NULL, b BIGINT NULL, c BIGINT NULL, text NVARCHAR(MAX) NULL, more NVARCHAR(MAX) NULL)";
+pub(super) const SELECT: &str = "SELECT o.part, o.ord, o.run, o.a, o.b, o.c, o.owner, o.text, o.more FROM @out AS o";
 
 /// A start found this: run, existed, kind, digest.
 pub(super) const EXISTING: i32 = 1;
-/// A message's process: run, number, unfinished, mine.
+/// A message's process: run, number, unfinished, owner.
 pub(super) const DELIVERED: i32 = 2;
 /// A record is not there.
 pub(super) const LOST: i32 = 3;
@@ -22,9 +23,9 @@ pub(super) const LOST: i32 = 3;
 pub(super) const AWAITED: i32 = 4;
 /// An owned run was changed.
 pub(super) const MADE: i32 = 5;
-/// One was not, and stands so: owned, claim, calm claim, signals, mine, status.
+/// One was not, and stands so: owner, claim, calm claim, signals, status.
 pub(super) const STATE: i32 = 6;
-/// A run was signalled; mine.
+/// A run was signalled: its owner.
 pub(super) const WOKEN: i32 = 7;
 /// What an order found: run, status.
 pub(super) const BEFORE: i32 = 8;
@@ -36,12 +37,11 @@ struct State {
     claim: i64,
     calm: i64,
     signals: i64,
-    owned: bool,
-    mine: bool,
+    owner: Option<Uuid>,
 }
 
 /// From here on all is committed, unless the verdict says otherwise: whatever is wrong with the answer does not undo it.
-pub(super) fn committed(parts: &[Vec<Row>], ops: &[Op], sorted: &Sorted<'_>) -> Result<Committed> {
+pub(super) fn committed(parts: &[Vec<Row>], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<Committed> {
     let unknown = |why: &dyn std::fmt::Display| StorageError::unknown(why.to_string());
     let first = parts.first().and_then(|rows| rows.first()).ok_or_else(|| unknown(&"a batch has no answer"))?;
     let (verdict, open): (i32, i32) =
@@ -52,14 +52,14 @@ pub(super) fn committed(parts: &[Vec<Row>], ops: &[Op], sorted: &Sorted<'_>) -> 
     match verdict {
         COMMITTED => {
             let told = parts.get(1).map(Vec::as_slice).unwrap_or_default();
-            outcomes(told, ops, sorted).map(Committed::Done).map_err(|why| unknown(&why))
+            outcomes(told, me, ops, sorted).map(Committed::Done).map_err(|why| unknown(&why))
         }
         INBOX => Ok(Committed::Inbox),
         other => Err(judge(other)),
     }
 }
 
-fn outcomes(told: &[Row], ops: &[Op], sorted: &Sorted<'_>) -> Result<Vec<Outcome>> {
+fn outcomes(told: &[Row], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<Vec<Outcome>> {
     let mut outcomes: Vec<Option<Outcome>> = vec![None; ops.len()];
     let mut lost: HashSet<usize> = HashSet::new();
     let mut made: HashSet<RunId> = HashSet::new();
@@ -74,7 +74,7 @@ fn outcomes(told: &[Row], ops: &[Op], sorted: &Sorted<'_>) -> Result<Vec<Outcome
             EXISTING => outcomes[place(row, ops)?] = readable(existing(row)),
             DELIVERED => {
                 let at = place(row, ops)?;
-                outcomes[at] = Some(delivered(row, matches!(ops[at], Op::Record(_)))?);
+                outcomes[at] = Some(delivered(row, me, matches!(ops[at], Op::Record(_)))?);
             }
             LOST => {
                 lost.insert(place(row, ops)?);
@@ -86,7 +86,7 @@ fn outcomes(told: &[Row], ops: &[Op], sorted: &Sorted<'_>) -> Result<Vec<Outcome
             STATE => {
                 states.insert(run(row, 2)?, state(row)?);
             }
-            WOKEN if get::<i32>(row, 6)? == 1 => wakes.push(run(row, 2)?),
+            WOKEN if maybe_id(row, 6)? == Some(me) => wakes.push(run(row, 2)?),
             WOKEN => {}
             BEFORE => {
                 before.insert(place(row, ops)?, run(row, 2).and_then(|run| Ok((run, status(row, 7)?))));
@@ -116,7 +116,7 @@ fn outcomes(told: &[Row], ops: &[Op], sorted: &Sorted<'_>) -> Result<Vec<Outcome
     for (at, _) in &sorted.awaits {
         outcomes[*at].get_or_insert(Outcome::Awaits(None));
     }
-    owned(sorted, &made, &states, &mut outcomes);
+    owned(sorted, me, &made, &states, &mut outcomes);
     for (at, _) in &sorted.orders {
         outcomes[*at] = Some(match before.remove(at).transpose() {
             Ok(before) => Outcome::Asked { before, wakes: Vec::new(), again: false },
@@ -148,10 +148,10 @@ fn existing(row: &Row) -> Result<Outcome> {
     Ok(Outcome::Spawned(Spawned { run: run(row, 2)?, existed, kind: text(row, 7)?, digest: text(row, 8)? }))
 }
 
-fn delivered(row: &Row, durable: bool) -> Result<Outcome> {
+fn delivered(row: &Row, me: Uuid, durable: bool) -> Result<Outcome> {
     let unfinished = get::<i64>(row, 4)? == 1;
     Ok(Outcome::Raised(match maybe::<i64>(row, 3)? {
-        Some(number) => Raised::Delivered { run: run(row, 2)?, number, mine: get::<i32>(row, 6)? == 1 },
+        Some(number) => Raised::Delivered { run: run(row, 2)?, number, mine: maybe_id(row, 6)? == Some(me) },
         // Its run took the place of another meanwhile. Again, from the start.
         None if unfinished && !durable => return Err(StorageError::unavailable("a process was restarted meanwhile")),
         None => Raised::Finished,
@@ -166,17 +166,22 @@ fn awaited(row: &Row) -> Result<Outcome> {
 
 fn state(row: &Row) -> Result<State> {
     Ok(State {
-        owned: get::<i64>(row, 1)? == 1,
         claim: get(row, 3)?,
         calm: get(row, 4)?,
         signals: get(row, 5)?,
-        mine: get::<i32>(row, 6)? == 1,
+        owner: maybe_id(row, 6)?,
         status: text(row, 7)?,
     })
 }
 
 /// Changes of owned rows, of which these have been made. The others may have been by an earlier attempt of this batch.
-fn owned(sorted: &Sorted<'_>, made: &HashSet<RunId>, states: &HashMap<RunId, State>, outcomes: &mut [Option<Outcome>]) {
+fn owned(
+    sorted: &Sorted<'_>,
+    me: Uuid,
+    made: &HashSet<RunId>,
+    states: &HashMap<RunId, State>,
+    outcomes: &mut [Option<Outcome>],
+) {
     let plain = |run: &RunId| Some(if made.contains(run) { Outcome::Recorded } else { Outcome::Lost });
     for (at, (run, _)) in &sorted.accepts {
         outcomes[*at] = plain(run);
@@ -186,14 +191,15 @@ fn owned(sorted: &Sorted<'_>, made: &HashSet<RunId>, states: &HashMap<RunId, Sta
     }
     for (at, finish) in &sorted.finishes {
         let Finish { run, claim, status, .. } = finish;
-        let before = states.get(run).is_some_and(|s| s.claim == *claim && &*s.status == status.as_str() && !s.owned);
+        let before =
+            states.get(run).is_some_and(|s| s.claim == *claim && &*s.status == status.as_str() && s.owner.is_none());
         let ended = made.contains(run) || before;
         outcomes[*at] = Some(if ended { Outcome::Finished { wakes: Vec::new() } } else { Outcome::Lost });
     }
     for (at, park) in &sorted.parks {
         outcomes[*at] = Some(match states.get(&park.run) {
             _ if made.contains(&park.run) => Outcome::Recorded,
-            Some(state) if state.mine && state.claim == park.claim => Outcome::Signalled(state.signals),
+            Some(state) if state.owner == Some(me) && state.claim == park.claim => Outcome::Signalled(state.signals),
             Some(state) if state.calm >= park.claim => Outcome::Recorded,
             _ => Outcome::Lost,
         });

@@ -62,7 +62,7 @@ pub(super) fn deliver(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     sql.push(format!(
         "UPDATE p SET signals = p.signals + b.letters, {WAKE}
          OUTPUT inserted.run, inserted.signals INTO @counted (run, signals)
-         FROM {of}.processes AS p JOIN @boxes AS b ON b.run = p.run WHERE p.[current] = 1 AND p.status IN {UNFINISHED}"
+         FROM {of}.processes AS p, @boxes AS b WHERE b.run = p.run AND p.[current] = 1 AND p.status IN {UNFINISHED}"
     ));
     sql.push(format!(
         "INSERT INTO {of}.events (run, number, name, event_id, payload, raised_at)
@@ -71,9 +71,9 @@ pub(super) fn deliver(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
          FROM @letters AS l JOIN @counted AS c ON c.run = l.run JOIN @boxes AS b ON b.run = l.run WHERE {fresh}"
     ));
     sql.push(format!(
-        "INSERT INTO @out (part, ord, run, a, b, mine)
+        "INSERT INTO @out (part, ord, run, a, b, owner)
          SELECT {delivered}, l.ord, p.run, e.number, CASE WHEN p.status IN {UNFINISHED} THEN 1 ELSE 0 END,
-             CASE WHEN p.owner = @me THEN 1 ELSE 0 END
+             p.owner
          FROM @letters AS l JOIN {of}.processes AS p ON p.run = l.run
              LEFT JOIN {of}.events AS e ON e.run = l.run AND e.event_id = l.event_id"
     ));

@@ -82,7 +82,7 @@ async fn run(client: &mut Client, of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) 
     loop {
         tries += 1;
         match script(of, sorted).fetch(client).await {
-            Ok(parts) => return answers::committed(&parts, ops, sorted),
+            Ok(parts) => return answers::committed(&parts, of.instance, ops, sorted),
             Err(error) if tries < TRIES && passes_at_once(&error) => {
                 tracing::debug!("a batch gave way to another: {error}");
             }
@@ -164,9 +164,6 @@ fn current(of: &Of<'_>, id: &str) -> String {
 /// What a signal does besides counting: tells an owner that is another instance, makes a waiting process due.
 const WAKE: &str = "signalled = CASE WHEN p.owner IS NOT NULL AND p.owner <> @me THEN 1 ELSE p.signalled END,
     wake_at = CASE WHEN p.status = N'waiting' AND (p.wake_at IS NULL OR p.wake_at > @now) THEN @now ELSE p.wake_at END";
-
-/// Whether a changed row is this instance's.
-const MINE: &str = "CASE WHEN inserted.owner = @me THEN 1 ELSE 0 END";
 
 /// A verdict that is not about the batch's content.
 fn judge(verdict: i32) -> StorageError {

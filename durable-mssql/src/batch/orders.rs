@@ -2,7 +2,7 @@
 
 use durable_core::storage::{Op, Sorted};
 
-use super::{FINISHED, MINE, Of, UNFINISHED, WAKE, answers, owned};
+use super::{FINISHED, Of, UNFINISHED, WAKE, answers, owned};
 use crate::json::{self, Column, Table};
 use crate::sql::Sql;
 
@@ -57,9 +57,9 @@ fn cancel(sql: &mut Sql, of: &Of<'_>, ids: Vec<&str>) {
     let (j, woken) = (json::ids(sql, ids), answers::WOKEN);
     sql.push(format!(
         "UPDATE p SET signals = p.signals + 1, {WAKE}, cancel_requested_at = COALESCE(p.cancel_requested_at, @now)
-         OUTPUT {woken}, inserted.run, {MINE} INTO @out (part, run, mine)
-         FROM {of}.processes AS p JOIN {j} ON p.namespace = @namespace AND p.id = j.id
-         WHERE p.[current] = 1 AND p.status IN {UNFINISHED} AND NOT (p.claim = 0 AND p.owner IS NULL)"
+         OUTPUT {woken}, inserted.run, inserted.owner INTO @out (part, run, owner)
+         FROM {of}.processes AS p, {j}
+         WHERE p.namespace = @namespace AND p.id = j.id AND p.[current] = 1 AND p.status IN {UNFINISHED} AND NOT (p.claim = 0 AND p.owner IS NULL)"
     ));
     // One that never ran has nothing to compensate.
     sql.push(format!(

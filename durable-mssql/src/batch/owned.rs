@@ -2,7 +2,7 @@
 
 use durable_core::storage::Sorted;
 
-use super::{FINISHED, MINE, Of, UNFINISHED, WAKE, answers};
+use super::{FINISHED, Of, UNFINISHED, WAKE, answers};
 use crate::json::{self, Column, Table};
 use crate::rows::time_text;
 use crate::sql::Sql;
@@ -21,9 +21,8 @@ pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     let j = json::runs(sql, owned);
     sql.push(format!(
         "IF (SELECT COUNT(*) FROM @out AS o WHERE o.part = {made}) < {count}
-         INSERT INTO @out (part, run, ord, a, b, c, mine, text)
-         SELECT {state}, p.run, CASE WHEN p.owner IS NULL THEN 0 ELSE 1 END, p.claim, p.calm_claim, p.signals,
-             CASE WHEN p.owner = @me THEN 1 ELSE 0 END, p.status
+         INSERT INTO @out (part, run, owner, a, b, c, text)
+         SELECT {state}, p.run, p.owner, p.claim, p.calm_claim, p.signals, p.status
          FROM {j} JOIN {of}.processes AS p ON p.run = j.run"
     ));
 }
@@ -32,8 +31,8 @@ pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
 fn change(sql: &mut Sql, of: &Of<'_>, j: &str, set: &str, only: &str) {
     let made = answers::MADE;
     sql.push(format!(
-        "UPDATE p SET {set} OUTPUT {made}, inserted.run INTO @out (part, run) FROM {of}.processes AS p JOIN {j}
-             ON p.run = j.run AND p.claim = j.claim WHERE p.owner = @me{only}"
+        "UPDATE p SET {set} OUTPUT {made}, inserted.run INTO @out (part, run) FROM {of}.processes AS p, {j}
+             WHERE p.run = j.run AND p.claim = j.claim AND p.owner = @me{only}"
     ));
 }
 
@@ -108,7 +107,7 @@ fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
 pub(super) fn wake(sql: &mut Sql, of: &Of<'_>, ended: &str) {
     let woken = answers::WOKEN;
     sql.push(format!(
-        "UPDATE p SET signals = p.signals + 1, {WAKE} OUTPUT {woken}, inserted.run, {MINE} INTO @out (part, run, mine)
+        "UPDATE p SET signals = p.signals + 1, {WAKE} OUTPUT {woken}, inserted.run, inserted.owner INTO @out (part, run, owner)
          FROM {of}.processes AS p
          WHERE p.run IN (SELECT w.waiter FROM {of}.waiters AS w WHERE w.target IN ({ended})) AND p.status IN {UNFINISHED}"
     ));

@@ -2,7 +2,7 @@ use durable_core::storage::{Effect, Raised, RecordOp, RunId, Sorted};
 
 use super::{Of, answers, current};
 use crate::json::{Column, Table};
-use crate::sql::{Sql, hex};
+use crate::sql::{Sql, digits, hex};
 
 const COLUMNS: &[(&str, Column)] = &[
     ("ord", Column::Number),
@@ -28,11 +28,12 @@ struct Payload {
 /// Records of runs that the instance owns, what they consume, and what they no longer await.
 pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     let started = Payload {
-        expression: "CONCAT(N'{\"run\":\"', LOWER(CONVERT(NVARCHAR(36), STUFF(STUFF(STUFF(STUFF(
-                CONVERT(NVARCHAR(32), c.run, 2), 9, 0, N'-'), 14, 0, N'-'), 19, 0, N'-'), 24, 0, N'-'))),
-                N'\",\"existed\":', CASE WHEN c.run = CONVERT(BINARY(16), j.effect_token, 2) THEN N'false' ELSE N'true' END,
-                N',\"kind\":\"', STRING_ESCAPE(c.kind, N'json'), N'\",\"digest\":\"', c.input_digest, N'\"}')"
-            .to_owned(),
+        expression: format!(
+            "CONCAT(N'{{\"run\":\"', {}, N'\",\"existed\":', CASE WHEN c.run = CONVERT(BINARY(16), j.effect_token, 2)
+                 THEN N'false' ELSE N'true' END, N',\"kind\":\"', STRING_ESCAPE(c.kind, N'json'), N'\",\"digest\":\"',
+                 c.input_digest, N'\"}}')",
+            digits("c.run")
+        ),
         join: format!(
             "JOIN {of}.processes AS c ON c.run = COALESCE((SELECT q.run FROM {of}.processes AS q
                  WHERE q.run = CONVERT(BINARY(16), j.effect_token, 2)), {})",
