@@ -54,7 +54,8 @@ CREATE TABLE {schema}.steps (
     -- 0 the process, 1 its compensation
     scope       SMALLINT      NOT NULL,
     name        NVARCHAR(128) COLLATE Latin1_General_BIN2 NOT NULL,
-    [key]       NVARCHAR(256) COLLATE Latin1_General_BIN2 NOT NULL,
+    -- as given, or an id behind a sign
+    [key]       NVARCHAR(260) COLLATE Latin1_General_BIN2 NOT NULL,
     -- step, value, delay, event, race, raise, spawn, output, transaction
     op          NVARCHAR(16)  COLLATE Latin1_General_BIN2 NOT NULL,
     -- pending, done, failed
@@ -148,7 +149,7 @@ CREATE TABLE {schema}.audit (
     forgotten_at DATETIME2(6)  NOT NULL,
     scope        SMALLINT      NOT NULL,
     name         NVARCHAR(128) COLLATE Latin1_General_BIN2 NOT NULL,
-    [key]        NVARCHAR(256) COLLATE Latin1_General_BIN2 NOT NULL,
+    [key]        NVARCHAR(260) COLLATE Latin1_General_BIN2 NOT NULL,
     op           NVARCHAR(16)  COLLATE Latin1_General_BIN2 NOT NULL,
     state        NVARCHAR(16)  COLLATE Latin1_General_BIN2 NOT NULL,
     payload      NVARCHAR(MAX) NOT NULL,

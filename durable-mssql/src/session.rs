@@ -60,7 +60,7 @@ pub(crate) const SETTINGS: &str = "SET XACT_ABORT ON; SET TRANSACTION ISOLATION 
 /// How a session stands: what a service's statements may have changed. The last error counts: a session that has seen one
 /// is not used again, so that the next one's can be told.
 pub(crate) const STANDING: &str = "SELECT CONCAT(@@TRANCOUNT, N'/', DB_NAME(), N'/', SUSER_SNAME(), N'/', USER_NAME(), \
-    N'/', @@LANGID, N'/', @@DATEFIRST, N'/', @@TEXTSIZE, N'/', @@OPTIONS, N'/', @@LOCK_TIMEOUT, N'/', s.date_format, \
+    N'/', @@OPTIONS, N'/', s.language, N'/', s.date_format, N'/', s.date_first, N'/', s.text_size, N'/', s.lock_timeout, \
     N'/', s.deadlock_priority, N'/', s.prev_error) FROM sys.dm_exec_sessions AS s WHERE s.session_id = @@SPID";
 
 /// The socket of a session, which is shut when the session must end whoever holds it.
@@ -124,7 +124,7 @@ impl Manager {
     pub(crate) async fn open(&self) -> tiberius::Result<Session> {
         let born = self.generation.load(Ordering::Relaxed);
         let bounds = self.target.bounds;
-        let opened = tokio::time::timeout(bounds.connect, open(&self.target)).await;
+        let opened = tokio::time::timeout(bounds.connect, Box::pin(open(&self.target))).await;
         let (mut client, socket) = opened.unwrap_or_else(|_| {
             let message = format!("no connection within {:?}", bounds.connect);
             Err(Error::Io { kind: IoErrorKind::TimedOut, message })

@@ -144,6 +144,10 @@ macro_rules! on_each_backend {
             fn postgres() {
                 $crate::PostgresSchema::run(super::$case::<$crate::PostgresSchema>());
             }
+            #[test]
+            fn mssql() {
+                $crate::MssqlSchema::run(super::$case::<$crate::MssqlSchema>());
+            }
         })*
     };
 }

@@ -7,7 +7,7 @@ use durable_tests::crash::journal::{Line, What};
 use durable_tests::crash::scene::{LONG, Random, Scene};
 use durable_tests::crash::shared::Shared;
 use durable_tests::crash::worker::Worker;
-use durable_tests::{PostgresSchema, Sql, SqliteFile, long, run, until};
+use durable_tests::{MssqlSchema, PostgresSchema, Sql, SqliteFile, long, run, until};
 use sqlx::{Connection, Executor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -24,6 +24,10 @@ macro_rules! on_each_database {
             #[test]
             fn postgres() {
                 PostgresSchema::run(super::$case::<PostgresSchema>());
+            }
+            #[test]
+            fn mssql() {
+                MssqlSchema::run(super::$case::<MssqlSchema>());
             }
         })*
     };

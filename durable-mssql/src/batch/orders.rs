@@ -80,7 +80,7 @@ const FORGOTTEN: &[(&str, Column)] = &[
     ("id", Column::Key(256)),
     ("scope", Column::Number),
     ("name", Column::Key(128)),
-    ("key", Column::Key(256)),
+    ("key", Column::Key(260)),
 ];
 
 /// Moves records that are to be forgotten into the audit.

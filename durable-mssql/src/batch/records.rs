@@ -9,7 +9,7 @@ const COLUMNS: &[(&str, Column)] = &[
     ("run", Column::Id),
     ("scope", Column::Number),
     ("name", Column::Key(128)),
-    ("key", Column::Key(256)),
+    ("key", Column::Key(260)),
     ("op", Column::Key(16)),
     ("state", Column::Key(16)),
     ("payload", Column::Text),
