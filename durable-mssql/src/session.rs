@@ -124,7 +124,7 @@ impl Manager {
     pub(crate) async fn open(&self) -> tiberius::Result<Session> {
         let born = self.generation.load(Ordering::Relaxed);
         let bounds = self.target.bounds;
-        let opened = tokio::time::timeout(bounds.connect, Box::pin(open(&self.target))).await;
+        let opened = tokio::time::timeout(bounds.connect, open(&self.target)).await;
         let (mut client, socket) = opened.unwrap_or_else(|_| {
             let message = format!("no connection within {:?}", bounds.connect);
             Err(Error::Io { kind: IoErrorKind::TimedOut, message })
@@ -153,7 +153,7 @@ async fn open(target: &Target) -> tiberius::Result<(Client, Socket)> {
         let stream = stream.into_std()?;
         let socket = Socket(Arc::new(stream.try_clone()?));
         let stream = TcpStream::from_std(stream)?;
-        match Client::connect(config.clone(), stream.compat_write()).await {
+        match Box::pin(Client::connect(config.clone(), stream.compat_write())).await {
             Err(Error::Routing { host, port }) if followed < REDIRECTIONS => {
                 followed += 1;
                 config.host(host);
