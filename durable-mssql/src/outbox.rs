@@ -147,28 +147,26 @@ pub(crate) fn put_start(schema: &Schema, namespace: &str, spawn: &Spawn) -> Sql 
     let (run, input, digest) = (sql.text(hex(run.0)), sql.text(&**input), sql.text(&**digest));
     let (restart, finished) = (sql.bit(*restart_finished), batch::FINISHED);
     sql.push(PLAIN);
-    sql.push(
-        "DECLARE @found TABLE (run BINARY(16) NOT NULL, kind NVARCHAR(128) NOT NULL, digest NVARCHAR(64) NOT NULL)",
-    );
+    sql.push("DECLARE @run BINARY(16), @kind NVARCHAR(128), @digest NVARCHAR(64)");
     sql.push(format!(
-        "INSERT INTO @found (run, kind, digest) SELECT TOP (1) CONVERT(BINARY(16), i.token, 2), i.name, i.digest FROM {schema}.inbox AS i {INBOX}
+        "SELECT TOP (1) @run = CONVERT(BINARY(16), i.token, 2), @kind = i.name, @digest = i.digest
+         FROM {schema}.inbox AS i {INBOX}
          WHERE i.namespace = {namespace} AND i.id = {id} AND i.what = N'start' AND i.refused IS NULL ORDER BY i.number DESC"
     ));
     sql.push(format!(
-        "INSERT INTO @found (run, kind, digest) SELECT p.run, p.kind, p.input_digest
+        "IF @run IS NULL SELECT @run = p.run, @kind = p.kind, @digest = p.input_digest
          FROM {schema}.processes AS p WHERE p.namespace = {namespace} AND p.id = {id} AND p.[current] = 1
-             AND NOT ({restart} = 1 AND p.kind = {kind} AND p.status IN {finished})
-             AND NOT EXISTS (SELECT 1 FROM @found AS f)"
+             AND NOT ({restart} = 1 AND p.kind = {kind} AND p.status IN {finished})"
     ));
     sql.push(format!(
-        "IF NOT EXISTS (SELECT 1 FROM @found AS f)
+        "IF @run IS NULL
          BEGIN
              INSERT INTO {schema}.inbox (namespace, what, id, name, token, payload, digest, restart, put_at)
                  VALUES ({namespace}, N'start', {id}, {kind}, {run}, {input}, {digest}, {restart}, SYSUTCDATETIME());
-             INSERT INTO @found (run, kind, digest) VALUES (CONVERT(BINARY(16), {run}, 2), {kind}, {digest});
+             SELECT @run = CONVERT(BINARY(16), {run}, 2), @kind = {kind}, @digest = {digest};
          END"
     ));
-    sql.push("SELECT f.run, f.kind, f.digest FROM @found AS f");
+    sql.push("SELECT @run, @kind, @digest");
     sql
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn load_script(schema: &Schema, runs: &[RunId], records: bool, limit:
     let mut sql = Sql::default();
     let wanted = run_table(&mut sql, runs.iter().copied());
     let limit = sql.number(limit);
-    sql.push("DECLARE @runs TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
+    sql.declare("@runs TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
     sql.push(format!("INSERT INTO @runs (run) SELECT DISTINCT j.run FROM {wanted}"));
     let (process, event, target, record) = (rows::PROCESS, rows::EVENT, rows::TARGET, rows::RECORD);
     sql.push(format!("SELECT {process} FROM @runs AS r JOIN {schema}.processes AS p ON p.run = r.run"));

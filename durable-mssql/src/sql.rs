@@ -12,7 +12,8 @@ use crate::session::Client;
 /// the text.
 #[derive(Debug, Default)]
 pub(crate) struct Sql {
-    pub(crate) text: String,
+    declarations: String,
+    statements: String,
     parameters: Vec<Parameter>,
 }
 
@@ -65,7 +66,17 @@ impl Sql {
     /// Appends a statement.
     pub(crate) fn push(&mut self, statement: impl AsRef<str>) {
         // Writing to a string does not fail.
-        let _ = writeln!(self.text, "{};", statement.as_ref().trim_end());
+        let _ = writeln!(self.statements, "{};", statement.as_ref().trim_end());
+    }
+
+    /// Declares something, before all statements: a table is not made within a transaction.
+    pub(crate) fn declare(&mut self, what: &str) {
+        let _ = writeln!(self.declarations, "DECLARE {what};");
+    }
+
+    /// The script.
+    pub(crate) fn script(&self) -> String {
+        format!("{}{}", self.declarations, self.statements)
     }
 
     /// Runs it to the end of its answer, so that whatever it commits is committed.
@@ -79,7 +90,7 @@ impl Sql {
         S: futures_io::AsyncRead + futures_io::AsyncWrite + Unpin + Send,
     {
         let parameters: Vec<&dyn ToSql> = self.parameters.iter().map(|parameter| parameter as &dyn ToSql).collect();
-        client.query(self.text, &parameters).await?.into_results().await.map(Parts)
+        client.query(self.script(), &parameters).await?.into_results().await.map(Parts)
     }
 }
 

@@ -18,8 +18,9 @@ use crate::{Mssql, fence, migrate, outbox, read, transaction};
 fn snapshot(scripts: impl IntoIterator<Item = (&'static str, Sql)>) -> String {
     let mut all = String::new();
     for (name, sql) in scripts {
-        parse(name, &sql.text);
-        all.push_str(&format!("-- {name}\n{}\n", sql.text));
+        let script = sql.script();
+        parse(name, &script);
+        all.push_str(&format!("-- {name}\n{script}\n"));
     }
     all
 }

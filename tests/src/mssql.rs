@@ -1,9 +1,12 @@
+use durable_core::storage::RunId;
 use durable_mssql::tiberius::{ColumnData, Config, QueryItem, Row};
 use durable_mssql::{Client, Mssql};
 use std::future::Future;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::crash::shared::Shared;
+use crate::proxy::{Proxied, Proxy};
 use crate::{Backend, Sql};
 
 /// A schema of its own, and a user who may do nothing but use it, in the database that `DURABLE_MSSQL_URL` names; dropped
@@ -25,7 +28,7 @@ async fn connect(address: &str) -> Client {
     use tokio_util::compat::TokioAsyncWriteCompatExt;
     let config = Config::from_ado_string(address).unwrap();
     let stream = tokio::net::TcpStream::connect(config.get_addr()).await.unwrap();
-    Client::connect(config, stream.compat_write()).await.unwrap()
+    Box::pin(Client::connect(config, stream.compat_write())).await.unwrap()
 }
 
 /// What the tests run against.
@@ -50,6 +53,7 @@ impl Target {
             Self::SqlServer => &[],
             Self::Babelfish => &[
                 ("records::texts_up_to_their_limits", "its OPENJSON cuts texts off after 4,000 characters"),
+                ("a_user_without_rights_to_create", "it has one number for most errors, a missing right among them"),
                 ("a_storage_that_stays_away", "a session's first statements take longer than the test's time-out"),
             ],
         }
@@ -103,6 +107,31 @@ impl MssqlSchema {
         &self.name
     }
 
+    /// The storage at an address, that of a proxy say.
+    pub async fn storage_by(&self, address: &str) -> Mssql {
+        Mssql::connect(address).schema(&self.name).max_connections(3).max_transactions(2).await.unwrap()
+    }
+
+    /// Waits until so many of the storage's sessions wait for a lock.
+    pub async fn waiting(&self, sessions: i64) {
+        let mut client = connect(&administrator().unwrap()).await;
+        let waiting = match Target::of(&mut client).await {
+            Target::SqlServer => format!(
+                "SELECT COUNT_BIG(*) FROM sys.dm_exec_requests AS r JOIN sys.dm_exec_sessions AS s
+                     ON s.session_id = r.session_id WHERE s.login_name = '{}' AND r.wait_type LIKE 'LCK%'",
+                self.name
+            ),
+            Target::Babelfish => format!(
+                "SELECT COUNT_BIG(*) FROM pg_stat_activity WHERE usename = '{}' AND wait_event_type = 'Lock'",
+                self.name
+            ),
+        };
+        crate::until("it waits for a lock", async || {
+            rows(&mut client, &waiting).await[0].get::<i64, _>(0).unwrap() >= sessions
+        })
+        .await;
+    }
+
     /// A connection of the test's own.
     pub async fn connect(&self) -> Client {
         connect(&self.address).await
@@ -134,7 +163,7 @@ impl Backend for MssqlSchema {
     }
 
     async fn storage(&self) -> Mssql {
-        Mssql::connect(&self.address).schema(&self.name).max_connections(3).max_transactions(2).await.unwrap()
+        self.storage_by(&self.address).await
     }
 }
 
@@ -191,6 +220,26 @@ impl Shared for MssqlSchema {
             self.name
         );
         !rows(&mut client, &held).await.is_empty()
+    }
+}
+
+impl Proxied for MssqlSchema {
+    // A connection takes long on the one, and its answers are long.
+    const STRIDE: usize = 23;
+    fn literal(run: RunId) -> String {
+        format!("0x{}", run.0.simple())
+    }
+    async fn proxy(&self) -> Proxy {
+        let (before, rest) = self.address.split_once("tcp:").unwrap();
+        let (place, rest) = rest.split_once(';').unwrap();
+        let address = |place: SocketAddr| format!("{before}tcp:{},{};{rest}", place.ip(), place.port());
+        Proxy::to(&place.replace(',', ":"), address).await
+    }
+    async fn through(&self, proxy: &Proxy) -> Mssql {
+        self.storage_by(&proxy.url).await
+    }
+    async fn alone_through(&self, proxy: &Proxy) -> Mssql {
+        self.storage_by(&proxy.url).await
     }
 }
 

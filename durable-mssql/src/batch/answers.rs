@@ -9,7 +9,7 @@ use super::{COMMITTED, Committed, INBOX, judge};
 use crate::rows::{get, maybe, maybe_id, maybe_text, run, status, text};
 
 /// What is told, a row each: which part tells it, the operation's place, and what.
-pub(super) const TABLE: &str = "DECLARE @out TABLE (part INT NOT NULL, ord BIGINT NULL, run BINARY(16) NULL, \
+pub(super) const TABLE: &str = "@out TABLE (part INT NOT NULL, ord BIGINT NULL, run BINARY(16) NULL, \
     owner BINARY(16) NULL, a BIGINT NULL, b BIGINT NULL, c BIGINT NULL, text NVARCHAR(MAX) NULL, more NVARCHAR(MAX) NULL)";
 pub(super) const SELECT: &str = "SELECT o.part, o.ord, o.run, o.a, o.b, o.c, o.owner, o.text, o.more FROM @out AS o";
 

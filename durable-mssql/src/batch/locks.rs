@@ -28,7 +28,7 @@ pub(super) fn take(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
         wanted.push(format!("SELECT w.waiter FROM {source} JOIN {of}.waiters AS w ON w.target = j.run"));
     }
     let wanted = wanted.join(" UNION ");
-    sql.push("DECLARE @held TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
+    sql.declare("@held TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
     sql.push(format!(
         "INSERT INTO @held (run) SELECT DISTINCT u.run FROM ({wanted}) AS u (run) WHERE u.run IS NOT NULL"
     ));

@@ -38,15 +38,13 @@ pub(super) fn deliver(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     let j = table.named(sql, "j");
     let (current, owner, delivered) = (current(of, "j.id"), starter_owns(of), answers::DELIVERED);
     let known = format!("EXISTS (SELECT 1 FROM {of}.events AS e WHERE e.run = l.run AND e.event_id = l.event_id)");
-    sql.push(
-        "DECLARE @letters TABLE (ord BIGINT NOT NULL PRIMARY KEY, run BINARY(16) NULL, name NVARCHAR(128) NOT NULL,
+    sql.declare(
+        "@letters TABLE (ord BIGINT NOT NULL PRIMARY KEY, run BINARY(16) NULL, name NVARCHAR(128) NOT NULL,
              event_id NVARCHAR(256) COLLATE Latin1_General_BIN2 NOT NULL, payload NVARCHAR(MAX) NOT NULL,
              nth BIGINT NOT NULL, allowed INT NOT NULL)",
     );
-    sql.push(
-        "DECLARE @boxes TABLE (run BINARY(16) NOT NULL PRIMARY KEY, letters BIGINT NOT NULL, signals BIGINT NULL)",
-    );
-    sql.push("DECLARE @counted TABLE (run BINARY(16) NOT NULL PRIMARY KEY, signals BIGINT NOT NULL)");
+    sql.declare("@boxes TABLE (run BINARY(16) NOT NULL PRIMARY KEY, letters BIGINT NOT NULL, signals BIGINT NULL)");
+    sql.declare("@counted TABLE (run BINARY(16) NOT NULL PRIMARY KEY, signals BIGINT NOT NULL)");
     sql.push(format!(
         "INSERT INTO @letters (ord, run, name, event_id, payload, nth, allowed)
          SELECT l.ord, l.run, l.name, l.event_id, l.payload,
@@ -94,9 +92,7 @@ pub(super) fn wait(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     }
     let j = table.named(sql, "j");
     let (current, awaited) = (current(of, "j.id"), answers::AWAITED);
-    sql.push(
-        "DECLARE @awaits TABLE (ord BIGINT NOT NULL PRIMARY KEY, waiter BINARY(16) NOT NULL, run BINARY(16) NULL)",
-    );
+    sql.declare("@awaits TABLE (ord BIGINT NOT NULL PRIMARY KEY, waiter BINARY(16) NOT NULL, run BINARY(16) NULL)");
     sql.push(format!(
         "INSERT INTO @awaits (ord, waiter, run) SELECT j.ord, j.waiter, COALESCE(j.target, {current}) FROM {j}"
     ));

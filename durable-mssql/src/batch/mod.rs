@@ -99,7 +99,7 @@ fn script(of: &Of<'_>, sorted: &Sorted<'_>) -> Sql {
          @namespace NVARCHAR(64) = {namespace}, @now DATETIME2(6) = SYSUTCDATETIME(), @patience INT = @@LOCK_TIMEOUT, \
          @count INT = 0"
     ));
-    sql.push(answers::TABLE);
+    sql.declare(answers::TABLE);
     sql.push("BEGIN TRANSACTION");
     gate(&mut sql, of);
     sql.push("IF @verdict = 0 BEGIN SET @now = SYSUTCDATETIME()");

@@ -119,7 +119,7 @@ fn forget(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
 /// All runs of the ids, if the current one may go. The rows themselves last.
 fn delete(sql: &mut Sql, of: &Of<'_>, ids: Vec<&str>) {
     let j = json::ids(sql, ids);
-    sql.push("DECLARE @gone TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
+    sql.declare("@gone TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
     sql.push(format!(
         "INSERT INTO @gone (run) SELECT r.run FROM {j} JOIN {of}.processes AS r ON r.namespace = @namespace AND r.id = j.id
          WHERE (r.[current] = 1 OR r.[current] = 0) AND EXISTS (SELECT 1 FROM {of}.processes AS q

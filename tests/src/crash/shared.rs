@@ -1,10 +1,11 @@
 //! Databases that several programs share, and what a crash test wants to know of them.
 
-use durable_core::storage::Storage;
+use durable_core::storage::{RunId, Storage};
 use durable_postgres::Postgres;
 use std::time::Duration;
 
 use super::check::{Ended, Recorded};
+use crate::proxy::{Proxied, Proxy};
 use crate::{PostgresSchema, Sql, SqliteFile};
 
 /// A database that several programs share.
@@ -80,6 +81,22 @@ impl Shared for PostgresSchema {
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
         held().await.iter().any(|session| first.contains(session))
+    }
+}
+
+impl Proxied for PostgresSchema {
+    const STRIDE: usize = 1;
+    fn literal(run: RunId) -> String {
+        format!("'{run}'")
+    }
+    async fn proxy(&self) -> Proxy {
+        Proxy::before(self.url()).await
+    }
+    async fn through(&self, proxy: &Proxy) -> Postgres {
+        Self::storage_at(&format!("{}#{}", proxy.url, self.name()), false).await
+    }
+    async fn alone_through(&self, proxy: &Proxy) -> Postgres {
+        Postgres::connect(&proxy.url).schema(self.name()).listen(false).await.unwrap()
     }
 }
 
