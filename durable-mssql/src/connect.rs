@@ -59,6 +59,11 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    #[cfg(test)]
+    pub(crate) fn plain(config: Config, bounds: Bounds) -> Self {
+        Self { config, token: None, bounds }
+    }
+
     /// For one login.
     pub(crate) async fn config(&self) -> tiberius::Result<Config> {
         let mut config = self.config.clone();
@@ -215,7 +220,7 @@ impl Mssql {
     /// One that was never connected, for the text of its statements.
     pub(crate) fn offline() -> Self {
         let bounds = Bounds::default();
-        let target = Target { config: Config::new(), token: None, bounds };
+        let target = Target::plain(Config::new(), bounds);
         let sessions = |whose| Sessions::new(target.clone(), whose, 1);
         let (sessions, transactions) = (sessions(Whose::Engine), sessions(Whose::Service));
         #[allow(clippy::unwrap_used)]

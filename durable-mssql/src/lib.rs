@@ -52,6 +52,8 @@
 mod batch;
 mod connect;
 mod errors;
+#[cfg(test)]
+mod fake;
 mod fence;
 mod heart;
 mod json;

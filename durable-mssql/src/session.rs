@@ -5,6 +5,7 @@
 
 use durable_core::storage::{Result, StorageError};
 use std::fmt;
+use std::future::Future;
 use std::net::Shutdown;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use tiberius::SqlBrowser;
 use tiberius::error::{Error, IoErrorKind};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio_util::compat::{Compat, TokioAsyncWriteCompatExt};
 
 use crate::connect::Target;
@@ -177,7 +179,7 @@ impl bb8::ManageConnection for Manager {
         if session.born >= self.generation.load(Ordering::Relaxed) {
             return Ok(());
         }
-        Err(Error::Io { kind: IoErrorKind::ConnectionAborted, message: "others of its age were lost".into() })
+        Err(too_old())
     }
 
     fn has_broken(&self, session: &mut Session) -> bool {
@@ -187,23 +189,72 @@ impl bb8::ManageConnection for Manager {
 
 /// Sessions, lent to one call at a time.
 #[derive(Clone)]
-pub(crate) struct Sessions(bb8::Pool<Manager>);
+pub(crate) struct Sessions {
+    pool: bb8::Pool<Manager>,
+    errors: Errors,
+}
+
+/// Why opening a session failed last. The pool itself lets those who wait for one wait until their patience is at an end,
+/// and does not tell them.
+#[derive(Clone, Debug)]
+struct Errors(watch::Sender<Option<Error>>);
+
+impl Errors {
+    /// The next one from now on.
+    fn next(&self) -> impl Future<Output = Error> + use<> {
+        let mut errors = self.0.subscribe();
+        async move {
+            loop {
+                if errors.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                if let Some(error) = errors.borrow_and_update().clone() {
+                    return error;
+                }
+            }
+        }
+    }
+}
+
+impl bb8::ErrorSink<Error> for Errors {
+    fn sink(&self, error: Error) {
+        // One that is only too old is replaced.
+        if error != too_old() {
+            self.0.send_replace(Some(error));
+        }
+    }
+
+    fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<Error>> {
+        Box::new(self.clone())
+    }
+}
+
+fn too_old() -> Error {
+    Error::Io { kind: IoErrorKind::ConnectionAborted, message: "others of its age were lost".into() }
+}
 
 impl Sessions {
     pub(crate) fn new(target: Target, whose: Whose, most: u32) -> Self {
         const PATIENCE: Duration = Duration::from_secs(10);
+        let errors = Errors(watch::Sender::new(None));
         let pool = bb8::Pool::builder()
+            .error_sink(Box::new(errors.clone()))
             .max_size(most.max(1))
             .connection_timeout(PATIENCE)
             .retry_connection(false)
             .test_on_check_out(true)
             .build_unchecked(Manager::new(target, whose));
-        Self(pool)
+        Self { pool, errors }
     }
 
     /// Hands over a session, in doubt.
     pub(crate) async fn lend(&self) -> Result<Lent> {
-        match self.0.get_owned().await {
+        let failed = self.errors.next();
+        let lent = tokio::select! {
+            lent = self.pool.get_owned() => lent,
+            error = failed => Err(bb8::RunError::User(error)),
+        };
+        match lent {
             Ok(mut session) => {
                 session.doubted = true;
                 Ok(Lent(session))
@@ -217,7 +268,7 @@ impl Sessions {
 
     /// A session that is never pooled.
     pub(crate) async fn own(&self) -> Result<Session> {
-        self.0.dedicated_connection().await.map_err(reading)
+        self.pool.dedicated_connection().await.map_err(reading)
     }
 }
 
@@ -282,5 +333,108 @@ impl DerefMut for Session {
 impl fmt::Debug for Lent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Lent")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::{Answer, Login, Server};
+    use crate::sql::{Commits, Sql};
+    use std::time::Instant;
+
+    async fn ask(sessions: &Sessions, commits: Commits) -> Result<()> {
+        let mut lent = sessions.lend().await?;
+        let mut sql = Sql::default();
+        sql.push("SELECT 1");
+        let result = sql.run(&mut lent, commits).await.map(drop);
+        lent.done(result)
+    }
+
+    #[tokio::test]
+    async fn a_trusted_session_is_lent_again_and_one_in_doubt_is_not() {
+        let server = Server::new(Login::Welcome).await;
+        let sessions = server.sessions();
+        for _ in 0..3 {
+            ask(&sessions, Commits::Yes).await.unwrap();
+        }
+        assert_eq!(server.logins(), 1);
+        // Dropped by whoever had it, it is not known how far it is.
+        drop(sessions.lend().await.unwrap());
+        ask(&sessions, Commits::Yes).await.unwrap();
+        assert_eq!(server.logins(), 2);
+        // What the server refuses leaves a session that could be used on; it is not taken on trust.
+        server.answers([Answer::Error(547)]);
+        assert!(matches!(ask(&sessions, Commits::Yes).await, Err(StorageError::Refused(_))));
+        ask(&sessions, Commits::Yes).await.unwrap();
+        assert_eq!(server.logins(), 3);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_breaks_off_anywhere_is_an_unknown_outcome() {
+        let server = Server::new(Login::Welcome).await;
+        for commits in [Commits::Yes, Commits::No] {
+            // The header has 8 bytes, and what it is about 13.
+            for length in 0..21 {
+                let sessions = server.sessions();
+                // Setting the session, then the request.
+                server.answers([Answer::Done, Answer::Cut(length)]);
+                match (commits, ask(&sessions, commits).await) {
+                    (Commits::Yes, Err(StorageError::Unknown(_)))
+                    | (Commits::No, Err(StorageError::Unavailable(_))) => {}
+                    (_, other) => panic!("{length}: {other:?}"),
+                }
+                ask(&sessions, commits).await.unwrap();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_says_nothing_is_not_waited_for() {
+        let (server, deaf) = (Server::new(Login::Welcome).await, Server::new(Login::Silence).await);
+        let since = Instant::now();
+        let error = deaf.sessions().own().await.map(drop).unwrap_err();
+        assert!(matches!(error, StorageError::Unavailable(_)), "{error:?}");
+        server.answers([Answer::Done, Answer::Silence]);
+        let error = ask(&server.sessions(), Commits::Yes).await.unwrap_err();
+        assert!(matches!(error, StorageError::Unknown(_)), "{error:?}");
+        assert!(since.elapsed() < Duration::from_secs(9), "before the pool's patience is at an end");
+    }
+
+    #[tokio::test]
+    async fn sessions_of_one_age_are_lost_together() {
+        let server = Server::new(Login::Welcome).await;
+        let sessions = server.sessions();
+        let (one, two) = (sessions.lend().await.unwrap(), sessions.lend().await.unwrap());
+        one.done(Ok(())).unwrap();
+        two.done::<()>(Err(StorageError::unavailable("lost"))).unwrap_err();
+        ask(&sessions, Commits::Yes).await.unwrap();
+        assert_eq!(server.logins(), 3, "the idle one is as old as the lost one");
+        ask(&sessions, Commits::Yes).await.unwrap();
+        assert_eq!(server.logins(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_redirection_is_followed_but_not_for_ever() {
+        let (gateway, server) = (Server::new(Login::Welcome).await, Server::new(Login::Welcome).await);
+        gateway.sends_on_to(server.port());
+        ask(&gateway.sessions(), Commits::Yes).await.unwrap();
+        assert_eq!((gateway.logins(), server.logins()), (1, 1));
+        gateway.sends_on_to(gateway.port());
+        let error = ask(&gateway.sessions(), Commits::Yes).await.unwrap_err();
+        assert!(matches!(error, StorageError::Unavailable(_)), "{error:?}");
+        assert_eq!(gateway.logins(), 1 + 4);
+    }
+
+    #[tokio::test]
+    async fn a_session_ends_with_whoever_holds_its_socket() {
+        let server = Server::new(Login::Welcome).await;
+        let sessions = server.sessions();
+        let mut lent = sessions.lend().await.unwrap();
+        lent.socket().shut();
+        tokio::time::timeout(Duration::from_secs(5), lent.socket().ended()).await.unwrap();
+        let mut sql = Sql::default();
+        sql.push("SELECT 1");
+        assert!(sql.run(&mut lent, Commits::No).await.is_err());
     }
 }

@@ -25,12 +25,14 @@ pub(super) const AWAITED: i32 = 4;
 pub(super) const MADE: i32 = 5;
 /// One was not, and stands so: owner, claim, calm claim, signals, status.
 pub(super) const STATE: i32 = 6;
-/// A run was signalled: its owner.
+/// A run was signalled by an end: its owner.
 pub(super) const WOKEN: i32 = 7;
 /// What an order found: run, status.
 pub(super) const BEFORE: i32 = 8;
 /// A process is the instance's, under this claim.
 pub(super) const CLAIMED: i32 = 9;
+/// A run was signalled by an order: its owner.
+pub(super) const ROUSED: i32 = 10;
 
 struct State {
     status: Box<str>,
@@ -64,7 +66,7 @@ fn outcomes(told: &[Row], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<V
     let mut lost: HashSet<usize> = HashSet::new();
     let mut made: HashSet<RunId> = HashSet::new();
     let mut states: HashMap<RunId, State> = HashMap::new();
-    let mut wakes: Vec<RunId> = Vec::new();
+    let (mut woken, mut roused) = (Vec::new(), Vec::new());
     let mut claimed: Vec<Claimed> = Vec::new();
     let mut before: HashMap<usize, Result<(RunId, durable_core::Status)>> = HashMap::new();
     // A row of another process that cannot be understood is told to whoever asked about that process.
@@ -86,8 +88,9 @@ fn outcomes(told: &[Row], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<V
             STATE => {
                 states.insert(run(row, 2)?, state(row)?);
             }
-            WOKEN if maybe_id(row, 6)? == Some(me) => wakes.push(run(row, 2)?),
-            WOKEN => {}
+            WOKEN if maybe_id(row, 6)? == Some(me) => woken.push(run(row, 2)?),
+            ROUSED if maybe_id(row, 6)? == Some(me) => roused.push(run(row, 2)?),
+            WOKEN | ROUSED => {}
             BEFORE => {
                 before.insert(place(row, ops)?, run(row, 2).and_then(|run| Ok((run, status(row, 7)?))));
             }
@@ -126,13 +129,13 @@ fn outcomes(told: &[Row], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<V
     if let [(at, _)] = sorted.claims[..] {
         outcomes[at] = Some(Outcome::Claimed(claimed));
     }
-    // Whom the batch wakes is told with the first that can tell it.
-    let tells = outcomes.iter_mut().flatten().find_map(|outcome| match outcome {
-        Outcome::Finished { wakes } | Outcome::Asked { wakes, .. } => Some(wakes),
-        _ => None,
-    });
-    if let Some(told) = tells {
-        *told = wakes;
+    // Whom ends wake is told with the first of them, and likewise for orders.
+    for outcome in outcomes.iter_mut().flatten() {
+        match outcome {
+            Outcome::Finished { wakes } => *wakes = std::mem::take(&mut woken),
+            Outcome::Asked { wakes, .. } => *wakes = std::mem::take(&mut roused),
+            _ => {}
+        }
     }
     let missing = || StorageError::schema("a batch has an operation that this version does not know");
     outcomes.into_iter().map(|outcome| outcome.ok_or_else(missing)).collect()
@@ -203,5 +206,41 @@ fn owned(
             Some(state) if state.calm >= park.claim => Outcome::Recorded,
             _ => Outcome::Lost,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::{Answer, Login, Server};
+    use crate::names::Schema;
+    use durable_core::storage::{Batch, Fence, InstanceId, Prepared};
+
+    /// What a batch without operations comes to, by its verdict and the transactions that it says are open.
+    async fn comes_to(answer: Answer) -> Result<bool> {
+        let server = Server::new(Login::Welcome).await;
+        let mut lent = server.sessions().lend().await?;
+        server.answers([answer]);
+        let fence = Fence { instance: InstanceId::new(), generation: 0 };
+        let batch = Batch { fence, namespace: "default".into(), ops: Vec::new(), prepared: Prepared::default() };
+        let result = super::super::commit(&mut lent, &Schema::new("durable")?, &batch, false).await;
+        Ok(matches!(result?, Committed::Done(_)))
+    }
+
+    #[tokio::test]
+    async fn verdicts() {
+        assert!(comes_to(Answer::Numbers(COMMITTED, 0)).await.unwrap());
+        assert!(!comes_to(Answer::Numbers(INBOX, 0)).await.unwrap());
+        assert!(matches!(comes_to(Answer::Numbers(super::super::FENCED, 0)).await, Err(StorageError::Fenced)));
+        assert!(matches!(comes_to(Answer::Numbers(crate::fence::BUSY, 0)).await, Err(StorageError::Unavailable(_))));
+        assert!(matches!(comes_to(Answer::Numbers(COMMITTED, 1)).await, Err(StorageError::Unknown(_))), "left open");
+        assert!(matches!(comes_to(Answer::Numbers(99, 0)).await, Err(StorageError::Unknown(_))));
+        assert!(matches!(comes_to(Answer::Done).await, Err(StorageError::Unknown(_))), "no answer at all");
+        assert!(
+            matches!(comes_to(Answer::Error(1205)).await, Err(StorageError::Unknown(_))),
+            "run again, without answer"
+        );
+        assert!(matches!(comes_to(Answer::Error(9002)).await, Err(StorageError::Unavailable(_))));
+        assert!(matches!(comes_to(Answer::Error(547)).await, Err(StorageError::Refused(_))));
     }
 }

@@ -54,7 +54,7 @@ pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
 }
 
 fn cancel(sql: &mut Sql, of: &Of<'_>, ids: Vec<&str>) {
-    let (j, woken) = (json::ids(sql, ids), answers::WOKEN);
+    let (j, woken) = (json::ids(sql, ids), answers::ROUSED);
     sql.push(format!(
         "UPDATE p SET signals = p.signals + 1, {WAKE}, cancel_requested_at = COALESCE(p.cancel_requested_at, @now)
          OUTPUT {woken}, inserted.run, inserted.owner INTO @out (part, run, owner)
@@ -72,7 +72,7 @@ fn cancel(sql: &mut Sql, of: &Of<'_>, ids: Vec<&str>) {
         "SELECT t.run FROM {j} JOIN {of}.processes AS t ON t.namespace = @namespace AND t.id = j.id
          WHERE t.[current] = 1 AND t.status = N'cancelled'"
     );
-    owned::wake(sql, of, &ended);
+    owned::wake(sql, of, &ended, answers::ROUSED);
 }
 
 const FORGOTTEN: &[(&str, Column)] = &[
@@ -126,7 +126,7 @@ fn delete(sql: &mut Sql, of: &Of<'_>, ids: Vec<&str>) {
              WHERE q.namespace = @namespace AND q.id = j.id AND q.[current] = 1
                  AND (q.status IN {FINISHED} OR q.status = N'stuck'))"
     ));
-    owned::wake(sql, of, "SELECT g.run FROM @gone AS g");
+    owned::wake(sql, of, "SELECT g.run FROM @gone AS g", answers::ROUSED);
     for (table, column) in
         [("steps", "run"), ("events", "run"), ("audit", "run"), ("waiters", "waiter"), ("processes", "run")]
     {

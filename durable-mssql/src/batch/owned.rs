@@ -100,12 +100,11 @@ fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     let j = json::runs(sql, ending);
     sql.push(format!("DELETE w FROM {of}.waiters AS w JOIN {j} ON w.waiter = j.run"));
     let ended = format!("SELECT t.run FROM {j} JOIN {of}.processes AS t ON t.run = j.run WHERE t.status IN {FINISHED}");
-    wake(sql, of, &ended);
+    wake(sql, of, &ended, answers::WOKEN);
 }
 
-/// Signals everybody who awaits one of the runs that `ended` selects.
-pub(super) fn wake(sql: &mut Sql, of: &Of<'_>, ended: &str) {
-    let woken = answers::WOKEN;
+/// Signals everybody who awaits one of the runs that `ended` selects, and tells it as this part.
+pub(super) fn wake(sql: &mut Sql, of: &Of<'_>, ended: &str, woken: i32) {
     sql.push(format!(
         "UPDATE p SET signals = p.signals + 1, {WAKE} OUTPUT {woken}, inserted.run, inserted.owner INTO @out (part, run, owner)
          FROM {of}.processes AS p
