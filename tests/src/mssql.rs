@@ -59,6 +59,7 @@ impl Target {
                 ("a_storage_that_stays_away", SLOW),
                 ("retries_survive_a_crash", SLOW),
                 ("timers_go_on_after_a_crash", SLOW),
+                ("everything_works_through_crashes", SLOW),
                 ("a_timed_receive_that_was_dropped_leaves_no_deadline", SLOW),
             ],
         }
