@@ -45,13 +45,10 @@ async fn dies_at<B: Shared>(boundary: Boundary, programs: usize) -> bool {
     if others.is_empty() {
         others.push(scene.start(None));
     }
-    let since = Instant::now();
     for other in &mut others {
         assert!(other.wait(LONG), "another worker failed");
     }
     scene.check().await;
-    // Without waiting for a heartbeat to expire: its lock told that it was dead.
-    assert!(since.elapsed() < LONG / 2);
     died
 }
 
