@@ -230,13 +230,13 @@ pub(crate) fn write(schema: &Schema, bounds: Bounds, lock: &str, instance: Insta
     let (op, state, payload) = (sql.text(op.as_str()), sql.text(state.as_str()), sql.text(&**payload));
     let attempts = sql.number(i64::from(*attempts));
     let (own, fence) = (sql.text(lock), sql.text(fence::lock(schema, instance.0)));
-    let patience = sql.number(i64::try_from(bounds.lock_ms()).unwrap_or(i64::MAX));
     sql.push(ALONE);
+    sql.push(format!("SET LOCK_TIMEOUT {}", bounds.lock_ms()));
     // Locks of applications belong to a database.
     sql.push(format!("USE [{}]", schema.database()));
     sql.push(format!(
         "DECLARE @verdict INT = {RECORDED}, @me BINARY(16) = {me}, @run BINARY(16) = {run}, @claim BIGINT = {claim}, \
-         @patience INT = {patience}"
+         @patience INT = @@LOCK_TIMEOUT"
     ));
     sql.push(format!("IF NOT ({}) SET @verdict = {GONE}", held(&own)));
     sql.push(format!("IF @verdict = 0 BEGIN {} END", fence::take(&fence, "Shared") + ";"));

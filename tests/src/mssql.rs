@@ -257,6 +257,31 @@ impl MssqlSchema {
     }
 }
 
+impl Drop for MssqlSchema {
+    fn drop(&mut self) {
+        let name = self.name.clone();
+        // In a thread of its own: whoever drops it may be on a runtime. What is still in use stays.
+        let dropping = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut client = connect(&administrator().unwrap()).await;
+                let tables = format!(
+                    "SELECT t.name FROM sys.tables AS t JOIN sys.schemas AS s ON s.schema_id = t.schema_id
+                     WHERE s.name = '{name}'"
+                );
+                let tables = rows(&mut client, &tables).await;
+                let tables = tables.iter().map(|row| format!("TABLE {name}.{}", row.get::<&str, _>(0).unwrap()));
+                for what in tables.chain(["SCHEMA", "USER", "LOGIN"].map(|what| format!("{what} {name}"))) {
+                    if let Ok(dropped) = client.simple_query(format!("DROP {what}")).await {
+                        let _ = dropped.into_results().await;
+                    }
+                }
+            });
+        });
+        let _ = dropping.join();
+    }
+}
+
 /// Whether this thread's test is the one with this name.
 fn is_test(test: &str) -> bool {
     let thread = std::thread::current();
