@@ -33,6 +33,8 @@ async fn connect(address: &str) -> Client {
 
 const SLOW: &str = "the first statements of each of its sessions take longer than the test's times";
 
+const NEVER_PARKED: &str = "a commit takes so long that what a process waits for is there before it leaves memory";
+
 /// What the tests run against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
@@ -60,6 +62,10 @@ impl Target {
                 ("retries_survive_a_crash", SLOW),
                 ("timers_go_on_after_a_crash", SLOW),
                 ("everything_works_through_crashes", SLOW),
+                ("while_parking", NEVER_PARKED),
+                ("after_parking", NEVER_PARKED),
+                ("while_claiming", NEVER_PARKED),
+                ("after_claiming", NEVER_PARKED),
                 ("a_timed_receive_that_was_dropped_leaves_no_deadline", SLOW),
             ],
         }
