@@ -144,7 +144,15 @@ fn deleted(of: &Of<'_>, id: &str) -> Vec<Sql> {
                      AND (q.status IN {FINISHED} OR q.status = 'stuck'))"
         )
     };
-    let mut statements = vec![about(of, id, |sql, namespace, id, _| woken(sql, of, &runs(namespace, id)))];
+    let woken = about(of, id, |sql, namespace, id, _| woken(sql, of, &runs(namespace, id)));
+    let refused = about(of, id, |_, namespace, id, _| {
+        let runs = runs(namespace, id);
+        format!(
+            "DELETE FROM {of}.inbox WHERE namespace = {namespace} AND id = {id} AND refused IS NOT NULL
+                 AND EXISTS ({runs})"
+        )
+    });
+    let mut statements = vec![woken, refused];
     for (table, column) in
         [("steps", "run"), ("events", "run"), ("audit", "run"), ("waiters", "waiter"), ("processes", "run")]
     {

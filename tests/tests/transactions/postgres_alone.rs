@@ -98,7 +98,7 @@ tests!(
     a_take_over_that_is_open,
     a_commit_that_is_on_its_way_is_waited_for,
     a_transaction_that_stays_open_holds_up_nobody,
-    what_cannot_be_moved_on_stays,
+    what_comes_too_late_is_dropped,
     two_that_put_in_the_same,
     a_row_that_nobody_can_read_holds_up_nobody,
     a_flood_of_starts_holds_up_nobody,
@@ -339,7 +339,7 @@ mod cases {
         assert_eq!(same.output().await.unwrap(), 2);
     }
 
-    pub(super) async fn what_cannot_be_moved_on_stays() {
+    pub(super) async fn what_comes_too_late_is_dropped() {
         const OTHER: Definition<i64, i64> = Definition::new("other");
         let backend = bank().await;
         let host = adding(&backend).await;
@@ -355,10 +355,9 @@ mod cases {
         ended.output().await.unwrap();
         open.execute("COMMIT").await.unwrap();
         assert_eq!(host.get("fine").of(ADD).output().await.unwrap(), 3);
-        let refused = "SELECT count(*) FROM inbox WHERE refused LIKE '%in use by one of kind \"add\"%'
-            OR refused LIKE '%has ended%'";
-        assert_eq!(backend.number(refused).await, 2);
-        assert_eq!(backend.number("SELECT count(*) FROM inbox").await, 2);
+        until("nothing is left", async || backend.number("SELECT count(*) FROM inbox").await == 0).await;
+        assert_eq!(backend.number("SELECT count(*) FROM events").await, 2);
+        assert_eq!(&*host.get("taken").status().await.unwrap().kind, "add");
     }
 
     pub(super) async fn two_that_put_in_the_same() {
@@ -395,7 +394,16 @@ mod cases {
         open.execute("COMMIT").await.unwrap();
         handle.raise(NUMBER, &1).await.unwrap();
         assert_eq!(handle.output().await.unwrap(), 2);
-        assert_eq!(backend.number("SELECT count(*) FROM inbox WHERE refused IS NOT NULL").await, 2);
+        let refused = "SELECT count(*) FROM inbox WHERE refused IS NOT NULL";
+        assert_eq!(backend.number(refused).await, 2);
+        // They go with the process, once there is one of that id.
+        let bad = host.spawn(ADD, "bad", &1).await.unwrap();
+        bad.raise(NUMBER, &1).await.unwrap();
+        bad.output().await.unwrap();
+        handle.delete().await.unwrap();
+        assert_eq!(backend.number(refused).await, 2);
+        bad.delete().await.unwrap();
+        assert_eq!(backend.number(refused).await, 0);
     }
 
     pub(super) async fn a_flood_of_starts_holds_up_nobody() {
