@@ -110,12 +110,13 @@ CREATE TABLE {schema}.inbox (
     digest     text        NOT NULL,
     restart    boolean     NOT NULL,
     put_at     timestamptz NOT NULL,
-    -- why it could not be moved on: it stays here, and somebody has to look at it
+    -- why the database would not have it moved on: it stays here until its process is deleted
     refused    text
 );
 
 CREATE INDEX inbox_waiting ON {schema}.inbox (namespace, number) WHERE refused IS NULL;
 CREATE INDEX inbox_id ON {schema}.inbox (namespace, id, number) WHERE refused IS NULL;
+CREATE INDEX inbox_refused ON {schema}.inbox (namespace, id) WHERE refused IS NOT NULL;
 
 -- The engines that share this database. No index but the key, so that a heartbeat stays within its page.
 CREATE TABLE {schema}.instances (

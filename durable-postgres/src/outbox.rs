@@ -17,7 +17,7 @@ use crate::{Postgres, batch};
 /// They only insert into an inbox, so a transaction may stay open for as long as it likes: it holds up nobody. What it has
 /// put in is moved on by the first instance that comes by once it is committed, or by the first call that asks for that
 /// process. Should that be impossible by then (the id was taken by another kind meanwhile, the process has ended), it
-/// stays in the inbox with the reason, and an error is logged.
+/// is dropped, and a warning says whose it was and why.
 pub trait Outbox {
     /// Starts a process if the transaction commits; idempotent by its id, as [`Host::spawn`].
     ///

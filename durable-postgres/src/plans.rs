@@ -147,7 +147,9 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
             Op::Spawn(spawn) => statements.push(("start put in", outbox::put_start(schema, "default", &spawn))),
             Op::Raise(raise) => statements.push(("message put in", outbox::put_message(schema, "default", &raise))),
             Op::Record(record) => {
-                statements.push(("record of a transaction", transaction::insert(schema, instance, &record)));
+                let mut insert = Sql::default();
+                insert.text = transaction::insert(schema, instance, &record);
+                statements.push(("record of a transaction", insert));
                 statements.push(("why there is none", transaction::reason(schema, instance, &record)));
             }
             _ => {}
@@ -190,6 +192,11 @@ fn scans(what: &str, plan: &[String]) -> Vec<String> {
 }
 
 async fn plan(connection: &mut PgConnection, sql: &Sql) -> Vec<String> {
+    if sql.types.is_empty() {
+        let explain = format!("EXPLAIN (COSTS OFF) {}", sql.text);
+        let rows = connection.fetch_all(AssertSqlSafe(explain)).await.unwrap();
+        return rows.iter().map(|row| row.get(0)).collect();
+    }
     let nulls = vec!["NULL"; sql.types.len()].join(", ");
     let prepare = format!("PREPARE it ({}) AS {}", sql.types.join(", "), sql.text);
     connection.execute(AssertSqlSafe(prepare)).await.unwrap();

@@ -1,7 +1,7 @@
 //! What the engine sets in its own sessions.
 
 use sqlx::postgres::PgConnection;
-
+use sqlx::{AssertSqlSafe, Executor};
 use std::time::Duration;
 
 /// The bounds of the engine's sessions; the defaults are below half of the default expiry.
@@ -31,9 +31,15 @@ pub(crate) enum Whose {
     Service,
 }
 
+/// Sets what the session needs.
+pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds, whose: Whose) -> sqlx::Result<()> {
+    connection.execute(sqlx::raw_sql(AssertSqlSafe(settings(bounds, whose)))).await?;
+    Ok(())
+}
+
 /// By a statement and not at the login, where poolers refuse what they do not know; and only those settings that this
 /// server has.
-pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds, whose: Whose) -> sqlx::Result<()> {
+pub(crate) fn settings(bounds: Bounds, whose: Whose) -> String {
     let ms = |time: Duration| time.as_millis().max(1).to_string();
     let frees = [
         // A zombie's locks are let go of when its machine is gone: nobody waits for them for long.
@@ -60,16 +66,12 @@ pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds, whose: Wh
         ("jit", "off".to_owned()),
     ];
     let engine = engine.into_iter().filter(|_| whose == Whose::Engine);
-    let (names, values): (Vec<&str>, Vec<String>) = frees.into_iter().chain(engine).unzip();
+    let values: Vec<String> =
+        frees.into_iter().chain(engine).map(|(name, value)| format!("('{name}', '{value}')")).collect();
     // Not by way of `pg_settings`, which takes half a millisecond: as long as several commits.
-    sqlx::query(
-        "SELECT set_config(name, value, false) FROM unnest($1, $2) AS v (name, value)
-             WHERE current_setting(name, true) IS NOT NULL",
+    format!(
+        "SELECT pg_catalog.set_config(name, value, false) FROM (VALUES {}) AS v (name, value)
+             WHERE pg_catalog.current_setting(name, true) IS NOT NULL",
+        values.join(", ")
     )
-    .bind(names)
-    .bind(values)
-    .persistent(false)
-    .fetch_all(connection)
-    .await?;
-    Ok(())
 }

@@ -1,7 +1,8 @@
 use durable_core::storage::{Result, StorageError};
 use sqlx::postgres::{PgArguments, PgConnection, PgRow, Postgres};
 use sqlx::{Arguments, AssertSqlSafe, Encode, Type};
-use std::fmt::Display;
+use std::fmt::{Display, Write};
+use uuid::Uuid;
 
 use crate::errors::sort;
 
@@ -61,6 +62,29 @@ impl Sql {
         let query = sqlx::query_with(AssertSqlSafe(self.text), self.arguments);
         query.fetch_all(connection).await.map_err(|error| sort(error, commits == Commits::Yes))
     }
+}
+
+/// A text that stands in a statement itself. It means the same whatever the session's encoding is, and whatever backslashes
+/// mean there.
+pub(crate) fn literal(text: &str) -> String {
+    let mut literal = String::with_capacity(text.len() + 3);
+    literal.push_str("E'");
+    for char in text.chars() {
+        match char {
+            '\'' => literal.push_str("''"),
+            '\\' => literal.push_str("\\\\"),
+            ' '..='~' => literal.push(char),
+            // Writing to a text cannot fail.
+            _ => drop(write!(literal, "\\U{:08X}", u32::from(char))),
+        }
+    }
+    literal.push('\'');
+    literal
+}
+
+/// A UUID that stands in a statement itself.
+pub(crate) fn uuid(uuid: Uuid) -> String {
+    format!("'{uuid}'::pg_catalog.uuid")
 }
 
 /// See [`Sql::rows`].

@@ -4,8 +4,9 @@ use durable_core::storage::{
     Storage, StorageError, Transactional, source,
 };
 use durable_core::{Name, Process, Transaction, Typed};
-use sqlx::Executor;
+use futures_util::TryStreamExt;
 use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Either, Executor};
 use std::error::Error;
 use std::future::Future;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use crate::lend::Home;
 use crate::names::Schema;
 use crate::rows::get;
 use crate::session::{self, Bounds, Whose};
-use crate::sql::{Commits, Sql};
+use crate::sql::{Commits, Sql, literal, uuid};
 
 /// `proc.transaction(…)`: steps whose SQL commits with their record.
 pub trait Transactions {
@@ -80,7 +81,7 @@ impl Transactional for Postgres {
             "BEGIN; SET LOCAL idle_in_transaction_session_timeout = {}; SAVEPOINT durable_transaction",
             idle.as_millis().max(1)
         );
-        let begun = lent.connection.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(begin))).await;
+        let begun = lent.connection.execute(sqlx::raw_sql(AssertSqlSafe(begin))).await;
         if let Err(error) = begun {
             return lent.done(Err(reading(error)));
         }
@@ -106,58 +107,72 @@ struct PgEnding {
     bounds: Bounds,
 }
 
+/// Fails if the transaction is not there, or aborted.
+const FOUND: &str = "RELEASE SAVEPOINT durable_transaction";
+const NO_SUCH_SAVEPOINT: &str = "3B001";
+const NO_TRANSACTION: &str = "25P01";
+const ABORTED: &str = "25P02";
+/// A division by zero.
+const NOTHING_WRITTEN: &str = "22012";
+
 #[async_trait]
 impl Ending for PgEnding {
     async fn commit(self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
-        const NO_SUCH_SAVEPOINT: &str = "3B001";
-        const NO_TRANSACTION: &str = "25P01";
-        const ABORTED: &str = "25P02";
-        let Some(mut connection) = self.slot.take() else { return Ok(Committed::Escaped) };
-        // What the closure has set must not decide where the record goes, and who writes it.
-        // Nor may it take the bounds off what is locked from here on, nor lessen what a commit promises.
-        let regain = format!(
-            "RELEASE SAVEPOINT durable_transaction; RESET SESSION AUTHORIZATION; RESET ROLE;
-             SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL client_encoding = 'UTF8';
-             SET LOCAL synchronous_commit TO DEFAULT; SET LOCAL idle_in_transaction_session_timeout = {};
-             SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {}",
-            self.bounds.idle_in_transaction.as_millis().max(1),
-            self.bounds.lock.as_millis().max(1),
-            self.bounds.statement.as_millis().max(1)
-        );
-        if let Err(error) = connection.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(regain))).await {
-            return match code(&error).as_deref() {
-                Some(NO_SUCH_SAVEPOINT | NO_TRANSACTION) => Ok(Committed::Escaped),
-                Some(ABORTED) => Ok(Committed::Aborted),
-                _ => Err(reading(error)),
-            };
+        let Self { slot, home, schema, bounds } = *self;
+        let Some(mut connection) = slot.take() else { return Ok(Committed::Escaped) };
+        let mut statements = vec![FOUND.to_owned()];
+        statements.extend(regained(bounds));
+        statements.push("SAVEPOINT durable_record".to_owned());
+        let inserts = statements.len();
+        statements.extend([insert(&schema, instance, record), "COMMIT".to_owned()]);
+        let commits = statements.len() - 1;
+        statements.extend(cleared(bounds));
+        let Err((done, error)) = run_all(&mut connection, statements).await else {
+            home.keep(connection);
+            return Ok(Committed::Recorded);
+        };
+        match code(&error).as_deref() {
+            // The connection is not as the next one needs it, and goes.
+            _ if done > commits => Ok(Committed::Recorded),
+            Some(NO_SUCH_SAVEPOINT | NO_TRANSACTION) if done == 0 => Ok(Committed::Escaped),
+            Some(ABORTED) if done == 0 => Ok(Committed::Aborted),
+            Some(NOTHING_WRITTEN) if done == inserts => {
+                let why = why(&mut connection, &schema, instance, record).await?;
+                if run_all(&mut connection, ending(["ROLLBACK"], bounds)).await.is_ok() {
+                    home.keep(connection);
+                }
+                Ok(why)
+            }
+            Some(_) if done < commits => Err(reading(error)),
+            // If it is the connection that is lost, the server may yet come to the commit.
+            _ => match sort(error, true) {
+                StorageError::Refused(why) => Ok(Committed::Refused(why.to_string())),
+                error => Err(error),
+            },
         }
-        let committed = commit(&mut connection, &self.schema, instance, record).await;
-        if committed.is_ok() {
-            give_back(self.home, connection, self.bounds);
-        }
-        committed
     }
 
     async fn rollback(self: Box<Self>) -> Result<RolledBack> {
-        const NO_SUCH_SAVEPOINT: &str = "3B001";
-        const NO_TRANSACTION: &str = "25P01";
-        let Some(mut connection) = self.slot.take() else { return Ok(RolledBack::Escaped) };
+        let Self { slot, home, bounds, .. } = *self;
+        let Some(mut connection) = slot.take() else { return Ok(RolledBack::Escaped) };
         // Whether it is aborted, and whether it is there at all, must be known before it is ended.
-        let aborted = match connection.execute(sqlx::raw_sql("RELEASE SAVEPOINT durable_transaction")).await {
-            Ok(_) => false,
-            Err(error) => match code(&error).as_deref() {
-                Some(NO_SUCH_SAVEPOINT | NO_TRANSACTION) => return Ok(RolledBack::Escaped),
-                Some(_) => true,
-                None => return Err(reading(error)),
+        match run_all(&mut connection, ending([FOUND, "ROLLBACK"], bounds)).await {
+            Ok(()) => {
+                home.keep(connection);
+                Ok(RolledBack::Open)
+            }
+            Err((2.., _)) => Ok(RolledBack::Open),
+            Err((1, error)) => Err(reading(error)),
+            Err((_, error)) => match code(&error).as_deref() {
+                Some(NO_SUCH_SAVEPOINT | NO_TRANSACTION) => Ok(RolledBack::Escaped),
+                Some(_) => {
+                    connection.execute("ROLLBACK").await.map_err(reading)?;
+                    // The connection goes. It may be its fault: a plan that it keeps and that no longer fits, say.
+                    Ok(RolledBack::Aborted)
+                }
+                None => Err(reading(error)),
             },
-        };
-        connection.execute(sqlx::raw_sql("ROLLBACK")).await.map_err(reading)?;
-        if aborted {
-            // It may be the connection's fault: a plan that it keeps and that no longer fits, say.
-            return Ok(RolledBack::Aborted);
         }
-        give_back(self.home, connection, self.bounds);
-        Ok(RolledBack::Open)
     }
 
     fn is_transient(&self, error: &(dyn Error + 'static)) -> Option<bool> {
@@ -165,44 +180,97 @@ impl Ending for PgEnding {
     }
 }
 
-/// Undoes what the closure has set for the session, behind the back of whoever waits, and keeps the connection if that
-/// works.
-fn give_back(home: Home, mut connection: PgConnection, bounds: Bounds) {
-    tokio::spawn(async move {
-        // Not `DISCARD ALL`, which would take the statements that the driver keeps.
-        let reset = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; CLOSE ALL; UNLISTEN *; DISCARD TEMP;
-            SELECT pg_catalog.pg_advisory_unlock_all()";
-        let reset = connection.execute(sqlx::raw_sql(reset)).await;
-        if reset.is_ok() && session::set(&mut connection, bounds, Whose::Service).await.is_ok() {
-            home.keep(connection);
+/// Runs statements in one round trip, none after one that fails. Of an error, says how many went before it.
+async fn run_all(
+    connection: &mut PgConnection,
+    statements: Vec<String>,
+) -> std::result::Result<(), (usize, sqlx::Error)> {
+    // Put together from constants of this crate, the schema's checked name, and literals.
+    let mut answers = connection.fetch_many(sqlx::raw_sql(AssertSqlSafe(statements.join("; "))));
+    let mut done = 0;
+    loop {
+        match answers.try_next().await {
+            Ok(Some(Either::Left(_))) => done += 1,
+            Ok(Some(Either::Right(_))) => {}
+            Ok(None) => return Ok(()),
+            Err(error) => return Err((done, error)),
         }
-    });
+    }
 }
 
-/// Writes the record and commits, or finds out why not and rolls back.
+/// What the closure has set must not decide where the record goes, and who writes it. Nor may it take the bounds off what
+/// is locked from here on, nor lessen what a commit promises.
+fn regained(bounds: Bounds) -> [String; 8] {
+    let ms = |time: Duration| time.as_millis().max(1);
+    [
+        "RESET SESSION AUTHORIZATION".to_owned(),
+        "RESET ROLE".to_owned(),
+        "SET LOCAL search_path = pg_catalog, pg_temp".to_owned(),
+        "SET LOCAL client_encoding = 'UTF8'".to_owned(),
+        "SET LOCAL synchronous_commit TO DEFAULT".to_owned(),
+        format!("SET LOCAL idle_in_transaction_session_timeout = {}", ms(bounds.idle_in_transaction)),
+        format!("SET LOCAL lock_timeout = {}", ms(bounds.lock)),
+        format!("SET LOCAL statement_timeout = {}", ms(bounds.statement)),
+    ]
+}
+
+/// What the closure, or a trigger at its commit, has left in the session must not meet the next one. Not `DISCARD ALL`,
+/// which would take the statements that the driver keeps.
+fn cleared(bounds: Bounds) -> [String; 8] {
+    [
+        "RESET SESSION AUTHORIZATION".to_owned(),
+        "RESET ROLE".to_owned(),
+        "RESET ALL".to_owned(),
+        "CLOSE ALL".to_owned(),
+        "UNLISTEN *".to_owned(),
+        "DISCARD TEMP".to_owned(),
+        "SELECT pg_catalog.pg_advisory_unlock_all()".to_owned(),
+        session::settings(bounds, Whose::Service),
+    ]
+}
+
+/// Statements that end a transaction, and what clears the session after them.
+fn ending<const N: usize>(statements: [&str; N], bounds: Bounds) -> Vec<String> {
+    statements.into_iter().map(str::to_owned).chain(cleared(bounds)).collect()
+}
+
+/// Writes the record, or fails with [`NOTHING_WRITTEN`].
 ///
-/// The locks are held until the commit: on the fence, against a take-over; on the process's row, against the cancellation
+/// Its locks are held until the commit: on the fence, against a take-over; on the process's row, against the cancellation
 /// being recorded, and for whoever must know whether this commit is still on its way.
-async fn commit(
+pub(crate) fn insert(schema: &Schema, instance: InstanceId, record: &RecordOp) -> String {
+    let RecordOp { run, claim, key, op, state, payload, attempts, .. } = record;
+    let (me, run) = (uuid(instance.0), uuid(run.0));
+    let (scope, name, key) = (key.scope as i16, literal(&key.name), literal(&key.key));
+    let (op, state, payload) = (literal(op.as_str()), literal(state.as_str()), literal(payload));
+    format!(
+        "WITH fence AS MATERIALIZED (SELECT 1 FROM {schema}.fences WHERE instance = {me} AND fenced_at IS NULL FOR SHARE),
+         owned AS MATERIALIZED (SELECT p.run, p.claim FROM {schema}.processes p
+             WHERE p.run = {run} AND p.owner IS NOT DISTINCT FROM {me} AND p.claim = {claim}
+                 AND ({scope} = 1 OR p.cancelled_at IS NULL) AND EXISTS (SELECT 1 FROM fence) FOR SHARE),
+         written AS (INSERT INTO {schema}.steps AS s (run, scope, name, key, op, state, payload, attempts, claim,
+                 recorded_at)
+             SELECT o.run, {scope}, {name}, {key}, {op}, {state}, {payload}::json, {attempts}, o.claim, now() FROM owned o
+             ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
+                 payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,
+                 recorded_at = excluded.recorded_at
+             WHERE s.state = 'pending'
+             RETURNING 1)
+         SELECT 1 / count(*) FROM written"
+    )
+}
+
+/// Why nothing was written, within the transaction that has tried to.
+async fn why(
     connection: &mut PgConnection,
     schema: &Schema,
     instance: InstanceId,
     record: &RecordOp,
 ) -> Result<Committed> {
-    let rows = insert(schema, instance, record).run(connection, Commits::No).await?;
-    if !rows.is_empty() {
-        return match connection.execute(sqlx::raw_sql("COMMIT")).await {
-            Ok(_) => Ok(Committed::Recorded),
-            Err(error) => match sort(error, true) {
-                StorageError::Refused(why) => Ok(Committed::Refused(why.to_string())),
-                error => Err(error),
-            },
-        };
-    }
+    connection.execute("ROLLBACK TO SAVEPOINT durable_record").await.map_err(reading)?;
     let rows = reason(schema, instance, record).run(connection, Commits::No).await?;
     let row = rows.first().ok_or_else(|| StorageError::schema("no answer"))?;
     let (state, alive, owned) = (get::<Option<String>>(row, 0)?, get::<bool>(row, 1)?, get::<bool>(row, 2)?);
-    connection.execute(sqlx::raw_sql("ROLLBACK")).await.map_err(reading)?;
     if !alive {
         Err(StorageError::Fenced)
     } else if state.is_some_and(|state| state != RecordState::Pending.as_str()) {
@@ -214,30 +282,6 @@ async fn commit(
     }
 }
 
-pub(crate) fn insert(schema: &Schema, instance: InstanceId, record: &RecordOp) -> Sql {
-    let RecordOp { run, claim, key, op, state, payload, attempts, .. } = record;
-    let mut sql = Sql::default();
-    let (me, run, claim) = (sql.bind(instance.0), sql.bind(run.0), sql.bind(*claim));
-    let (scope, name, key) = (sql.bind(key.scope as i16), sql.bind(&*key.name), sql.bind(&*key.key));
-    let (op, state, payload) = (sql.bind(op.as_str()), sql.bind(state.as_str()), sql.bind(&**payload));
-    let attempts = sql.bind(*attempts);
-    sql.text = format!(
-        "WITH fence AS MATERIALIZED (SELECT 1 FROM {schema}.fences WHERE instance = {me} AND fenced_at IS NULL FOR SHARE),
-         owned AS MATERIALIZED (SELECT p.run, p.claim FROM {schema}.processes p
-             WHERE p.run = {run} AND p.owner IS NOT DISTINCT FROM {me} AND p.claim = {claim}
-                 AND ({scope} = 1 OR p.cancelled_at IS NULL) AND EXISTS (SELECT 1 FROM fence) FOR SHARE)
-         INSERT INTO {schema}.steps AS s (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
-         SELECT o.run, {scope}, {name}, {key}, {op}, {state}, {payload}::json, {attempts}, o.claim, now() FROM owned o
-         ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
-             payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,
-             recorded_at = excluded.recorded_at
-         WHERE s.state = 'pending'
-         RETURNING 1"
-    );
-    sql
-}
-
-/// Why nothing was written.
 pub(crate) fn reason(schema: &Schema, instance: InstanceId, record: &RecordOp) -> Sql {
     let RecordOp { run, claim, key, .. } = record;
     let mut sql = Sql::default();

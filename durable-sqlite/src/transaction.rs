@@ -105,7 +105,12 @@ impl Transactional for Sqlite {
             let gone = gone.clone();
             move || !gone.load(Ordering::Relaxed)
         };
-        lent.connection.lock_handle().await.map_err(reading)?.set_progress_handler(10_000, goes_on);
+        let mut handle = lent.connection.lock_handle().await.map_err(reading)?;
+        handle.set_progress_handler(10_000, goes_on);
+        // Nothing is kept before the record is there: the closure's own COMMIT is a roll-back, and so is that of a
+        // statement which comes after a roll-back.
+        handle.set_commit_hook(|| false);
+        drop(handle);
         let (home, connection) = lent.part();
         let (tx, slot) = Tx::new(connection);
         Ok(Open { tx, ending: Box::new(SqliteEnding { slot, gone, home, _turn: turn }) })
@@ -132,15 +137,31 @@ impl Drop for SqliteEnding {
     }
 }
 
-/// Ends the closure's part: false if its SQL has ended the transaction itself.
-async fn regain(connection: &mut SqliteConnection) -> Result<bool> {
-    connection.lock_handle().await.map_err(reading)?.remove_progress_handler();
+/// How the closure has left its transaction.
+enum Left {
+    Open,
+    /// The same, but what SQLite complained of last is nobody's fault, and may pass.
+    Troubled(StorageError),
+    /// Its SQL has ended the transaction itself.
+    Ended,
+}
+
+/// Ends the closure's part. Unavailable: SQLite itself has rolled back, with a full disk, say.
+async fn regain(connection: &mut SqliteConnection) -> Result<Left> {
+    let mut handle = connection.lock_handle().await.map_err(reading)?;
+    let trouble = handle.last_error().map(sqlx::Error::from).filter(passes).map(StorageError::unavailable);
+    handle.remove_progress_handler();
+    handle.remove_commit_hook();
+    drop(handle);
     let mut release = script("PRAGMA query_only = OFF");
     release.add("RELEASE durable_transaction", []);
-    match release.run(connection).await {
-        Ok(_) => Ok(true),
-        Err(error) if error.to_string().contains("no such savepoint") => Ok(false),
-        Err(error) => Err(error),
+    match (release.run(connection).await, trouble) {
+        (Ok(_), None) => Ok(Left::Open),
+        (Ok(_), Some(trouble)) => Ok(Left::Troubled(trouble)),
+        (Err(error), trouble) if error.to_string().contains("no such savepoint") => {
+            trouble.map_or(Ok(Left::Ended), Err)
+        }
+        (Err(error), _) => Err(error),
     }
 }
 
@@ -160,7 +181,7 @@ fn script(sql: &str) -> Script {
 impl Ending for SqliteEnding {
     async fn commit(mut self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
         let Some(mut connection) = self.slot.take() else { return Ok(Committed::Escaped) };
-        if !regain(&mut connection).await? {
+        if let Left::Ended = regain(&mut connection).await? {
             return Ok(Committed::Escaped);
         }
         let committed = commit(&mut connection, instance, record).await;
@@ -172,10 +193,14 @@ impl Ending for SqliteEnding {
 
     async fn rollback(mut self: Box<Self>) -> Result<RolledBack> {
         let Some(mut connection) = self.slot.take() else { return Ok(RolledBack::Escaped) };
-        if !regain(&mut connection).await? {
+        let left = regain(&mut connection).await?;
+        if let Left::Ended = left {
             return Ok(RolledBack::Escaped);
         }
         script("ROLLBACK").run(&mut connection).await?;
+        if let Left::Troubled(trouble) = left {
+            return Err(trouble);
+        }
         if is_clean(&mut connection).await {
             *self.home = Some(connection);
         }

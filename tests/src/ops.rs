@@ -46,8 +46,9 @@ pub async fn start(storage: &impl Storage, instance: InstanceId, id: &str) -> Ru
     run
 }
 
-fn recorded(run: RunId, name: &str, op: OpKind, effect: Option<Effect>) -> Op {
-    Op::Record(RecordOp {
+/// A record under claim 1.
+pub fn record_op(run: RunId, name: &str, op: OpKind, effect: Option<Effect>) -> RecordOp {
+    RecordOp {
         run,
         claim: 1,
         key: RecordKey { scope: Scope::Process, name: name.into(), key: "".into() },
@@ -58,17 +59,17 @@ fn recorded(run: RunId, name: &str, op: OpKind, effect: Option<Effect>) -> Op {
         takes: None,
         effect,
         awaited: None,
-    })
+    }
 }
 
 /// A step's record.
 pub fn record(run: RunId, name: &str) -> Op {
-    recorded(run, name, OpKind::Step, None)
+    Op::Record(record_op(run, name, OpKind::Step, None))
 }
 
 /// A process starts another one.
 pub fn started(run: RunId, name: &str, child: Spawn) -> Op {
-    recorded(run, name, OpKind::Spawn, Some(Effect::Spawn(child)))
+    Op::Record(record_op(run, name, OpKind::Spawn, Some(Effect::Spawn(child))))
 }
 
 /// The end of a process.

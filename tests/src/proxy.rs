@@ -3,7 +3,7 @@
 use durable_core::storage::RunId;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -52,6 +52,7 @@ struct Wires {
     /// So many bytes are answered to the next thing that is sent, then its connection is cut.
     next_answer: Mutex<Option<usize>>,
     answered: AtomicUsize,
+    round_trips: AtomicUsize,
     lost: AtomicUsize,
 }
 
@@ -97,6 +98,11 @@ impl Proxy {
         self.wires.answered.load(Ordering::SeqCst)
     }
 
+    /// How often something was sent to a server that had answered everything before.
+    pub fn round_trips(&self) -> usize {
+        self.wires.round_trips.load(Ordering::SeqCst)
+    }
+
     /// How many answers did not pass as a whole.
     pub fn lost(&self) -> usize {
         self.wires.lost.load(Ordering::SeqCst)
@@ -115,13 +121,18 @@ async fn connection(client: TcpStream, server: String, wires: Arc<Wires>) {
     let (from_server, to_server) = server.into_split();
     // How much of an answer may still pass here.
     let left = Mutex::new(None);
+    let waits = AtomicBool::new(false);
     let asks = |_: usize| {
+        if !waits.swap(true, Ordering::SeqCst) {
+            wires.round_trips.fetch_add(1, Ordering::SeqCst);
+        }
         if let Some(after) = wires.next_answer.lock().unwrap().take() {
             *left.lock().unwrap() = Some(after);
         }
         Passes::All
     };
     let answers = |length: usize| {
+        waits.store(false, Ordering::SeqCst);
         wires.answered.fetch_add(length, Ordering::SeqCst);
         let mut left = left.lock().unwrap();
         match *left {

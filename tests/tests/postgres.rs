@@ -781,6 +781,43 @@ fn statements_that_take_too_long() {
     });
 }
 
+/// A process with so many rows that deleting them takes longer than a statement may is deleted all the same.
+#[test]
+fn a_deletion_that_takes_long() {
+    test(async {
+        let schema = PostgresSchema::new().await;
+        let bound = Duration::from_millis(100);
+        let storage =
+            Postgres::connect(schema.url()).schema(schema.name()).statement_timeout(bound, bound).await.unwrap();
+        let (me, _heart) = enlist(&storage).await;
+        let run = start(&storage, me, "p").await;
+        commit(&storage, me, vec![record(run, "step")]).await;
+        commit(&storage, me, vec![finish(run)]).await;
+        schema
+            .execute(
+                "CREATE FUNCTION {s}.is_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                     PERFORM pg_sleep(0.3);
+                     RETURN OLD;
+                 END $$;
+                 CREATE TRIGGER is_slow BEFORE DELETE ON {s}.steps FOR EACH ROW EXECUTE FUNCTION {s}.is_slow()",
+            )
+            .await;
+        commit(&storage, me, vec![Op::Delete { id: "p".into() }]).await;
+        assert!(schema.everything().await.is_empty());
+        // What else goes with it is bounded as before.
+        let slow = "CREATE OR REPLACE FUNCTION {s}.is_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                        PERFORM pg_sleep(0.3);
+                        RETURN NEW;
+                    END $$;
+                    CREATE TRIGGER is_slow BEFORE UPDATE ON {s}.processes FOR EACH ROW EXECUTE FUNCTION {s}.is_slow()";
+        start(&storage, me, "q").await;
+        schema.execute(slow).await;
+        let ops = vec![Op::Delete { id: "p".into() }, Op::Cancel { id: "q".into() }];
+        let refused = storage.commit(&batch(me, 0, ops)).await.unwrap_err();
+        assert!(matches!(refused, StorageError::Unavailable(_)), "{refused:?}");
+    });
+}
+
 /// Interleaving 8. A program that is stopped in the middle of a transaction keeps its locks no longer than it may; when
 /// it goes on it has written nothing.
 #[test]

@@ -203,16 +203,23 @@ impl Operation {
         if write.state != RecordState::Pending && self.run.state().cancelled(scope) != Some(false) {
             return Sent::Cancelled;
         }
-        let Write { state, payload, attempts, takes, effect, awaited, places } = write;
         // What the engine wraps (a message, an output) was within the limit when it was given.
-        let own =
-            matches!(self.op, OpKind::Step | OpKind::Value | OpKind::Transaction) && state != RecordState::Pending;
-        if own && payload.len() > self.run.core.settings.max_payload {
-            let (given, allowed) = (payload.len(), self.run.core.settings.max_payload);
+        let own = matches!(self.op, OpKind::Step | OpKind::Value | OpKind::Transaction)
+            && write.state != RecordState::Pending;
+        if own && write.payload.len() > self.run.core.settings.max_payload {
+            let (given, allowed) = (write.payload.len(), self.run.core.settings.max_payload);
             let error = limits::LimitError::Payload { what: "result", given, allowed };
             self.run.fault(format_args!("the {} {}: {error}", self.op, self.key));
             return Sent::Stuck;
         }
+        let (op, places) = self.record_op(write);
+        self.run.state().names.of(&self.key).recording = true;
+        Sent::Queued(self.run.submit(Op::Record(op), places))
+    }
+
+    /// Its record, and the places that it takes.
+    pub(crate) fn record_op(&self, write: Write) -> (RecordOp, Option<Places>) {
+        let Write { state, payload, attempts, takes, effect, awaited, places } = write;
         let op = RecordOp {
             run: self.run.run,
             claim: self.run.claim,
@@ -225,8 +232,7 @@ impl Operation {
             effect,
             awaited,
         };
-        self.run.state().names.of(&self.key).recording = true;
-        Sent::Queued(self.run.submit(Op::Record(op), places))
+        (op, places)
     }
 
     /// The operation returns what is recorded.

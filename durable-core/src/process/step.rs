@@ -1,3 +1,4 @@
+use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::future::{Future, IntoFuture, poll_fn};
@@ -290,7 +291,7 @@ where
 #[derive(Serialize, Deserialize)]
 struct Pending {
     error: Box<str>,
-    next_at: chrono::DateTime<chrono::Utc>,
+    next_at: DateTime<Utc>,
 }
 
 /// Runs a step to its record.
@@ -330,7 +331,7 @@ where
             Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
         };
         failed += 1;
-        if let Some(error) = note_failure(&operation, &identity, &options.retry, failed, error, worth).await? {
+        if let Some(error) = note_failure(&operation, &identity, &options.retry, failed, (error, worth)).await? {
             operation.done();
             return Err(error);
         }
@@ -376,6 +377,38 @@ where
     }
 }
 
+/// An attempt that has failed.
+pub(super) struct FailedAttempt<E> {
+    pub(super) error: StepError<E>,
+    /// When the next one is due; never if the error is the step's.
+    next_at: Option<DateTime<Utc>>,
+    /// Its record.
+    pub(super) write: Write,
+}
+
+impl<E: Serialize + DeserializeOwned> FailedAttempt<E> {
+    pub(super) fn new(
+        operation: &Operation,
+        identity: &RecordKey,
+        retry: &Retry,
+        failed: u32,
+        (error, worth): (StepError<E>, bool),
+        at: DateTime<Utc>,
+    ) -> Result<Self, payload::EncodeError> {
+        let seed = identity.idempotency(operation.run.run);
+        let delay = if worth { retry.delay_after(failed, seed) } else { None };
+        let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
+        let (payload, error) = payload::encode_back(error)?;
+        let Some(delay) = delay else {
+            return Ok(Self { error, next_at: None, write: Write { attempts, ..Write::failed(payload) } });
+        };
+        let next_at = due_after(at, delay);
+        let pending = payload::encode(&Pending { error: payload, next_at })?;
+        let write = Write { attempts, state: RecordState::Pending, ..Write::done(pending) };
+        Ok(Self { error, next_at: Some(next_at), write })
+    }
+}
+
 /// Records that an attempt has failed. The error if that is the step's; none once the pause before the next attempt is
 /// over.
 pub(super) async fn note_failure<E: Serialize + DeserializeOwned>(
@@ -383,32 +416,25 @@ pub(super) async fn note_failure<E: Serialize + DeserializeOwned>(
     identity: &RecordKey,
     retry: &Retry,
     failed: u32,
-    error: StepError<E>,
-    worth: bool,
+    error: (StepError<E>, bool),
 ) -> Result<Option<StepError<E>>, Cancelled> {
-    let seed = identity.idempotency(operation.run.run);
-    let delay = if worth { retry.delay_after(failed, seed) } else { None };
-    let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
-    let (payload, error) = match payload::encode_back(error) {
-        Ok(encoded) => encoded,
-        Err(error) => return operation.unencodable(&error).await,
-    };
-    let Some(delay) = delay else {
-        operation.record(Write { attempts, ..Write::failed(payload) }).await?;
+    let now = operation.run.core.clock.now();
+    let FailedAttempt { error, next_at, write } =
+        match FailedAttempt::new(operation, identity, retry, failed, error, now) {
+            Ok(attempt) => attempt,
+            Err(error) => return operation.unencodable(&error).await,
+        };
+    let Some(next_at) = next_at else {
+        operation.record(write).await?;
         return Ok(Some(error));
     };
-    let next_at = due_after(operation.run.core.clock.now(), delay);
     tracing::debug!(id = %operation.run.id, run = %operation.run.run, step = %operation.key, attempt = failed, "failed; tried again at {next_at}");
-    let pending = match payload::encode(&Pending { error: payload, next_at }) {
-        Ok(pending) => pending,
-        Err(error) => return operation.unencodable(&error).await,
-    };
-    operation.record(Write { attempts, state: RecordState::Pending, ..Write::done(pending) }).await?;
+    operation.record(write).await?;
     wait_for_retry(operation, next_at).await?;
     Ok(None)
 }
 
-async fn wait_for_retry(operation: &Operation, next_at: chrono::DateTime<chrono::Utc>) -> Result<(), Cancelled> {
+async fn wait_for_retry(operation: &Operation, next_at: DateTime<Utc>) -> Result<(), Cancelled> {
     let what = WaitFor::Retry(operation.key.clone());
     operation.wait(what, Some(next_at), |_, now| (now >= next_at).then_some(())).await
 }

@@ -9,9 +9,12 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 
 use super::Process;
-use super::step::{self, AsFailure, Attempt, Attempted, Attempts, Options, Recording, Start, Typed, Underway};
+use super::delay::due_after;
+use super::step::{
+    self, AsFailure, Attempt, Attempted, Attempts, FailedAttempt, Options, Recording, Start, Typed, Underway,
+};
 use crate::engine::Backoff;
-use crate::engine::operation::Operation;
+use crate::engine::operation::{Operation, Write};
 use crate::engine::run::{Counted, End, Run, WaitFor};
 use crate::engine::wake::Inside;
 use crate::error::{Cancelled, StepError};
@@ -20,7 +23,8 @@ use crate::name::Name;
 use crate::payload;
 use crate::retry::Retry;
 use crate::storage::{
-    Committed, Ending, OpKind, Open, Record, RecordKey, RecordOp, RecordState, RolledBack, StorageError, Transactional,
+    Committed, Ending, Op, OpKind, Open, Record, RecordKey, RecordOp, RecordState, RolledBack, StorageError,
+    Transactional,
 };
 
 /// How long a transaction may be open, unless told otherwise or half the expiry is less.
@@ -73,8 +77,8 @@ where
 /// had aborted the transaction.
 ///
 /// It has a deadline: 4 s, or less than half the [expiry](crate::HostBuilder::heartbeat) if that is less. Then it is
-/// rolled back, even if nobody polls its future any more: the whole execution is ended in that case, and the process
-/// resumed from its records. On SQLite an open transaction keeps everybody else from writing, so let it wait for nothing
+/// rolled back, and has failed as [`TimedOut`](StepError::TimedOut), even if nobody polls its future any more: the whole
+/// execution is ended in that case, and the process resumed from its records. On SQLite an open transaction keeps everybody else from writing, so let it wait for nothing
 /// but the database.
 ///
 /// Durable operations, `Host` and `Handle` are refused within (they could wait for what the transaction holds): the
@@ -192,7 +196,8 @@ where
     let mut aborted = 0;
     loop {
         let tried =
-            once::<S, F, R>(&operation, &mut statements, &mut options, failed, deadline, aborted < ABORTED).await?;
+            once::<S, F, R>(&operation, &identity, &mut statements, &mut options, failed, deadline, aborted < ABORTED)
+                .await?;
         let (error, worth) = match tried {
             Tried::Done(value) => {
                 operation.done();
@@ -218,7 +223,7 @@ where
             Tried::Failed(error, worth) => (error, worth),
         };
         failed += 1;
-        if let Some(error) = step::note_failure(&operation, &identity, &options.retry, failed, error, worth).await? {
+        if let Some(error) = step::note_failure(&operation, &identity, &options.retry, failed, (error, worth)).await? {
             operation.done();
             return Err(error);
         }
@@ -264,6 +269,7 @@ impl<F: Statements<Tx>, Tx: Send> Attempts<Tx> for Given<'_, F, Tx> {
 
 async fn once<S, F, R>(
     operation: &Operation,
+    identity: &RecordKey,
     statements: &mut F,
     options: &mut Options<'_, F::Err>,
     failed: u32,
@@ -285,7 +291,10 @@ where
         Err(StorageError::Schema(why)) => return operation.stuck(format!("the transaction {key}: {why}")).await,
         Err(error) => return Ok(Tried::again(error)),
     };
-    let watchdog = Watchdog::set(run, key, deadline + GRACE);
+    let watchdog = match Watchdog::set::<R::Error>(operation, identity, &options.retry, failed + 1, deadline) {
+        Ok(watchdog) => watchdog,
+        Err(error) => return operation.unencodable(&error).await,
+    };
     let mut given = Given { statements, tx: Some(tx) };
     let inside = Inside::Transaction;
     let made = step::attempt_within(underway, inside, key, key, failed + 1, Some(deadline), &mut given).await;
@@ -335,25 +344,18 @@ async fn commit<S: Transactional, T, E>(
     forgiving: bool,
 ) -> Result<Tried<T, E>, Cancelled> {
     let (run, key) = (&operation.run, &operation.key);
-    let record = RecordOp {
-        run: run.run,
-        claim: run.claim,
-        key: key.clone(),
-        op: OpKind::Transaction,
-        state: RecordState::Done,
-        payload,
-        attempts: i32::try_from(failed).unwrap_or(i32::MAX),
-        takes: None,
-        effect: None,
-        awaited: None,
-    };
-    let cancelled = {
+    let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
+    let (record, _) = operation.record_op(Write { attempts, ..Write::done(payload) });
+    let given_up = {
         let mut state = run.state();
         let cancelled = state.cancelled(key.scope) != Some(false);
-        state.names.of(key).recording = !cancelled;
-        cancelled
+        let name = state.names.of(key);
+        // Or its watchdog has just given it up, and records that.
+        let given_up = cancelled || name.recording;
+        name.recording |= !cancelled;
+        given_up
     };
-    if cancelled {
+    if given_up {
         // What it holds goes before the wait: the cancellation's record may be waiting for it.
         drop(ending);
         return operation.wait(WaitFor::Engine, None, |_, _| None).await;
@@ -468,17 +470,43 @@ async fn engine<T>(task: JoinHandle<Result<T, StorageError>>) -> Result<T, Stora
     }
 }
 
-/// Ends the execution if a transaction is still open at this time: nobody polls its future.
+/// Ends the execution if a transaction is still open at its deadline: nobody polls its future. That is a failed attempt like
+/// any other that takes too long, so that it does not go on for ever.
 struct Watchdog(JoinHandle<()>);
 
 impl Watchdog {
-    fn set(run: &Arc<Run>, key: &RecordKey, after: Duration) -> Self {
-        let (run, key) = (run.clone(), key.clone());
-        Self(tokio::spawn(async move {
+    fn set<E: Serialize + DeserializeOwned>(
+        operation: &Operation,
+        identity: &RecordKey,
+        retry: &Retry,
+        failed: u32,
+        deadline: Duration,
+    ) -> Result<Self, payload::EncodeError> {
+        let (run, after) = (operation.run.clone(), deadline + GRACE);
+        let error = (StepError::<E>::TimedOut(deadline), true);
+        let at = due_after(run.core.clock.now(), after);
+        let attempt = FailedAttempt::new(operation, identity, retry, failed, error, at)?;
+        let (record, places) = operation.record_op(attempt.write);
+        Ok(Self(tokio::spawn(async move {
             tokio::time::sleep(after).await;
-            tracing::warn!(id = %run.id, run = %run.run, "the transaction {key} is open beyond its deadline and its future is not polled; the process is resumed from its records");
+            let key = &record.key;
+            let cancelled = {
+                let mut state = run.state();
+                // Its future has come to an end in the last moment.
+                if state.is_ending() || state.names.of(key).recording {
+                    return;
+                }
+                // From now on its commit does not begin.
+                state.names.of(key).recording = true;
+                state.cancelled(key.scope) != Some(false)
+            };
+            tracing::warn!(id = %run.id, run = %run.run, "the transaction {key} is open beyond its deadline and its future is not polled; that is a failed attempt, and the process is resumed from its records");
+            if !cancelled {
+                // Before the execution ends, after which it could record nothing.
+                drop(run.submit(Op::Record(record), places));
+            }
             run.end(End::Release);
-        }))
+        })))
     }
 }
 

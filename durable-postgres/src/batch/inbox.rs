@@ -28,8 +28,9 @@ pub(crate) fn last(schema: &Schema, namespace: &str) -> Sql {
 }
 
 /// Moves on what is committed, up to this number, and says how many rows that were. Who comes at the same time waits, and
-/// finds the rest: the order must not depend on who is faster. What the database refuses stays where it is, with the
-/// reason, and holds up nobody.
+/// finds the rest: the order must not depend on who is faster. What came too late (the process has ended, the id is
+/// another's) is dropped with a warning: nobody is there to be told. What the database refuses, or this version does not
+/// know, stays where it is, with the reason, until its process is deleted, and holds up nobody.
 pub(crate) async fn sweep(connection: &mut PgConnection, schema: &Schema, namespace: &str, upto: i64) -> Result<usize> {
     match transaction(connection, schema, namespace, upto, ROWS).await {
         Err(StorageError::Refused(_)) => {}
@@ -63,9 +64,14 @@ async fn transaction(
 ) -> Result<usize> {
     connection.execute("BEGIN").await.map_err(reading)?;
     match move_on(connection, schema, namespace, upto, rows).await {
-        Ok(moved) => {
-            connection.execute("COMMIT").await.map_err(|error| errors::sort(error, true))?;
-            Ok(moved)
+        Ok((moved, dropped)) => {
+            let committed = connection.execute("COMMIT").await.map_err(|error| errors::sort(error, true));
+            if matches!(committed, Ok(_) | Err(StorageError::Unknown(_))) {
+                for (id, why) in dropped {
+                    tracing::warn!(id = %id, "dropped from the inbox: {why}");
+                }
+            }
+            committed.map(|_| moved)
         }
         Err(error) => {
             connection.execute("ROLLBACK").await.map_err(reading)?;
@@ -74,13 +80,14 @@ async fn transaction(
     }
 }
 
+/// How many rows that were, and what was dropped: whose, and why.
 async fn move_on(
     connection: &mut PgConnection,
     schema: &Schema,
     namespace: &str,
     upto: i64,
     rows: i64,
-) -> Result<usize> {
+) -> Result<(usize, Vec<(Box<str>, String)>)> {
     let rows = waiting(schema, namespace, upto, rows).run(connection, Commits::No).await?;
     let mut numbers = Vec::new();
     let mut ops = Vec::new();
@@ -108,28 +115,16 @@ async fn move_on(
         ops.push(op);
     }
     if ops.is_empty() {
-        return Ok(0);
+        return Ok((0, Vec::new()));
     }
     let of = Of { schema, instance: Uuid::nil(), generation: 0, namespace, gate: Gate::Open };
     let outcomes = whole::write(connection, &of, &ops, &sort(&ops)).await?;
-    let mut moved = Vec::new();
-    for ((number, op), outcome) in numbers.iter().zip(&ops).zip(outcomes) {
-        match refused(op, &outcome) {
-            None => moved.push(*number),
-            Some((id, why)) => {
-                tracing::error!(id = %id, "it stays in the inbox as number {number}: {why}");
-                let mut sql = Sql::default();
-                let (number, why) = (sql.bind(*number), sql.bind(why));
-                sql.text = format!("UPDATE {schema}.inbox SET refused = {why} WHERE number = {number}");
-                sql.run(connection, Commits::No).await?;
-            }
-        }
-    }
+    let dropped = ops.iter().zip(&outcomes).filter_map(|(op, outcome)| too_late(op, outcome)).collect();
     let mut sql = Sql::default();
-    let moved = sql.bind(moved);
-    sql.text = format!("DELETE FROM {schema}.inbox WHERE number = ANY ({moved})");
+    let numbers = sql.bind(numbers);
+    sql.text = format!("DELETE FROM {schema}.inbox WHERE number = ANY ({numbers})");
     sql.run(connection, Commits::No).await?;
-    Ok(ops.len())
+    Ok((ops.len(), dropped))
 }
 
 /// What waits, locked.
@@ -162,21 +157,21 @@ fn op(row: &PgRow) -> Result<(i64, Op)> {
     Ok((get(row, 0)?, op))
 }
 
-/// Why it cannot be moved on.
-fn refused<'o>(op: &'o Op, outcome: &Outcome) -> Option<(&'o str, String)> {
+/// Whose it is and why it cannot be moved on.
+fn too_late(op: &Op, outcome: &Outcome) -> Option<(Box<str>, String)> {
     match (op, outcome) {
         (Op::Spawn(spawn), Outcome::Spawned(found)) if found.kind != spawn.kind => {
             let why = format!("a start of kind {:?}, but the id is in use by one of kind {:?}", spawn.kind, found.kind);
-            Some((&spawn.id, why))
+            Some((spawn.id.clone(), why))
         }
         (Op::Spawn(spawn), Outcome::Spawned(found)) if found.digest != spawn.digest => {
-            Some((&spawn.id, "a start with another input than the process of that id has".to_owned()))
+            Some((spawn.id.clone(), "a start with another input than the process of that id has".to_owned()))
         }
         (Op::Raise(raise), Outcome::Raised(Raised::Finished)) => {
-            Some((&raise.id, format!("a message {:?}, but the process has ended", raise.name)))
+            Some((raise.id.clone(), format!("a message {:?}, but the process has ended", raise.name)))
         }
         (Op::Raise(raise), Outcome::Raised(Raised::NotFound)) => {
-            Some((&raise.id, format!("a message {:?}, but there is no such process any more", raise.name)))
+            Some((raise.id.clone(), format!("a message {:?}, but there is no such process any more", raise.name)))
         }
         _ => None,
     }

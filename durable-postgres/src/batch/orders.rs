@@ -6,7 +6,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 
 use super::parts::{wake, woken};
 use super::{FINISHED, Of, UNFINISHED, read};
-use crate::rows::{run, status};
+use crate::rows::{get, run, status};
 use crate::sql::{Commits, Sql};
 
 pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order: &Op) -> Result<Outcome> {
@@ -27,9 +27,12 @@ pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order:
             }
         }
         _ => {
+            // However many rows they are: given up, it would be tried again and again.
+            let bound = statement_timeout(connection, "0").await?;
             for sql in deleted(of, id) {
                 wakes.extend(read::mine(&ask(connection, sql).await?));
             }
+            statement_timeout(connection, &bound).await?;
         }
     }
     let before: Result<_> = before.first().map(|row| Ok((run(row, 0)?, status(row, 1)?))).transpose();
@@ -41,6 +44,18 @@ pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order:
 
 async fn ask(connection: &mut PgConnection, sql: Sql) -> Result<Vec<PgRow>> {
     sql.run(connection, Commits::No).await
+}
+
+/// Sets how long the statements of this transaction may take, and says what it was before.
+async fn statement_timeout(connection: &mut PgConnection, to: &str) -> Result<String> {
+    let mut sql = Sql::default();
+    let to = sql.bind(to);
+    sql.text = format!(
+        "WITH before AS MATERIALIZED (SELECT pg_catalog.current_setting('statement_timeout') AS value)
+         SELECT value, pg_catalog.set_config('statement_timeout', {to}, true) FROM before"
+    );
+    let rows = ask(connection, sql).await?;
+    rows.first().map(|row| get(row, 0)).unwrap_or_else(|| Err(StorageError::schema("no answer")))
 }
 
 /// A statement about one process: the text is given what stands for its namespace, its id and the instance.
@@ -144,7 +159,15 @@ fn deleted(of: &Of<'_>, id: &str) -> Vec<Sql> {
                      AND (q.status IN {FINISHED} OR q.status = 'stuck'))"
         )
     };
-    let mut statements = vec![about(of, id, |sql, namespace, id, _| woken(sql, of, &runs(namespace, id)))];
+    let woken = about(of, id, |sql, namespace, id, _| woken(sql, of, &runs(namespace, id)));
+    let refused = about(of, id, |_, namespace, id, _| {
+        let runs = runs(namespace, id);
+        format!(
+            "DELETE FROM {of}.inbox WHERE namespace = {namespace} AND id = {id} AND refused IS NOT NULL
+                 AND EXISTS ({runs})"
+        )
+    });
+    let mut statements = vec![woken, refused];
     for (table, column) in
         [("steps", "run"), ("events", "run"), ("audit", "run"), ("waiters", "waiter"), ("processes", "run")]
     {

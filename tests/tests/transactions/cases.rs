@@ -64,6 +64,7 @@ tests!(cases:
     a_record_that_stands_is_not_written_over,
     a_deadline_ends_it,
     one_that_nobody_polls_is_ended,
+    one_that_nobody_polls_ever_fails,
     one_that_is_dropped_is_rolled_back,
     sql_that_ends_the_transaction,
     what_is_refused_within,
@@ -307,7 +308,8 @@ mod cases {
                     }
                     Ok::<_, DebitError>(left)
                 });
-                let mut debit = debit.timeout(100 * MS).into_future();
+                let retry = Retry::fixed(MS).max_attempts(2);
+                let mut debit = debit.timeout(100 * MS).retry(retry).into_future();
                 if proc.execution() == 1 {
                     // Polled until it is inside, and then no more, while it is still there.
                     while calls.all().is_empty() {
@@ -325,6 +327,38 @@ mod cases {
         assert_eq!(host.spawn(OTHER, "o", &()).await.unwrap().output().await.unwrap(), 1);
         assert_eq!(handle.output().await.unwrap(), 900);
         assert_eq!((cents(&backend, 1).await, calls.all().len()), (900, 2));
+    }
+
+    pub(super) async fn one_that_nobody_polls_ever_fails() {
+        const DEBIT: Definition<(), bool> = Definition::new("debit");
+        let backend = bank().await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let function = move |proc: Process, ()| {
+            let calls = counted.clone();
+            async move {
+                let debit = proc.transaction("debit", async |mut tx| {
+                    debit(&mut tx, 100).await?;
+                    calls.add("call");
+                    std::future::pending::<Result<i64, DebitError>>().await
+                });
+                let retry = Retry::fixed(MS).max_attempts(3);
+                let mut debit = debit.timeout(100 * MS).retry(retry).into_future();
+                let before = calls.all().len();
+                while calls.all().len() == before {
+                    if let std::task::Poll::Ready(ended) = futures_util::poll!(&mut debit) {
+                        return Ok::<_, Failure>(matches!(ended, Err(StepError::TimedOut(_))));
+                    }
+                    tokio::time::sleep(MS).await;
+                }
+                std::future::pending().await
+            }
+        };
+        let host = quick(&backend).await.register(DEBIT, function).register(OTHER, other).start().await.unwrap();
+        let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+        assert!(handle.output().await.unwrap());
+        assert_eq!((cents(&backend, 1).await, calls.all().len()), (1000, 3));
+        assert_eq!(host.spawn(OTHER, "o", &()).await.unwrap().output().await.unwrap(), 1);
     }
 
     pub(super) async fn one_that_is_dropped_is_rolled_back() {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod postgres_alone;
+mod sqlite_alone;
 
 /// The cases, once for each database.
 macro_rules! on {

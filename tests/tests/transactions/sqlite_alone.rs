@@ -1,0 +1,85 @@
+//! What can go wrong on SQLite alone: disks that are full, statements that nobody waits for.
+
+use durable_core::{Definition, Failure, Host, Process};
+use durable_sqlite::Transactions;
+use durable_tests::{Backend, Effects, Sql, SqliteFile, quick};
+use serde::{Deserialize, Serialize};
+use sqlx::Executor;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Hidden(String);
+
+impl From<sqlx::Error> for Hidden {
+    fn from(error: sqlx::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// The database's page count may not grow for the closure's first call.
+#[test]
+fn a_full_disk_is_none_of_the_processs_business() {
+    const FILL: Definition<(String, bool), bool> = Definition::new("fill");
+    const ROWS: &str = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 100)
+        INSERT INTO filled SELECT zeroblob(10000) FROM n";
+    const A_ROW: &str = "INSERT INTO filled VALUES (zeroblob(1000000))";
+    durable_tests::run(async {
+        let backend = SqliteFile::new().await;
+        backend.storage().await;
+        backend.execute("CREATE TABLE filled (content BLOB)").await;
+        let calls = Effects::default();
+        let counted = calls.clone();
+        let function = move |proc: Process, (fills, fails): (String, bool)| {
+            let calls = counted.clone();
+            async move {
+                let fill = proc.transaction("fill", async |mut tx| {
+                    calls.add(&fills);
+                    tx.execute("INSERT INTO filled VALUES ('')").await?;
+                    if calls.count(&fills) == 1 {
+                        tx.execute("PRAGMA max_page_count = 1").await?;
+                    }
+                    match tx.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(fills.clone()))).await {
+                        Err(error) if fails => Err(Hidden::from(error)),
+                        // Whoever overlooks it has nothing left that could be committed.
+                        done => Ok::<_, Hidden>(done.is_ok()),
+                    }
+                });
+                Ok::<_, Failure>(fill.await.unwrap())
+            }
+        };
+        let host: Host = quick(&backend).await.register(FILL, function).start().await.unwrap();
+        for (fills, fails) in [(A_ROW, true), (ROWS, true), (A_ROW, false)] {
+            let sql = format!("{fills} -- {fails}");
+            let handle = host.spawn(FILL, fails.to_string() + &fills[..4], &(sql.clone(), fails)).await.unwrap();
+            assert!(handle.output().await.unwrap(), "{sql}");
+            assert_eq!(calls.count(&sql), 2, "{sql}");
+        }
+        assert_eq!(backend.number("SELECT count(*) FROM filled").await, 3 + 1 + 100 + 1);
+    });
+}
+
+/// The closure's own COMMIT keeps nothing, whatever came of its handle.
+#[test]
+fn a_commit_of_the_closures_keeps_nothing() {
+    const KEEP: Definition<String, ()> = Definition::new("keep");
+    durable_tests::run(async {
+        let backend = SqliteFile::new().await;
+        backend.storage().await;
+        backend.execute("CREATE TABLE kept (what TEXT)").await;
+        let function = |proc: Process, ends: String| async move {
+            let keep = proc.transaction("keep", async |mut tx| {
+                for sql in ["INSERT INTO kept VALUES ('before')", &ends, "INSERT INTO kept VALUES ('behind')"] {
+                    let _ = tx.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned()))).await;
+                }
+                Ok::<_, Hidden>(())
+            });
+            keep.await.unwrap();
+            Ok::<_, Failure>(())
+        };
+        let host = quick(&backend).await.register(KEEP, function).start().await.unwrap();
+        for ends in ["COMMIT", "ROLLBACK"] {
+            let handle = host.spawn(KEEP, ends, &ends.to_owned()).await.unwrap();
+            durable_tests::until_status(&handle, durable_core::Status::Stuck).await;
+        }
+        assert_eq!(backend.number("SELECT count(*) FROM kept").await, 0);
+    });
+}
