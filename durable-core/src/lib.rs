@@ -26,6 +26,9 @@ pub mod testing;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 
+#[doc(hidden)]
+pub use engine::surroundings::Surroundings;
+
 pub use definition::{Definition, Event};
 pub use error::{
     Cancelled, Failure, HandleError, OutputError, ProcessError, RaiseError, SpawnError, StartError, StepError,

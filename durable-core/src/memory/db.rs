@@ -11,7 +11,7 @@ use crate::storage::{
 /// The tables.
 #[derive(Default)]
 pub(super) struct Db {
-    instances: HashMap<InstanceId, Instance>,
+    instances: BTreeMap<InstanceId, Instance>,
     processes: BTreeMap<RunId, Process>,
     current: HashMap<(Box<str>, Box<str>), RunId>,
     records: BTreeMap<(RunId, RecordKey), Record>,
