@@ -222,7 +222,7 @@ impl Player {
                 if call <= fails { Err("failed".to_owned()) } else { Ok(self.value_of(&key)) }
             }
         };
-        let made = Transaction::<Link, _, _>::new(&self.proc, name, statements).retry(retry(step)).timeout(ms(2_000));
+        let made = Transaction::<Link, _, _>::new(&self.proc, name, statements).retry(retry(step)).timeout(ms(1_400));
         let result = made.await;
         // How often it was called is not how often it has failed: it may have been made again.
         let step = Step { timeout: Some(0), ..step.clone() };
@@ -348,10 +348,14 @@ impl Player {
             };
         }
         let (event, text) = race.await??;
-        if let Some(event) = event {
-            self.received(event, Some(text.clone()));
+        let key = self.key(&name_of);
+        match event {
+            None => self.returned(OpKind::Race, key, text),
+            Some(event) => {
+                self.link.world.returned(self.proc.run(), key, OpKind::Race, text.clone());
+                self.received(event, Some(text));
+            }
         }
-        self.returned(OpKind::Race, self.key(&name_of), text);
         Ok(())
     }
 }

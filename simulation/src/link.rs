@@ -117,7 +117,7 @@ fn places(batch: &Batch) -> (Vec<Place>, Vec<Place>) {
 }
 
 /// A batch and its outcomes, for the trace.
-pub fn told(ledger: &Ledger, host: usize, batch: &Batch, result: &Result<Vec<Outcome>>) -> String {
+pub fn told(ledger: &Ledger, host: usize, batch: &Batch, result: &Result<Vec<Outcome>>) -> Vec<String> {
     let text = |op: &Op| match op {
         Op::Spawn(spawn) => format!("start {}", spawn.id),
         Op::Raise(raise) => format!("message {} to {}", raise.payload, raise.id),
@@ -144,13 +144,14 @@ pub fn told(ledger: &Ledger, host: usize, batch: &Batch, result: &Result<Vec<Out
         other => format!("{other:?}"),
     };
     let fence = batch.fence;
-    let ops: Vec<String> = match result {
+    let writer = format!("host {host} as {}/{}", short(fence.instance), fence.generation);
+    match result {
         Ok(outcomes) => {
-            batch.ops.iter().zip(outcomes).map(|(op, outcome)| format!("{} -> {}", text(op), told(outcome))).collect()
+            let op = |(op, outcome): (&Op, &Outcome)| format!("{writer}: {} -> {}", text(op), told(outcome));
+            batch.ops.iter().zip(outcomes).map(op).collect()
         }
-        Err(error) => batch.ops.iter().map(text).chain([format!("REFUSED: {error}")]).collect(),
-    };
-    format!("host {host} as {}/{}: {}", short(fence.instance), fence.generation, ops.join("; "))
+        Err(error) => batch.ops.iter().map(|op| format!("{writer}: {} -> {error}", text(op))).collect(),
+    }
 }
 
 /// The end of an instance's id.

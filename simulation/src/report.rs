@@ -78,9 +78,7 @@ pub fn story(seed: u64) -> String {
     let process = first.split(|c: char| !c.is_alphanumeric()).find(|word| is_process(word));
     let concerns = |line: &&String| {
         let mut words = line.split(|c: char| !c.is_alphanumeric());
-        line.contains("WRONG")
-            || line.contains("host") && !line.contains(": ")
-            || words.any(|word| Some(word) == process)
+        line.contains("WRONG") || words.clone().any(|word| Some(word) == process) || !words.any(is_process)
     };
     let lines: Vec<&String> = trace[..end].iter().filter(concerns).collect();
     let shown = lines.len().saturating_sub(SHOWN);

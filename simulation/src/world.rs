@@ -73,8 +73,8 @@ pub struct Odds {
 #[derive(Default)]
 pub struct Machine {
     pub alive: bool,
-    paused: Option<Instant>,
-    cut: Option<Instant>,
+    pub paused: Option<Instant>,
+    pub cut: Option<Instant>,
     /// When the last heartbeat that was acknowledged was sent.
     pub acknowledged: Option<Instant>,
     pub hearts: BTreeMap<InstanceId, Box<dyn Heart>>,
@@ -337,7 +337,10 @@ impl World {
     /// Commits a batch, and follows it in the ledger.
     pub fn commit(&self, host: usize, batch: &Batch) -> Result<Vec<Outcome>> {
         let result = at_once(self.memory.commit(batch));
-        self.say(|inner| crate::link::told(&inner.ledger, host, batch, &result));
+        if self.inner().trace.is_some() {
+            let told = crate::link::told(&self.inner().ledger, host, batch, &result);
+            told.into_iter().for_each(|line| self.say(|_| line));
+        }
         if let Ok(outcomes) = &result {
             let wrong = self.inner().ledger.committed(batch, outcomes);
             wrong.into_iter().for_each(|wrong| self.wrong(wrong));
