@@ -15,6 +15,9 @@ pub mod error;
 mod host;
 pub mod limits;
 pub mod memory;
+#[cfg(durable_mutations)]
+#[doc(hidden)]
+pub mod mutation;
 mod name;
 mod payload;
 mod process;

@@ -6,14 +6,15 @@ use crate::seed::Seed;
 /// How many processes clients start; the others are children.
 pub const MOST: u64 = 9;
 
-/// The programs of a seed.
-pub fn programs(seed: &mut Seed) -> Vec<Program> {
+/// The programs of a seed. Where there is little room in memory, none may hold a waker of its own while it waits: it would
+/// never leave.
+pub fn programs(seed: &mut Seed, room: bool) -> Vec<Program> {
     let starts = seed.between(1, MOST) as usize;
     let children = seed.below(4) as usize;
     let mut programs = Vec::new();
     for index in 0..starts + children {
         let child = index >= starts;
-        let mut draw = Draw { seed, index, starts, all: starts + children, names: 0, awaited: Vec::new() };
+        let mut draw = Draw { seed, room, index, starts, all: starts + children, names: 0, awaited: Vec::new() };
         let size = draw.seed.between(1, if child { 4 } else { 8 });
         let nodes = (0..size).map(|_| draw.node(&[0, 1, 2], 2)).collect();
         let compensation = (0..draw.seed.below(3)).map(|_| draw.step()).collect();
@@ -24,6 +25,7 @@ pub fn programs(seed: &mut Seed) -> Vec<Program> {
 
 struct Draw<'s> {
     seed: &'s mut Seed,
+    room: bool,
     index: usize,
     starts: usize,
     all: usize,
@@ -66,7 +68,9 @@ impl Draw<'_> {
             },
             24..27 => self.race(events),
             27..31 => {
-                let together = *self.seed.one(&[Together::All, Together::Join, Together::Unordered]);
+                let together = *self
+                    .seed
+                    .one(&[Together::All, Together::Join, Together::Unordered][..if self.room { 3 } else { 2 }]);
                 // Two receives of one event at the same time are a mistake.
                 let halves: [&[usize]; 3] = [&events[..events.len() / 2], &events[events.len() / 2..], &[]];
                 let branches = self.seed.between(2, 3) as usize;

@@ -208,6 +208,12 @@ impl Storage for Link {
 
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         let (before, after) = places(batch);
+        #[cfg(durable_mutations)]
+        if durable_core::mutation::is_broken(durable_core::mutation::Rule::FenceUnderLock)
+            && !self.world.inner().ledger.stands(batch.fence)
+        {
+            return Err(StorageError::Fenced);
+        }
         let (batch, host) = (batch.clone(), self.host);
         self.write((&before, &after), move |world| world.commit(host, &batch)).await
     }

@@ -90,18 +90,19 @@ fn ms(ms: u64) -> Duration {
 impl Play {
     fn new(number: u64, traced: bool) -> Self {
         let mut seed = Seed::new(number);
-        let programs = draw::programs(&mut seed.fork());
         let faultless = seed.permille(50);
         let heartbeat = seed.between(1_000, 3_000);
         let expiry = ms(heartbeat * seed.between(3, 5));
+        let room = seed.permille(800);
         let settings = Settings {
             heartbeat: ms(heartbeat),
             expiry,
             quiet: ms(seed.between(20, 3_000)),
             poll: ms(seed.between(100, 3_000)),
-            processes: if seed.permille(200) { seed.between(1, 4) as usize } else { 1_000 },
+            processes: if !room { seed.between(1, 4) as usize } else { 1_000 },
             operations: if seed.permille(200) { seed.between(1, 4) as usize } else { 1_000 },
         };
+        let programs = draw::programs(&mut seed.fork(), room);
         let odds = Odds {
             fault: if faultless { 0 } else { *seed.one(&[0, 10, 40, 100, 250]) },
             deaths: seed.below(6),

@@ -223,12 +223,15 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         return Poll::Ready(None);
     }
     let state = run.state();
+    let seen = Some(state.polled.0);
+    #[cfg(durable_mutations)]
+    let seen = seen.filter(|_| !crate::mutation::is_broken(crate::mutation::Rule::ParkChecksSignals));
     let waits: Vec<String> = state.waits.iter().take(8).map(|wait| wait.what.to_string()).collect();
     Poll::Ready(Some(Park {
         run: run.run,
         claim: run.claim,
         wake_at: due,
-        seen: Some(state.polled.0),
+        seen,
         waiting_for: Some(waits.join(", ").into()),
     }))
 }
