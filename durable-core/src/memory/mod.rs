@@ -52,7 +52,12 @@ impl Memory {
     /// An empty one.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
-        let start = (Utc::now(), Instant::now());
+        Self::starting_at(Utc::now())
+    }
+
+    /// An empty one, by whose clock it is this time now: for what happens at the end of a year, say.
+    pub fn starting_at(now: DateTime<Utc>) -> Self {
+        let start = (now, Instant::now());
         Self(Arc::new(Shared { db: Mutex::default(), version: watch::Sender::new(1), start }))
     }
 
