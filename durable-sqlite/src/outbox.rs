@@ -123,12 +123,23 @@ impl<'c, X: SqliteExecutor<'c> + 'c> OutboxWriter for InTransaction<'c, X> {
         let Spawn { run: new, id, kind, input, digest, restart_finished, .. } = spawn;
         let [namespace, id, kind]: [Arg; 3] = [namespace.into(), (&**id).into(), (&**kind).into()];
         let new_run: Arg = new.to_string().into();
+        const COLUMNS: &str =
+            "run, namespace, id, current, kind, status, claim, calm_claim, wake_at, signals, signalled,
+            input, input_digest, created_at, status_at";
+        // The former run makes way, and the new one takes its place, in one statement: whoever drops this halfway, and commits
+        // all the same, must not commit half of it.
         let sql = format!(
-            "UPDATE main.durable_processes SET current = 0 WHERE ? = 1 AND namespace = ? AND id = ? AND current = 1
-                 AND kind = ? AND status IN {finished};
-             INSERT INTO main.durable_processes (run, namespace, id, current, kind, status, claim, calm_claim, wake_at,
-                 signals, signalled, input, input_digest, created_at, status_at)
-             VALUES (?, ?, ?, 1, ?, 'waiting', 0, 0, {NOW}, 0, 0, ?, ?, {NOW}, {NOW}) ON CONFLICT DO NOTHING;
+            "INSERT INTO main.durable_processes ({COLUMNS})
+             SELECT {COLUMNS} FROM (
+                 SELECT 1 AS nth, p.run, p.namespace, p.id, 0 AS current, p.kind, p.status, p.claim, p.calm_claim, p.wake_at,
+                     p.signals, p.signalled, p.input, p.input_digest, p.created_at, p.status_at
+                 FROM main.durable_processes p
+                 WHERE ? = 1 AND p.namespace = ? AND p.id = ? AND p.current = 1 AND p.kind = ? AND p.status IN {finished}
+                 UNION ALL
+                 SELECT 2, ?, ?, ?, 1, ?, 'waiting', 0, 0, {NOW}, 0, 0, ?, ?, {NOW}, {NOW})
+             WHERE true ORDER BY nth
+             ON CONFLICT (run) DO UPDATE SET current = 0 WHERE excluded.current = 0
+             ON CONFLICT DO NOTHING;
              SELECT run, kind, input_digest FROM main.durable_processes
                  WHERE namespace = ? AND id = ? AND current = 1",
             finished = crate::batch::FINISHED,

@@ -5,6 +5,7 @@ use durable_core::storage::{RecordKey, RecordState, Scope, Storage};
 use durable_core::*;
 use durable_tests::*;
 use serde::{Deserialize, Serialize};
+use std::future::IntoFuture;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -43,6 +44,7 @@ on_each_backend!(
     a_dropped_step_is_attempted_again,
     an_operation_dropped_while_it_is_recorded,
     a_receive_dropped_while_it_is_recorded,
+    a_race_beside_a_receive_after_one_that_was_dropped,
     a_timed_receive_that_was_dropped_leaves_no_deadline,
     two_that_ask_for_one_value,
     a_message_as_large_as_allowed,
@@ -560,10 +562,19 @@ async fn an_operation_dropped_while_it_is_recorded<B: Backend>() {
 }
 
 async fn a_receive_dropped_while_it_is_recorded<B: Backend>() {
+    dropped_while_they_are_recorded::<B>(false).await;
+}
+
+async fn a_race_beside_a_receive_after_one_that_was_dropped<B: Backend>() {
+    dropped_while_they_are_recorded::<B>(true).await;
+}
+
+/// Each dropped receive is followed by a race and another receive, at the same time or one after the other.
+async fn dropped_while_they_are_recorded<B: Backend>(together: bool) {
     const DROPPED: Definition<(), (usize, Vec<u64>)> = Definition::new("dropped");
     const ROUNDS: u64 = 30;
     let backend = B::new().await;
-    let function = async |proc: Process| {
+    let function = move |proc: Process| async move {
         let (mut dropped, mut log) = (0, Vec::new());
         proc.event(SHIPPED).await?;
         for n in 0..ROUNDS {
@@ -583,6 +594,12 @@ async fn a_receive_dropped_while_it_is_recorded<B: Backend>() {
             } else {
                 dropped += 1;
                 let race = proc.race(("first", n)).on(proc.event(PAID), |paid| paid);
+                if together {
+                    // Without a deadline to be recorded, it has its message at its first poll.
+                    let (first, second) = tokio::join!(biased; race.into_future(), proc.event(PAID).into_future());
+                    log.extend([first?, second?]);
+                    continue;
+                }
                 log.push(race.on(proc.delay(("late", n), Duration::from_secs(3600)), |_| u64::MAX).await?);
             }
             log.push(proc.event(PAID).await?);

@@ -176,6 +176,10 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
     }
     let (winner, won, finish) = contest(&operation, members, &deadlines).await?;
     let Won { payload, takes: mut back, awaited, receive } = won;
+    if let Some(receive) = receive {
+        // Before anything is waited for: another receive of the event is the next one.
+        receive::complete(&operation, &winner.name, receive);
+    }
     let payload = match payload {
         Ok(payload) => payload,
         Err(error) => return operation.unencodable(&error).await,
@@ -192,9 +196,6 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
     operation.record(Write { takes, awaited, ..Write::done(finished) }).await?;
     if let Some(back) = &mut back {
         back.keep();
-    }
-    if let Some(receive) = receive {
-        receive::complete(&operation, &winner.name, receive);
     }
     match finish(&payload) {
         Ok(output) => {

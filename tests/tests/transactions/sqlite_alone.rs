@@ -1,10 +1,11 @@
 //! What can go wrong on SQLite alone: disks that are full, statements that nobody waits for.
 
-use durable_core::{Definition, Failure, Host, Process};
-use durable_sqlite::Transactions;
-use durable_tests::{Backend, Effects, Sql, SqliteFile, quick};
+use durable_core::{Definition, Failure, Host, Process, Status};
+use durable_sqlite::{Outbox, Transactions};
+use durable_tests::{Backend, Effects, Sql, SqliteFile, quick, until_status};
 use serde::{Deserialize, Serialize};
 use sqlx::Executor;
+use std::future::IntoFuture;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Hidden(String);
@@ -78,8 +79,43 @@ fn a_commit_of_the_closures_keeps_nothing() {
         let host = quick(&backend).await.register(KEEP, function).start().await.unwrap();
         for ends in ["COMMIT", "ROLLBACK"] {
             let handle = host.spawn(KEEP, ends, &ends.to_owned()).await.unwrap();
-            durable_tests::until_status(&handle, durable_core::Status::Stuck).await;
+            until_status(&handle, Status::Stuck).await;
         }
         assert_eq!(backend.number("SELECT count(*) FROM kept").await, 0);
+    });
+}
+
+/// A start that is dropped before it returns, in a transaction that is committed all the same, has happened or has not.
+#[test]
+fn a_start_that_is_dropped_is_whole_or_nothing() {
+    const NOTHING: Definition<u32, ()> = Definition::new("nothing");
+    durable_tests::run(async {
+        let backend = SqliteFile::new().await;
+        let host =
+            quick(&backend).await.register(NOTHING, async |_, _: u32| Ok::<_, Failure>(())).start().await.unwrap();
+        host.spawn(NOTHING, "n", &0).await.unwrap().output().await.unwrap();
+        // So slow that what waits for it is gone before it is over.
+        backend
+            .execute(
+                "CREATE TABLE slow (n INTEGER);
+                 CREATE TRIGGER slow AFTER UPDATE OF current ON durable_processes BEGIN
+                     INSERT INTO slow WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 100000)
+                         SELECT count(*) FROM n;
+                 END",
+            )
+            .await;
+        let mut own = backend.connection().await;
+        for input in 1..6 {
+            until_status(&host.get("n"), Status::Completed).await;
+            own.execute("BEGIN IMMEDIATE").await.unwrap();
+            {
+                let restart = host.spawn_in(&mut own, NOTHING, "n", &input).restart_finished();
+                let restart = std::pin::pin!(restart.into_future());
+                let _ = futures_util::poll!(restart);
+            }
+            own.execute("COMMIT").await.unwrap();
+            let current = "SELECT count(*) FROM durable_processes WHERE id = 'n' AND current = 1";
+            assert_eq!(backend.number(current).await, 1, "{input}");
+        }
     });
 }
