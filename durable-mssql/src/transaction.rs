@@ -33,9 +33,10 @@ pub trait Transactions {
     ///         .transaction("debit", async |mut tx| {
     ///             let debit = "UPDATE dbo.accounts SET cents = cents - @P1 OUTPUT inserted.cents WHERE id = @P2";
     ///             let row = tx.query(debit, &[&cents, &account]).await?.into_row().await?;
-    ///             Ok(row.and_then(|row| row.get::<i64, _>(0)).unwrap_or_default())
+    ///             let left = row.and_then(|row| row.get::<i64, _>(0)).unwrap_or_default();
+    ///             Ok::<_, durable_mssql::tiberius::error::Error>(left)
     ///         })
-    ///         .failure::<durable_mssql::tiberius::error::Error>()
+    ///         .failure()
     ///         .await?;
     ///     Ok(left)
     /// }
