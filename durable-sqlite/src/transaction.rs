@@ -23,7 +23,8 @@ use crate::store::{all, is_busy, patiently};
 pub trait Transactions {
     /// A step whose SQL and whose record are one transaction: **exactly once**. See [`Transaction`].
     ///
-    /// `tx` is an open transaction of SQLite's, begun as `IMMEDIATE`; statements run on `&mut *tx`.
+    /// `tx` is an open transaction of SQLite's, begun as `IMMEDIATE`; statements run on `&mut *tx`. Keep it in the closure:
+    /// given to another task, it keeps everybody from writing until it is dropped there, and what was done with it is undone.
     ///
     /// ```
     /// use durable_sqlite::{Failure, Process, Transactions};

@@ -37,7 +37,7 @@ impl Plan<'_> {
                 "INSERT INTO durable_events (run, number, name, event_id, payload, raised_at)
                  SELECT p.run, p.signals + row_number() OVER (PARTITION BY p.run ORDER BY j.key),
                      j.value->>1, j.value->>2, j.value->>3, {NOW}
-                 FROM jsonb_each(?) j CROSS JOIN durable_processes p
+                 FROM jsonb_each(?) j CROSS JOIN durable_processes p INDEXED BY durable_processes_current
                      ON p.namespace = ? AND p.id = j.value->>0 AND p.current = 1
                  WHERE {FENCED} AND p.status IN {UNFINISHED}
                      AND NOT EXISTS (SELECT 1 FROM durable_events e WHERE e.run = p.run AND e.event_id = j.value->>2)

@@ -81,31 +81,28 @@ impl Plan<'_> {
     }
 
     pub(super) fn finishes(&mut self) {
-        const HEAD: [&str; 5] = ["status", "reason", "unasked", "finished", "claim"];
+        const HEAD: [&str; 4] = ["status", "reason", "unasked", "claim"];
         let mut rows = Sets::new(2, HEAD);
         for (index, op) in self.ops() {
             if let Op::Finish(Finish { run, claim, status, output, reason, unasked }) = op {
-                let finished = i64::from(status.is_finished());
-                let head = cells![status.as_str(), reason.as_ref(), unasked.as_ref(), finished, *claim];
+                let head = cells![status.as_str(), reason.as_ref(), unasked.as_ref(), *claim];
                 rows.push(index, cells![run.0, output.as_ref()], head);
             }
         }
         for set in rows.sets() {
             let [instance, generation] = self.fence_args();
-            // With a second table in the `FROM`, SQLite would go through all that the instance owns.
-            let [status, reason, unasked, finished, claim] = HEAD.map(|name| set.bound(name));
+            let [status, reason, unasked, claim] = HEAD.map(|name| set.bound(name));
             let own = [Some(instance.clone()), Some(instance.clone()), Some(generation.clone())];
-            let args =
-                [status.1, reason.1, unasked.1, finished.1, Some(set.rows.clone()), claim.1].into_iter().chain(own);
-            let [status, reason, unasked, finished, claim] = [status.0, reason.0, unasked.0, finished.0, claim.0];
+            let args = [status.1, reason.1, unasked.1, Some(set.rows.clone()), claim.1].into_iter().chain(own);
+            let (values, claim) = (format!("{}, j.value->>1, {}, {}", status.0, reason.0, unasked.0), claim.0);
             let finished = self.script.add(
                 &format!(
-                    "UPDATE durable_processes SET status = {status}, output = j.value->>1, reason = {reason},
-                         unasked = {unasked}, owner = NULL, wake_at = NULL, waiting_for = NULL, signalled = 0,
-                         status_at = {NOW}, finished_at = iif({finished}, {NOW}, NULL)
-                     FROM jsonb_each(?) j
-                     WHERE durable_processes.run = j.value->>0 AND durable_processes.claim = {claim}
-                         AND +durable_processes.owner IS ? AND {FENCED}"
+                    "{} WHERE p.claim = {claim} AND +p.owner IS ? AND {FENCED}
+                     ON CONFLICT (run) DO UPDATE SET status = excluded.status, output = excluded.output,
+                         reason = excluded.reason, unasked = excluded.unasked, owner = NULL, wake_at = NULL,
+                         waiting_for = NULL, signalled = 0, status_at = {NOW},
+                         finished_at = iif(excluded.status IN {FINISHED}, {NOW}, NULL)",
+                    change("status, output, reason, unasked", &values)
                 ),
                 args.flatten(),
             );
@@ -158,15 +155,26 @@ impl Plan<'_> {
         let [instance, generation] = self.fence_args();
         let parked = self.script.add(
             &format!(
-                "UPDATE durable_processes SET status = 'waiting', owner = NULL, calm_claim = claim, signalled = 0,
-                     wake_at = j.value->>2, waiting_for = j.value->>4, status_at = {NOW}
-                 FROM jsonb_each(?) j
-                 WHERE durable_processes.run = j.value->>0 AND durable_processes.claim = j.value->>1
-                     AND +durable_processes.owner IS ?
-                     AND (j.value->>3 IS NULL OR j.value->>3 = durable_processes.signals) AND {FENCED}"
+                "{} WHERE p.claim = j.value->>1 AND +p.owner IS ? AND (j.value->>3 IS NULL OR j.value->>3 = p.signals)
+                     AND {FENCED}
+                 ON CONFLICT (run) DO UPDATE SET status = excluded.status, owner = NULL, calm_claim = claim,
+                     signalled = 0, wake_at = excluded.wake_at, waiting_for = excluded.waiting_for, status_at = {NOW}",
+                change("status, wake_at, waiting_for", "'waiting', j.value->>2, j.value->>4")
             ),
             [rows.arg(), instance.clone(), instance, generation],
         );
         self.parts.push(Part::Parks { at, parked });
     }
+}
+
+/// The beginning of a change of processes' rows by those of a batch, which are gone through first, whatever SQLite believes
+/// to know of its tables: of an `UPDATE … FROM` it might go through all processes instead, if there was only one of them
+/// at the service's last `ANALYZE`. As they all conflict with the rows that are there, none is put in.
+fn change(columns: &str, values: &str) -> String {
+    format!(
+        "INSERT INTO durable_processes (run, namespace, id, current, kind, claim, calm_claim, signals, signalled, input,
+             input_digest, created_at, status_at, {columns})
+         SELECT p.run, '', '', 0, '', 0, 0, 0, 0, '', '', '', '', {values}
+         FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0"
+    )
 }

@@ -85,6 +85,40 @@ fn a_commit_of_the_closures_keeps_nothing() {
     });
 }
 
+/// A handle that was given away holds the right to write for as long as it is kept, but whatever is done with it is undone.
+#[test]
+fn what_a_handle_does_that_was_given_away_is_undone() {
+    const KEEP: Definition<(), ()> = Definition::new("keep");
+    durable_tests::run(async {
+        let backend = SqliteFile::new().await;
+        backend.storage().await;
+        backend.execute("CREATE TABLE kept (what TEXT)").await;
+        let (give, mut given) = tokio::sync::mpsc::unbounded_channel();
+        let function = move |proc: Process, ()| {
+            let give = give.clone();
+            async move {
+                let keep = proc.transaction("keep", async |mut tx| {
+                    tx.execute("INSERT INTO kept VALUES ('within')").await?;
+                    let _ = give.send(tx);
+                    Ok::<_, Hidden>(())
+                });
+                keep.await.unwrap();
+                Ok::<_, Failure>(())
+            }
+        };
+        let host = quick(&backend).await.register(KEEP, function).start().await.unwrap();
+        let handle = host.spawn(KEEP, "k", &()).await.unwrap();
+        let mut tx = given.recv().await.unwrap();
+        let _ = tx.execute("INSERT INTO kept VALUES ('behind')").await;
+        tx.execute("COMMIT").await.unwrap_err();
+        // It is still kept.
+        until_status(&handle, Status::Stuck).await;
+        let _ = tx.execute("INSERT INTO kept VALUES ('much later')").await;
+        drop(tx);
+        assert_eq!(backend.number("SELECT count(*) FROM kept").await, 0);
+    });
+}
+
 /// A start that is dropped before it returns, in a transaction that is committed all the same, has happened or has not.
 #[test]
 fn a_start_that_is_dropped_is_whole_or_nothing() {
