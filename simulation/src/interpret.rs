@@ -112,10 +112,12 @@ impl Player {
     async fn node(&self, node: &Node, key: Option<u64>) -> Done {
         match node {
             Node::Step(step) => self.step(step, key).await,
-            Node::Dropped(step, after) => match tokio::time::timeout(ms(*after), self.step(step, key)).await {
-                Ok(done) => done,
-                Err(_) => self.step(step, key).await,
-            },
+            Node::Dropped(node, after) => {
+                match tokio::time::timeout(ms(*after), Box::pin(self.node(node, key))).await {
+                    Ok(done) => done,
+                    Err(_) => Box::pin(self.node(node, key)).await,
+                }
+            }
             Node::Transaction(step) => self.transaction(step, key).await,
             Node::Value { name, sets } => self.value(name, *sets).await,
             Node::Delay { name: of, ms: after } => {

@@ -1,8 +1,7 @@
 //! Plays a seed: hosts that come and go, clients, and the two phases.
 
 use chrono::TimeDelta;
-use durable_core::storage::{OpKind, RecordState, Storage};
-use durable_core::{Handle, HandleError, Host, RaiseError, SpawnError, Status, with};
+use durable_core::{Handle, HandleError, Host, RaiseError, SpawnError, with};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinHandle;
@@ -10,12 +9,13 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::draw;
 use crate::effects::Sent;
-use crate::interpret::{MESSAGES, PROGRAM, Results, interpret};
+use crate::interpret::{MESSAGES, PROGRAM, interpret};
+use crate::judge::{judge, unfinished};
 use crate::link::Link;
 use crate::program::EVENTS;
 use crate::seed::Seed;
 use crate::tally::{Fault, Tally};
-use crate::world::{Machine, Odds, Surroundings, World, at_once};
+use crate::world::{Machine, Odds, Surroundings, World};
 
 /// What came of a seed.
 pub struct Played {
@@ -43,7 +43,7 @@ pub fn play(seed: u64, traced: bool) -> Played {
         let mut play = Play::new(seed, traced);
         play.storm().await;
         play.calm().await;
-        play.judge();
+        judge(&play.world, play.faultless);
         play.world
     });
     drop(runtime);
@@ -406,12 +406,12 @@ impl Play {
             for (to, event) in &wanting {
                 self.send(*to, *event);
             }
-            let unfinished = !self.world.inner().ledger.unfinished().is_empty();
-            if missing.is_none() && !unfinished {
+            let open = !self.world.inner().ledger.unfinished().is_empty();
+            if missing.is_none() && !open {
                 break;
             }
             if Instant::now() > end {
-                self.unfinished();
+                unfinished(&self.world);
                 return;
             }
         }
@@ -436,91 +436,5 @@ impl Play {
             }
         }
         wanting
-    }
-
-    fn unfinished(&self) {
-        let rows = at_once(
-            self.world.memory.list("default", &durable_core::storage::Filter { limit: 1_000, ..Default::default() }),
-        );
-        for row in rows.into_iter().flatten().filter(|row| !row.status.is_finished()) {
-            let (id, status, owner, wake, waits) = (row.id, row.status, row.owner, row.wake_at, row.waiting_for);
-            self.world
-                .wrong(format!("{id} has not finished: {status}, owner {owner:?}, due {wake:?}, waits for {waits:?}"));
-        }
-    }
-
-    /// What came of it is what the programs say.
-    fn judge(&self) {
-        let mut wrong = Vec::new();
-        let runs: Vec<_> = self.world.inner().ledger.rows.keys().copied().collect();
-        for run in runs {
-            let results = self.world.results(run);
-            let inner = self.world.inner();
-            let row = &inner.ledger.rows[&run];
-            let index: usize = row.id[1..].parse().unwrap_or(usize::MAX);
-            let Some(program) = self.world.programs.get(index) else { continue };
-            let stored = at_once(self.world.memory.find("default", &row.id, None)).ok().flatten();
-            if stored.as_ref().map(|stored| stored.status) != Some(row.status) {
-                wrong.push(format!("{} is {}, and stands as {stored:?}", row.id, row.status));
-            }
-            if row.status == Status::Cancelled && !row.asked {
-                wrong.push(format!("{} was cancelled by nobody", row.id));
-            }
-            for (key, outcome) in inner.ledger.outcomes(run) {
-                if outcome.op == OpKind::Transaction {
-                    let written = inner.accounts.get(&(run, key.clone())).copied().unwrap_or(0);
-                    let due = u64::from(outcome.state == RecordState::Done);
-                    if written != due {
-                        wrong.push(format!("{key} of {} was written {written} times, not {due}", row.id));
-                    }
-                }
-                if outcome.op == OpKind::Raise {
-                    let copies = inner.ledger.copies(&format!("\"{}.{}\"", row.id, key.key));
-                    let due = usize::from(outcome.payload == "\"delivered\"");
-                    if copies != due {
-                        wrong.push(format!("{key} of {} is in mailboxes {copies} times, not {due}", row.id));
-                    }
-                }
-            }
-            if row.status != Status::Completed {
-                continue;
-            }
-            let output: Results = serde_json::from_str(row.output.as_deref().unwrap_or_default()).unwrap_or_default();
-            if output.len() != program.results() {
-                wrong.push(format!("{} has {} results, not {}: {output:?}", row.id, output.len(), program.results()));
-            }
-            for (name, text) in &output {
-                if results.get(name) != Some(text) {
-                    wrong.push(format!("{name} of {} is {text} in the end, and was {:?}", row.id, results.get(name)));
-                }
-            }
-            if self.faultless {
-                for (step, loops) in program.plain_steps() {
-                    let of_step = |((of, key), _): &(&(_, durable_core::storage::RecordKey), &u32)| {
-                        *of == run && *key.name == *step.name && key.scope == Default::default()
-                    };
-                    let begun: u32 = inner.effects.begun.iter().filter(of_step).map(|(_, count)| count).sum();
-                    let due = (step.fails + 1).min(step.attempts) * u32::try_from(loops.max(1)).unwrap_or(1);
-                    if begun != due {
-                        wrong.push(format!("{} of {} ran {begun} times, not {due}", step.name, row.id));
-                    }
-                }
-            }
-        }
-        {
-            let inner = self.world.inner();
-            for (text, sent) in &inner.effects.sent {
-                let copies = inner.ledger.copies(&format!("{text:?}"));
-                let fits = match sent {
-                    Sent::Accepted => copies == 1,
-                    Sent::Unknown => copies <= 1,
-                    Sent::Refused => copies == 0,
-                };
-                if !fits {
-                    wrong.push(format!("the message {text} is {sent:?}, and is there {copies} times"));
-                }
-            }
-        }
-        wrong.into_iter().for_each(|wrong| self.world.wrong(wrong));
     }
 }
