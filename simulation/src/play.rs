@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::draw;
 use crate::effects::Sent;
-use crate::interpret::{MESSAGES, PROGRAM, interpret};
+use crate::interpret::{MESSAGES, interpret, kind};
 use crate::judge::{judge, unfinished};
 use crate::link::Link;
 use crate::program::EVENTS;
@@ -77,6 +77,8 @@ struct Play {
     faultless: bool,
     most_hosts: usize,
     hosts: Vec<(Place, JoinHandle<()>)>,
+    /// Which of them run both kinds.
+    full: Vec<bool>,
     /// The next message's number.
     messages: u64,
     /// How many processes clients have begun to start.
@@ -113,11 +115,21 @@ impl Play {
         };
         let world = Arc::new(World::new(seed.fork(), programs, odds, traced));
         let most_hosts = seed.between(1, 4) as usize;
-        Self { seed, world, settings, faultless, most_hosts, hosts: Vec::new(), messages: 0, started: 0 }
+        Self {
+            seed,
+            world,
+            settings,
+            faultless,
+            most_hosts,
+            hosts: Vec::new(),
+            full: Vec::new(),
+            messages: 0,
+            started: 0,
+        }
     }
 
-    /// Starts a host in a program of its own.
-    fn start_host(&mut self) {
+    /// Starts a host in a program of its own: for all kinds, or for some.
+    fn start_host(&mut self, all: bool) {
         let apart = if self.seed.permille(700) || self.faultless { 0 } else { self.seed.between(0, 7_200_000) as i64 };
         let offset = TimeDelta::milliseconds(apart - if self.seed.permille(500) { 0 } else { apart * 2 });
         let host = {
@@ -131,7 +143,10 @@ impl Play {
         self.world.say(|_| format!("host {host} starts, its clock {} ms apart", offset.num_milliseconds()));
         let link = Link { world: self.world.clone(), host };
         let Settings { heartbeat, expiry, quiet, poll, processes, operations } = self.settings;
-        let builder = Host::builder(link.clone())
+        let kinds: &[usize] = if all { &[0, 1] } else { *self.seed.one(&[&[0][..], &[1], &[0, 1], &[0, 1]]) };
+        self.full.push(kinds.len() == 2);
+        let actor = Arc::new(link.clone());
+        let mut builder = Host::builder(link)
             .surroundings(Surroundings::new(offset, self.seed.fork()))
             .label("simulated")
             .heartbeat(heartbeat, expiry)
@@ -139,8 +154,10 @@ impl Play {
             .poll(poll)
             .max_processes(processes)
             .batch(operations, 4 << 20)
-            .max_crashes(10_000)
-            .register(PROGRAM, with(&Arc::new(link), interpret));
+            .max_crashes(10_000);
+        for of in kinds {
+            builder = builder.register(kind(*of), with(&actor, interpret));
+        }
         let place = Place::default();
         let starting = place.clone();
         let world = self.world.clone();
@@ -187,7 +204,7 @@ impl Play {
     /// The first phase.
     async fn storm(&mut self) {
         for _ in 0..self.seed.between(1, self.most_hosts as u64) {
-            self.start_host();
+            self.start_host(false);
         }
         let end = Instant::now() + ms(self.seed.between(5_000, 60_000));
         while Instant::now() < end {
@@ -206,7 +223,7 @@ impl Play {
             0..350 => self.start_process(),
             350..600 => self.message(),
             600..680 => self.watch(),
-            680..800 if others > 0 => self.start_host(),
+            680..800 if others > 0 => self.start_host(false),
             _ if self.faultless || alive.is_empty() => {}
             800..840 => self.cancel(),
             840..870 => {
@@ -231,6 +248,13 @@ impl Play {
             955..980 => {
                 let host = *self.seed.one(&alive);
                 self.shut_down(host);
+            }
+            980..990 => {
+                let by = TimeDelta::milliseconds(self.seed.ms(180_000) as i64);
+                let by = if self.seed.permille(500) { by } else { -by };
+                self.world.say(|_| format!("the storage's clock jumps by {} ms", by.num_milliseconds()));
+                self.world.inner().tally.hit(Fault::Clock, &[]);
+                self.world.memory.jump(by);
             }
             _ => {}
         }
@@ -283,7 +307,7 @@ impl Play {
         let host = *self.seed.one(&hosts);
         let Some(host) = self.hosts[host].0.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return };
         self.started = self.started.max(index + 1);
-        let spawn = host.spawn(PROGRAM, &*id, &index).into_future();
+        let spawn = host.spawn(kind(index), &*id, &index).into_future();
         drop(host);
         let world = self.world.clone();
         self.call(async move {
@@ -372,9 +396,10 @@ impl Play {
 
     /// A client awaits the end of some process.
     fn watch(&mut self) {
-        let id = format!("p{}", self.seed.below(self.world.programs.len() as u64));
+        let index = self.seed.below(self.world.programs.len() as u64) as usize;
+        let id = format!("p{index}");
         let Some(handle) = self.handle(&id) else { return };
-        let (handle, world) = (handle.of(PROGRAM), self.world.clone());
+        let (handle, world) = (handle.of(kind(index)), self.world.clone());
         self.call(async move {
             let text = match handle.output().await {
                 Ok(results) => serde_json::to_string(&results).unwrap_or_default(),
@@ -393,8 +418,8 @@ impl Play {
         let roots = self.world.programs.iter().filter(|program| !program.child).count();
         loop {
             self.reap();
-            if self.alive().is_empty() {
-                self.start_host();
+            if !self.alive().iter().any(|host| self.full[*host]) {
+                self.start_host(true);
             }
             sleep(ms(1_000)).await;
             let missing = (0..roots).find(|index| !self.world.inner().ledger.ids.contains_key(&format!("p{index}")));
