@@ -143,7 +143,11 @@ impl Play {
         self.world.say(|_| format!("host {host} starts, its clock {} ms apart", offset.num_milliseconds()));
         let link = Link { world: self.world.clone(), host };
         let Settings { heartbeat, expiry, quiet, poll, processes, operations } = self.settings;
-        let kinds: &[usize] = if all { &[0, 1] } else { *self.seed.one(&[&[0][..], &[1], &[0, 1], &[0, 1]]) };
+        let kinds: &[usize] = match self.seed.below(4) {
+            0 if !all => &[0],
+            1 if !all => &[1],
+            _ => &[0, 1],
+        };
         self.full.push(kinds.len() == 2);
         let actor = Arc::new(link.clone());
         let mut builder = Host::builder(link)

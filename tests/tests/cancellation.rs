@@ -7,7 +7,7 @@ use durable_core::*;
 use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
 use serde::{Deserialize, Serialize};
-use std::future::{Future, IntoFuture, poll_fn};
+use std::future::{IntoFuture, poll_fn};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
