@@ -45,8 +45,13 @@ impl Draw<'_> {
         match self.seed.below(if levels > 0 { 34 } else { 27 }) {
             0..6 => Node::Step(self.step()),
             6..8 => {
-                let step = Step { timeout: None, ..self.step() };
-                Node::Dropped(step, self.seed.ms(1_000))
+                let one = loop {
+                    let node = self.keyed(events);
+                    if !matches!(node, Node::Dropped(..)) {
+                        break node;
+                    }
+                };
+                Node::Dropped(Box::new(one), self.seed.ms(1_000))
             }
             8..11 => {
                 let step = self.step();

@@ -20,8 +20,13 @@ use crate::transaction::Writes;
 /// What a process returns: what its operations have, by name.
 pub type Results = Vec<(String, String)>;
 
-/// The kind of all processes; the input is the index of the program.
-pub const PROGRAM: Definition<usize, Results> = Definition::new("program");
+/// The kinds of processes, of which one host may run one only. The input is the index of the program.
+const KINDS: [Definition<usize, Results>; 2] = [Definition::new("even"), Definition::new("odd")];
+
+/// The kind of a process.
+pub fn kind(index: usize) -> Definition<usize, Results> {
+    KINDS[index % 2]
+}
 
 /// What processes receive.
 pub const MESSAGES: [Event<String>; EVENTS] = [Event::new("E0"), Event::new("E1"), Event::new("E2")];
@@ -112,10 +117,12 @@ impl Player {
     async fn node(&self, node: &Node, key: Option<u64>) -> Done {
         match node {
             Node::Step(step) => self.step(step, key).await,
-            Node::Dropped(step, after) => match tokio::time::timeout(ms(*after), self.step(step, key)).await {
-                Ok(done) => done,
-                Err(_) => self.step(step, key).await,
-            },
+            Node::Dropped(node, after) => {
+                match tokio::time::timeout(ms(*after), Box::pin(self.node(node, key))).await {
+                    Ok(done) => done,
+                    Err(_) => Box::pin(self.node(node, key)).await,
+                }
+            }
             Node::Transaction(step) => self.transaction(step, key).await,
             Node::Value { name, sets } => self.value(name, *sets).await,
             Node::Delay { name: of, ms: after } => {
@@ -291,8 +298,8 @@ impl Player {
     }
 
     async fn child(&self, child: usize, awaited: bool) -> Done {
-        let kind = PROGRAM.kind();
-        let started = match self.proc.spawn(PROGRAM, format!("p{child}"), &child).await {
+        let kind = kind(child);
+        let started = match self.proc.spawn(kind, format!("p{child}"), &child).await {
             Ok(started) => started,
             Err(SpawnError::Cancelled(cancelled)) => return Err(cancelled.into()),
             Err(error) => {
@@ -300,8 +307,11 @@ impl Player {
                 return Ok(());
             }
         };
-        let key =
-            |sign: &str| RecordKey { scope: self.scope, name: kind.into(), key: format!("{sign}p{child}").into() };
+        let key = |sign: &str| RecordKey {
+            scope: self.scope,
+            name: kind.kind().into(),
+            key: format!("{sign}p{child}").into(),
+        };
         self.returned(OpKind::Spawn, key("+"), format!("{} {}", started.run(), started.existed()));
         if awaited {
             let text = self.ended(child, started.output(&self.proc).await)?;
@@ -342,7 +352,7 @@ impl Player {
                 }
                 Member::Output(child) => {
                     let child = *child;
-                    let output = self.proc.output(PROGRAM, format!("p{child}"));
+                    let output = self.proc.output(kind(child), format!("p{child}"));
                     race.on(output, move |output| self.ended(child, output).map(|text| (None, text)))
                 }
             };

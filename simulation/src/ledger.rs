@@ -316,7 +316,16 @@ impl Ledger {
         if record.state == RecordState::Pending {
             self.failed.insert(place.clone(), record.attempts);
         }
-        match self.finals.get(&place) {
+        match self.finals.get_mut(&place) {
+            // Sent again, a message that nobody was there to take is judged anew; nobody has been told of it yet.
+            Some(known)
+                if record.op == OpKind::Raise
+                    && known.claim == record.claim
+                    && known.payload != Raised::Delivered { run: record.run, number: 0, mine: false }.as_json() =>
+            {
+                known.payload = payload;
+                return;
+            }
             Some(known) if known.op != OpKind::Value || record.op != OpKind::Value => {
                 let same = known.claim == record.claim && known.payload == payload && known.state == record.state;
                 if !same {

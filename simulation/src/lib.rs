@@ -4,6 +4,7 @@
 pub mod draw;
 pub mod effects;
 pub mod interpret;
+pub mod judge;
 pub mod ledger;
 pub mod link;
 pub mod play;

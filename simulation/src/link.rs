@@ -33,8 +33,17 @@ impl Link {
     /// A call that writes: it happens on the storage's side, whatever becomes of the caller.
     pub async fn write<T: Send + 'static>(
         &self,
-        (before, happened): (&[Place], &[Place]),
+        places: (&[Place], &[Place]),
         act: impl FnOnce(&Arc<World>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.send(places, || act).await
+    }
+
+    /// A call that writes, and is made when it is sent: a program that dies before sends nothing.
+    pub async fn send<T: Send + 'static, A: FnOnce(&Arc<World>) -> Result<T> + Send + 'static>(
+        &self,
+        (before, happened): (&[Place], &[Place]),
+        make: impl FnOnce() -> A + Send,
     ) -> Result<T> {
         let Self { world, host } = self;
         let host = *host;
@@ -49,6 +58,7 @@ impl Link {
         }
         let (reply, answer) = oneshot::channel();
         let there = world.clone();
+        let act = make();
         let lost = fate.verdict != Verdict::Fine;
         tokio::spawn(async move {
             after(fate.arrival).await;

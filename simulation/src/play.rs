@@ -1,8 +1,7 @@
 //! Plays a seed: hosts that come and go, clients, and the two phases.
 
 use chrono::TimeDelta;
-use durable_core::storage::{OpKind, RecordState, Storage};
-use durable_core::{Handle, HandleError, Host, RaiseError, SpawnError, Status, with};
+use durable_core::{Handle, HandleError, Host, RaiseError, SpawnError, with};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinHandle;
@@ -10,12 +9,13 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::draw;
 use crate::effects::Sent;
-use crate::interpret::{MESSAGES, PROGRAM, Results, interpret};
+use crate::interpret::{MESSAGES, interpret, kind};
+use crate::judge::{judge, unfinished};
 use crate::link::Link;
 use crate::program::EVENTS;
 use crate::seed::Seed;
 use crate::tally::{Fault, Tally};
-use crate::world::{Machine, Odds, Surroundings, World, at_once};
+use crate::world::{Machine, Odds, Surroundings, World};
 
 /// What came of a seed.
 pub struct Played {
@@ -43,7 +43,7 @@ pub fn play(seed: u64, traced: bool) -> Played {
         let mut play = Play::new(seed, traced);
         play.storm().await;
         play.calm().await;
-        play.judge();
+        judge(&play.world, play.faultless);
         play.world
     });
     drop(runtime);
@@ -77,6 +77,8 @@ struct Play {
     faultless: bool,
     most_hosts: usize,
     hosts: Vec<(Place, JoinHandle<()>)>,
+    /// Which of them run both kinds.
+    full: Vec<bool>,
     /// The next message's number.
     messages: u64,
     /// How many processes clients have begun to start.
@@ -113,11 +115,21 @@ impl Play {
         };
         let world = Arc::new(World::new(seed.fork(), programs, odds, traced));
         let most_hosts = seed.between(1, 4) as usize;
-        Self { seed, world, settings, faultless, most_hosts, hosts: Vec::new(), messages: 0, started: 0 }
+        Self {
+            seed,
+            world,
+            settings,
+            faultless,
+            most_hosts,
+            hosts: Vec::new(),
+            full: Vec::new(),
+            messages: 0,
+            started: 0,
+        }
     }
 
-    /// Starts a host in a program of its own.
-    fn start_host(&mut self) {
+    /// Starts a host in a program of its own: for all kinds, or for some.
+    fn start_host(&mut self, all: bool) {
         let apart = if self.seed.permille(700) || self.faultless { 0 } else { self.seed.between(0, 7_200_000) as i64 };
         let offset = TimeDelta::milliseconds(apart - if self.seed.permille(500) { 0 } else { apart * 2 });
         let host = {
@@ -131,7 +143,14 @@ impl Play {
         self.world.say(|_| format!("host {host} starts, its clock {} ms apart", offset.num_milliseconds()));
         let link = Link { world: self.world.clone(), host };
         let Settings { heartbeat, expiry, quiet, poll, processes, operations } = self.settings;
-        let builder = Host::builder(link.clone())
+        let kinds: &[usize] = match self.seed.below(4) {
+            0 if !all => &[0],
+            1 if !all => &[1],
+            _ => &[0, 1],
+        };
+        self.full.push(kinds.len() == 2);
+        let actor = Arc::new(link.clone());
+        let mut builder = Host::builder(link)
             .surroundings(Surroundings::new(offset, self.seed.fork()))
             .label("simulated")
             .heartbeat(heartbeat, expiry)
@@ -139,8 +158,10 @@ impl Play {
             .poll(poll)
             .max_processes(processes)
             .batch(operations, 4 << 20)
-            .max_crashes(10_000)
-            .register(PROGRAM, with(&Arc::new(link), interpret));
+            .max_crashes(10_000);
+        for of in kinds {
+            builder = builder.register(kind(*of), with(&actor, interpret));
+        }
         let place = Place::default();
         let starting = place.clone();
         let world = self.world.clone();
@@ -187,7 +208,7 @@ impl Play {
     /// The first phase.
     async fn storm(&mut self) {
         for _ in 0..self.seed.between(1, self.most_hosts as u64) {
-            self.start_host();
+            self.start_host(false);
         }
         let end = Instant::now() + ms(self.seed.between(5_000, 60_000));
         while Instant::now() < end {
@@ -206,7 +227,7 @@ impl Play {
             0..350 => self.start_process(),
             350..600 => self.message(),
             600..680 => self.watch(),
-            680..800 if others > 0 => self.start_host(),
+            680..800 if others > 0 => self.start_host(false),
             _ if self.faultless || alive.is_empty() => {}
             800..840 => self.cancel(),
             840..870 => {
@@ -231,6 +252,13 @@ impl Play {
             955..980 => {
                 let host = *self.seed.one(&alive);
                 self.shut_down(host);
+            }
+            980..990 => {
+                let by = TimeDelta::milliseconds(self.seed.ms(180_000) as i64);
+                let by = if self.seed.permille(500) { by } else { -by };
+                self.world.say(|_| format!("the storage's clock jumps by {} ms", by.num_milliseconds()));
+                self.world.inner().tally.hit(Fault::Clock, &[]);
+                self.world.memory.jump(by);
             }
             _ => {}
         }
@@ -283,7 +311,7 @@ impl Play {
         let host = *self.seed.one(&hosts);
         let Some(host) = self.hosts[host].0.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return };
         self.started = self.started.max(index + 1);
-        let spawn = host.spawn(PROGRAM, &*id, &index).into_future();
+        let spawn = host.spawn(kind(index), &*id, &index).into_future();
         drop(host);
         let world = self.world.clone();
         self.call(async move {
@@ -372,9 +400,10 @@ impl Play {
 
     /// A client awaits the end of some process.
     fn watch(&mut self) {
-        let id = format!("p{}", self.seed.below(self.world.programs.len() as u64));
+        let index = self.seed.below(self.world.programs.len() as u64) as usize;
+        let id = format!("p{index}");
         let Some(handle) = self.handle(&id) else { return };
-        let (handle, world) = (handle.of(PROGRAM), self.world.clone());
+        let (handle, world) = (handle.of(kind(index)), self.world.clone());
         self.call(async move {
             let text = match handle.output().await {
                 Ok(results) => serde_json::to_string(&results).unwrap_or_default(),
@@ -393,8 +422,8 @@ impl Play {
         let roots = self.world.programs.iter().filter(|program| !program.child).count();
         loop {
             self.reap();
-            if self.alive().is_empty() {
-                self.start_host();
+            if !self.alive().iter().any(|host| self.full[*host]) {
+                self.start_host(true);
             }
             sleep(ms(1_000)).await;
             let missing = (0..roots).find(|index| !self.world.inner().ledger.ids.contains_key(&format!("p{index}")));
@@ -406,12 +435,12 @@ impl Play {
             for (to, event) in &wanting {
                 self.send(*to, *event);
             }
-            let unfinished = !self.world.inner().ledger.unfinished().is_empty();
-            if missing.is_none() && !unfinished {
+            let open = !self.world.inner().ledger.unfinished().is_empty();
+            if missing.is_none() && !open {
                 break;
             }
             if Instant::now() > end {
-                self.unfinished();
+                unfinished(&self.world);
                 return;
             }
         }
@@ -436,91 +465,5 @@ impl Play {
             }
         }
         wanting
-    }
-
-    fn unfinished(&self) {
-        let rows = at_once(
-            self.world.memory.list("default", &durable_core::storage::Filter { limit: 1_000, ..Default::default() }),
-        );
-        for row in rows.into_iter().flatten().filter(|row| !row.status.is_finished()) {
-            let (id, status, owner, wake, waits) = (row.id, row.status, row.owner, row.wake_at, row.waiting_for);
-            self.world
-                .wrong(format!("{id} has not finished: {status}, owner {owner:?}, due {wake:?}, waits for {waits:?}"));
-        }
-    }
-
-    /// What came of it is what the programs say.
-    fn judge(&self) {
-        let mut wrong = Vec::new();
-        let runs: Vec<_> = self.world.inner().ledger.rows.keys().copied().collect();
-        for run in runs {
-            let results = self.world.results(run);
-            let inner = self.world.inner();
-            let row = &inner.ledger.rows[&run];
-            let index: usize = row.id[1..].parse().unwrap_or(usize::MAX);
-            let Some(program) = self.world.programs.get(index) else { continue };
-            let stored = at_once(self.world.memory.find("default", &row.id, None)).ok().flatten();
-            if stored.as_ref().map(|stored| stored.status) != Some(row.status) {
-                wrong.push(format!("{} is {}, and stands as {stored:?}", row.id, row.status));
-            }
-            if row.status == Status::Cancelled && !row.asked {
-                wrong.push(format!("{} was cancelled by nobody", row.id));
-            }
-            for (key, outcome) in inner.ledger.outcomes(run) {
-                if outcome.op == OpKind::Transaction {
-                    let written = inner.accounts.get(&(run, key.clone())).copied().unwrap_or(0);
-                    let due = u64::from(outcome.state == RecordState::Done);
-                    if written != due {
-                        wrong.push(format!("{key} of {} was written {written} times, not {due}", row.id));
-                    }
-                }
-                if outcome.op == OpKind::Raise {
-                    let copies = inner.ledger.copies(&format!("\"{}.{}\"", row.id, key.key));
-                    let due = usize::from(outcome.payload == "\"delivered\"");
-                    if copies != due {
-                        wrong.push(format!("{key} of {} is in mailboxes {copies} times, not {due}", row.id));
-                    }
-                }
-            }
-            if row.status != Status::Completed {
-                continue;
-            }
-            let output: Results = serde_json::from_str(row.output.as_deref().unwrap_or_default()).unwrap_or_default();
-            if output.len() != program.results() {
-                wrong.push(format!("{} has {} results, not {}: {output:?}", row.id, output.len(), program.results()));
-            }
-            for (name, text) in &output {
-                if results.get(name) != Some(text) {
-                    wrong.push(format!("{name} of {} is {text} in the end, and was {:?}", row.id, results.get(name)));
-                }
-            }
-            if self.faultless {
-                for (step, loops) in program.plain_steps() {
-                    let of_step = |((of, key), _): &(&(_, durable_core::storage::RecordKey), &u32)| {
-                        *of == run && *key.name == *step.name && key.scope == Default::default()
-                    };
-                    let begun: u32 = inner.effects.begun.iter().filter(of_step).map(|(_, count)| count).sum();
-                    let due = (step.fails + 1).min(step.attempts) * u32::try_from(loops.max(1)).unwrap_or(1);
-                    if begun != due {
-                        wrong.push(format!("{} of {} ran {begun} times, not {due}", step.name, row.id));
-                    }
-                }
-            }
-        }
-        {
-            let inner = self.world.inner();
-            for (text, sent) in &inner.effects.sent {
-                let copies = inner.ledger.copies(&format!("{text:?}"));
-                let fits = match sent {
-                    Sent::Accepted => copies == 1,
-                    Sent::Unknown => copies <= 1,
-                    Sent::Refused => copies == 0,
-                };
-                if !fits {
-                    wrong.push(format!("the message {text} is {sent:?}, and is there {copies} times"));
-                }
-            }
-        }
-        wrong.into_iter().for_each(|wrong| self.world.wrong(wrong));
     }
 }

@@ -18,8 +18,8 @@ pub struct Program {
 #[derive(Clone, Debug)]
 pub enum Node {
     Step(Step),
-    /// The step is dropped after so long, and done again under its name.
-    Dropped(Step, u64),
+    /// It is dropped after so long, if it has not ended, and done again under its name. One operation alone.
+    Dropped(Box<Node>, u64),
     Transaction(Step),
     /// A value that is made once, and overwritten so many times.
     Value {
@@ -124,6 +124,7 @@ fn receives(nodes: &[Node], times: u64, count: &mut [u64; EVENTS]) {
                     }
                 }
             }
+            Node::Dropped(node, _) => receives(std::slice::from_ref(node), times, count),
             Node::Both(_, branches) => branches.iter().for_each(|branch| receives(branch, times, count)),
             Node::Loop { times: more, body } => receives(body, times * more, count),
             _ => {}

@@ -6,18 +6,17 @@ impl Seed {
     /// Different seeds, different numbers, however near the seeds are.
     pub fn new(seed: u64) -> Self {
         let mut it = Self(seed ^ 0x5851_f42d_4c95_7f2d);
-        it.next();
+        it.number();
         it
     }
 
     /// Numbers of their own, so that more draws here change nothing there.
     pub fn fork(&mut self) -> Self {
-        Self(self.next())
+        Self(self.number())
     }
 
     /// Any number.
-    #[allow(clippy::should_implement_trait)]
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -27,7 +26,7 @@ impl Seed {
 
     /// One below `end`, which is above 0.
     pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
+        self.number() % end
     }
 
     /// One of `from..=to`.

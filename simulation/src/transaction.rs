@@ -21,7 +21,7 @@ pub struct Writes {
     pub amount: u64,
 }
 
-struct Open1 {
+struct OpenTransaction {
     link: Link,
     slot: Slot<Writes>,
 }
@@ -33,7 +33,7 @@ impl Transactional for Link {
     async fn begin(&self, _: Duration) -> Result<Open<Tx<Writes>>> {
         self.read(&[Place::BeforeCommit], |_| Ok(())).await?;
         let (tx, slot) = Tx::new(Writes::default());
-        Ok(Open { tx, ending: Box::new(Open1 { link: self.clone(), slot }) })
+        Ok(Open { tx, ending: Box::new(OpenTransaction { link: self.clone(), slot }) })
     }
 
     async fn settled(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
@@ -56,18 +56,20 @@ impl Drop for UnderWay {
 }
 
 #[async_trait]
-impl Ending for Open1 {
+impl Ending for OpenTransaction {
     async fn commit(self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
         let Some(writes) = self.slot.take() else { return Ok(Committed::Escaped) };
-        let (record, host) = (record.clone(), self.link.host);
-        *self.link.world.inner().commits.entry(record.run).or_default() += 1;
-        let under_way = UnderWay(self.link.world.clone(), record.run);
-        let act = move |world: &Arc<World>| {
-            let result = commit(world, host, instance, &record, &writes);
-            drop(under_way);
-            result
+        let (record, link) = (record.clone(), self.link.clone());
+        let make = move || {
+            *link.world.inner().commits.entry(record.run).or_default() += 1;
+            let under_way = UnderWay(link.world.clone(), record.run);
+            move |world: &Arc<World>| {
+                let result = commit(world, link.host, instance, &record, &writes);
+                drop(under_way);
+                result
+            }
         };
-        self.link.write((&[Place::BeforeCommit], &[Place::AfterCommit]), act).await
+        self.link.send((&[Place::BeforeCommit], &[Place::AfterCommit]), make).await
     }
 
     async fn rollback(self: Box<Self>) -> Result<RolledBack> {

@@ -389,7 +389,7 @@ impl durable_core::Surroundings for Surroundings {
 
 fn random(seed: &mut Seed) -> [u8; 10] {
     let mut bytes = [0; 10];
-    bytes[..8].copy_from_slice(&seed.next().to_le_bytes());
-    bytes[8..].copy_from_slice(&seed.next().to_le_bytes()[..2]);
+    bytes[..8].copy_from_slice(&seed.number().to_le_bytes());
+    bytes[8..].copy_from_slice(&seed.number().to_le_bytes()[..2]);
     bytes
 }

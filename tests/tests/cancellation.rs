@@ -276,7 +276,8 @@ async fn a_race_a_timer_and_a_spawn_are_cancelled<B: Backend>() {
     assert!(host.get("child").status().await.is_err());
 }
 
-/// While the cancellation cannot be recorded, a timer that has come due neither fires nor keeps a processor busy.
+/// While the cancellation cannot be recorded, a timer that has come due neither fires nor has the process looked at again
+/// and again.
 async fn a_timer_that_comes_due_while_it_is_being_recorded<B: Backend>() {
     const TIMER: Definition<(), ()> = Definition::new("timer");
     let backend = B::new().await;

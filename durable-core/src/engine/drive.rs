@@ -171,9 +171,11 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
     let quiet = run.only_we_can_wake();
     let (due, parks, park_now, rested) = {
         let state = run.state();
-        // While the cancellation is being recorded no due time lets an operation go on: the answer will.
-        let cancelling = state.cancel == Cancel::Recording;
-        let due = state.waits.iter().filter_map(|wait| wait.due).filter(|_| !cancelling).min();
+        let due = match state.cancel {
+            // No due time lets an operation go on now: the answer will.
+            Cancel::Recording => None,
+            _ => state.waits.iter().filter_map(|wait| wait.due).min(),
+        };
         if due.is_none() && state.commits > 0 {
             // The answer will wake it, and comes sooner than any timer.
             *sleep = None;
