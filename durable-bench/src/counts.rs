@@ -21,13 +21,16 @@ pub struct Each {
     pub statements: Option<f64>,
     /// Transactions.
     pub commits: Option<f64>,
+    /// Microseconds of the program's processor time.
+    pub processor: Option<f64>,
 }
 
 impl Display for Each {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let counts = [(self.commits, "commits"), (self.statements, "statements"), (self.rows, "rows")];
         let words = counts.into_iter().filter_map(|(count, what)| Some(format!("{:.3} {what}", count?)));
-        let words: Vec<String> = words.collect();
+        let processor = self.processor.map(|micros| format!("{micros:.1} µs of processor time"));
+        let words: Vec<String> = words.chain(processor).collect();
         if words.is_empty() { Ok(()) } else { write!(f, "; {} a step", words.join(", ")) }
     }
 }
@@ -44,6 +47,7 @@ struct Counted {
 pub struct Counts {
     of: Of,
     before: Counted,
+    processor: f64,
 }
 
 enum Of {
@@ -72,11 +76,12 @@ impl Counts {
             At::Postgres { url, schema } => Of::Postgres { url: url.clone(), schema: schema.clone() },
             At::Sqlite { path } => sqlite(path).await?,
         };
-        Ok(Self { before: of.counted().await?, of })
+        Ok(Self { before: of.counted().await?, of, processor: processor()? })
     }
 
     /// For each of so many steps. What ran there has been shut down.
     pub async fn each(self, steps: usize) -> Result<Each, Error> {
+        let processor = processor()? - self.processor;
         let (before, until) = (self.before, self.of.counted().await?);
         if let Of::Sqlite { connection, .. } = self.of {
             connection.close().await?;
@@ -87,8 +92,18 @@ impl Counts {
             rows: each(until.rows, before.rows),
             statements: each(until.statements, before.statements),
             commits: each(until.commits, before.commits),
+            processor: Some(processor * 1e6 / steps as f64),
         })
     }
+}
+
+/// Processor time of this program in seconds.
+fn processor() -> Result<f64, Error> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // The name, in parentheses, may contain spaces. The kernel's unit for programs is a hundredth of a second.
+    let after = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = after.split_whitespace().skip(11).take(2).map(str::parse::<f64>);
+    Ok(ticks.sum::<Result<f64, _>>()? / 100.0)
 }
 
 /// Stays connected, or the file with the counter would be gone with the last one that is.

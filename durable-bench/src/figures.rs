@@ -64,6 +64,10 @@ struct Figure {
     rows: Option<f64>,
     statements: Option<f64>,
     commits: Option<f64>,
+    /// Of the program, in microseconds a step.
+    processor: Option<f64>,
+    /// How many at once, or how many altogether, where figures are a curve over that.
+    size: Option<usize>,
     note: String,
     processors: usize,
 }
@@ -77,10 +81,29 @@ impl Figures {
 
     /// One more.
     pub fn add(&mut self, workload: &'static str, system: System, measured: Measured) {
+        self.add_at(None, workload, system, measured);
+    }
+
+    /// One more, of a curve.
+    pub fn add_at(&mut self, size: Option<usize>, workload: &'static str, system: System, measured: Measured) {
         let Measured { value, unit, raw, note, each } = measured;
-        let Each { rows, statements, commits } = each;
+        let Each { rows, statements, commits, processor } = each;
         let (ratio, processors) = (raw.map(|raw| value / raw), self.processors);
-        let figure = Figure { workload, system, value, unit, raw, ratio, rows, statements, commits, note, processors };
+        let figure = Figure {
+            workload,
+            system,
+            value,
+            unit,
+            raw,
+            ratio,
+            rows,
+            statements,
+            commits,
+            processor,
+            size,
+            note,
+            processors,
+        };
         if self.json {
             println!("{}", serde_json::to_string(&figure).unwrap_or_default());
         }
@@ -104,7 +127,7 @@ impl Figures {
             "workload", "storage", "system", "value", "raw", "ratio", "unit"
         );
         for row in &self.rows {
-            let Figure { rows, statements, commits, .. } = *row;
+            let Figure { rows, statements, commits, processor, .. } = *row;
             println!(
                 "{:<12} {:<8} {:<width$} {:>12} {:>12} {:>7}  {:<14} {}{}",
                 row.workload,
@@ -115,7 +138,7 @@ impl Figures {
                 row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
                 row.unit,
                 row.note,
-                Each { rows, statements, commits }
+                Each { rows, statements, commits, processor }
             );
         }
     }

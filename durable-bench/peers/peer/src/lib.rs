@@ -105,7 +105,7 @@ pub fn version(lock: &str, package: &str) -> String {
 /// Answers until its input ends.
 pub async fn serve(called: &Called, about: About, peer: Arc<dyn Peer>) -> Result<(), Error> {
     answer(&Answer::Ready(about))?;
-    let mut waiting = 0;
+    let (mut waiting, mut asked) = (0, 0);
     while !called.setup {
         let line = tokio::task::spawn_blocking(|| {
             let mut line = String::new();
@@ -117,12 +117,13 @@ pub async fn serve(called: &Called, about: About, peer: Arc<dyn Peer>) -> Result
         }
         match serde_json::from_str(&line)? {
             Ask::Run { processes, steps, concurrent, seconds } => {
+                asked += 1;
                 let (before, started) = (processor()?, Instant::now());
                 let (done, times) = each(0..processes, concurrent, seconds, {
                     let peer = peer.clone();
                     move |n| {
                         let peer = peer.clone();
-                        async move { peer.run(format!("run-{n}"), steps).await }
+                        async move { peer.run(format!("run-{asked}-{n}"), steps).await }
                     }
                 })
                 .await?;

@@ -35,7 +35,8 @@ const SQLITE_POOL: usize = 5;
 pub(crate) const POSTGRES_POOL: usize = 32;
 
 pub(crate) async fn start(called: &Called) -> Result<(About, Arc<dyn Peer>), Error> {
-    let (provider, database, workers, pool): (Arc<dyn Provider>, String, usize, usize) = if called.system == "duroxide" {
+    let (provider, database, workers, pool): (Arc<dyn Provider>, String, usize, usize) = if called.system == "duroxide"
+    {
         let provider = SqliteProvider::new(&format!("sqlite:{}?mode=rwc", called.address), None).await?;
         let pool = provider.get_pool();
         if called.full {
