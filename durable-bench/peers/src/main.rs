@@ -75,9 +75,13 @@ async fn main() -> Result<(), Error> {
     let (rounds, scale) = (args.rounds.max(1), args.scale.max(1));
     let bench = Bench { place, systems, rounds, scale, seconds: args.seconds, parked: args.parked, settings };
     let mut figures = Figures::new(args.json);
+    let mut compared = Vec::new();
     for workload in workloads {
-        bench.measure(workload, &mut figures).await?;
+        compared.extend(bench.measure(workload, &mut figures).await?);
     }
     figures.end();
+    if !args.json {
+        println!("\n{}", compared.join("\n"));
+    }
     Ok(())
 }

@@ -47,19 +47,24 @@ impl Run {
     }
 }
 
+fn times(runs: &[Run]) -> Vec<f64> {
+    runs.iter().flat_map(|run| run.times.iter().copied()).collect()
+}
+
 impl Bench {
-    pub(crate) async fn measure(&self, workload: &'static str, figures: &mut Figures) -> Result<(), Error> {
+    /// This library beside the best peer, in words.
+    pub(crate) async fn measure(&self, workload: &'static str, figures: &mut Figures) -> Result<Option<String>, Error> {
         match workload {
             "many" => self.many(figures).await,
             "sequential" => self.sequential(figures).await,
             "latency" => self.latency(figures).await,
-            "concurrency" => self.concurrency(figures).await,
-            _ => self.parked(figures).await,
+            "concurrency" => self.concurrency(figures).await.map(|()| None),
+            _ => self.parked(figures).await.map(|()| None),
         }
     }
 
     /// Many processes of five steps, beside the same rows in batches as large as this library's were.
-    async fn many(&self, figures: &mut Figures) -> Result<(), Error> {
+    async fn many(&self, figures: &mut Figures) -> Result<Option<String>, Error> {
         let processes = (20_000 / self.scale).max(100);
         let (mut runs, mut raws, mut batch) = (self.none(), Vec::new(), 1000);
         for round in 1..=self.rounds {
@@ -76,15 +81,15 @@ impl Bench {
                 runs[nth].push(run);
             }
         }
-        for (system, runs) in self.systems.iter().zip(runs) {
+        for runs in &runs {
             let words = format!("processes of {STEPS_EACH} steps; raw: the same rows, {batch} a commit");
-            self.add(figures, "many", system, &runs, &raws, &words);
+            self.add(figures, "many", runs, &raws, &words);
         }
-        Ok(())
+        Ok(self.compared("many", &runs, |runs| median(runs.iter().map(Run::rate).collect())))
     }
 
     /// One process, step after step, beside one-row commits; and those of eight writers.
-    async fn sequential(&self, figures: &mut Figures) -> Result<(), Error> {
+    async fn sequential(&self, figures: &mut Figures) -> Result<Option<String>, Error> {
         let steps = (1000 / self.scale).max(10);
         let (mut runs, mut raws, mut eights) = (self.none(), Vec::new(), Vec::new());
         for round in 1..=self.rounds {
@@ -94,9 +99,9 @@ impl Bench {
                 runs[nth].push(self.run(system, round, 1, steps, Some(1)).await?);
             }
         }
-        for (system, runs) in self.systems.iter().zip(runs) {
+        for runs in &runs {
             let words = format!("process of {steps} steps; raw: one-row commits");
-            self.add(figures, "sequential", system, &runs, &raws, &words);
+            self.add(figures, "sequential", runs, &raws, &words);
         }
         let (one, eight) = (median(raws), median(eights));
         let note = "one-row commits of 8 writers; raw: of one".to_owned();
@@ -104,11 +109,11 @@ impl Bench {
         let measured = Measured { value: eight, unit: "commits/s", raw: Some(one), note, each };
         let system = figures::System::new("raw".into(), self.place.name(), &self.settings);
         figures.add("sequential", system, measured);
-        Ok(())
+        Ok(self.compared("sequential", &runs, |runs| median(runs.iter().map(Run::rate).collect())))
     }
 
     /// From start to output with one step, nothing else running, beside three commits in sequence: a start, a step, an end.
-    async fn latency(&self, figures: &mut Figures) -> Result<(), Error> {
+    async fn latency(&self, figures: &mut Figures) -> Result<Option<String>, Error> {
         let count = (1000 / self.scale).max(50);
         let (mut runs, mut raws) = (self.none(), Vec::new());
         for round in 1..=self.rounds {
@@ -123,17 +128,19 @@ impl Bench {
                 runs[nth].push(self.run(system, round, count, 1, Some(1)).await?);
             }
         }
-        for (system, runs) in self.systems.iter().zip(&runs) {
+        for runs in &runs {
             let Some(Run { about, each, .. }) = runs.last() else { continue };
             for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
-                let mut times: Vec<f64> = runs.iter().flat_map(|run| run.times.iter().copied()).collect();
+                let mut times = times(runs);
                 let note = format!("{name} of {}, {}; raw: three commits in sequence", times.len(), about.settings);
                 let (value, raw) = (percentile(&mut times, share), Some(percentile(&mut raws, share)));
                 let measured = Measured { value, unit: "ms", raw, note, each: *each };
-                figures.add("latency", self.named(system, about), measured);
+                figures.add("latency", self.named(about), measured);
             }
         }
-        Ok(())
+        // So that more is better here too.
+        let often = |runs: &[Run]| 1.0 / percentile(&mut times(runs), 0.5);
+        Ok(self.compared("latency, p50", &runs, often))
     }
 
     /// As `many`, for a while, over how many run at once.
@@ -146,12 +153,12 @@ impl Bench {
                     runs[nth].push(self.run(system, round, processes, STEPS_EACH, Some(concurrent)).await?);
                 }
             }
-            for (system, runs) in self.systems.iter().zip(&runs) {
+            for runs in &runs {
                 let Some(Run { about, each, .. }) = runs.last() else { continue };
                 let value = median(runs.iter().map(Run::rate).collect());
                 let note = format!("processes of {STEPS_EACH} steps, {concurrent} at once; {}", about.settings);
                 let measured = Measured { value, unit: "steps/s", raw: None, note, each: *each };
-                figures.add_at(Some(concurrent), "concurrency", self.named(system, about), measured);
+                figures.add_at(Some(concurrent), "concurrency", self.named(about), measured);
             }
         }
         Ok(())
@@ -175,7 +182,7 @@ impl Bench {
                 let note = format!("{processes} processes wait for a year; {}", running.about.settings);
                 let (value, each) = (resident / f64::from(1 << 20), Each::default());
                 let measured = Measured { value, unit: "MiB", raw: None, note, each };
-                figures.add_at(Some(processes), "parked", self.named(system, &running.about), measured);
+                figures.add_at(Some(processes), "parked", self.named(&running.about), measured);
                 if processes < size {
                     break;
                 }
@@ -187,31 +194,31 @@ impl Bench {
         Ok(())
     }
 
+    /// This library beside the best of those that are as durable.
+    fn compared(&self, what: &str, runs: &[Vec<Run>], value: impl Fn(&[Run]) -> f64) -> Option<String> {
+        let mut peers: Vec<_> = self.systems.iter().zip(runs).filter(|(system, _)| system.full).collect();
+        let (_, ours) = peers.remove(0);
+        let values = peers.into_iter().filter_map(|(_, runs)| Some((value(runs), &runs.last()?.about.system)));
+        let (best, name) = values.max_by(|a, b| a.0.total_cmp(&b.0))?;
+        Some(format!("{what}: {:.1} times the best peer as durable, {name}", value(ours) / best))
+    }
+
     fn none(&self) -> Vec<Vec<Run>> {
         self.systems.iter().map(|_| Vec::new()).collect()
     }
 
     /// With the database that it has, which on SQLite is linked with it.
-    fn named(&self, system: &System, about: &About) -> figures::System {
+    fn named(&self, about: &About) -> figures::System {
         let settings = if about.database.is_empty() { &self.settings } else { &about.database };
-        let _ = system;
         figures::System::new(about.system.clone(), self.place.name(), settings)
     }
 
-    fn add(
-        &self,
-        figures: &mut Figures,
-        workload: &'static str,
-        system: &System,
-        runs: &[Run],
-        raws: &[f64],
-        words: &str,
-    ) {
+    fn add(&self, figures: &mut Figures, workload: &'static str, runs: &[Run], raws: &[f64], words: &str) {
         let Some(Run { about, each, processes, .. }) = runs.last() else { return };
         let value = median(runs.iter().map(Run::rate).collect());
         let note = format!("{processes} {words}; {}, {} at once", about.settings, about.concurrent.min(*processes));
         let measured = Measured { value, unit: "steps/s", raw: Some(median(raws.to_vec())), note, each: *each };
-        figures.add(workload, self.named(system, about), measured);
+        figures.add(workload, self.named(about), measured);
     }
 
     /// Fresh, with this library's tables.

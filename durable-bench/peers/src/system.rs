@@ -17,18 +17,18 @@ pub(crate) struct System {
     pub(crate) name: &'static str,
     program: PathBuf,
     /// As durable as the database can, and not as it is by itself.
-    full: bool,
+    pub(crate) full: bool,
 }
 
 /// Names, whether each is in this program, and on what.
-const SYSTEMS: [(&str, bool, &str, bool); 7] = [
-    ("durable", true, "postgres", true),
-    ("dbos", true, "postgres", true),
-    ("durare", false, "postgres", true),
-    ("duroxide-pg", false, "postgres", true),
-    ("durable", true, "sqlite", true),
-    ("durare", false, "sqlite", true),
-    ("duroxide", false, "sqlite", true),
+const SYSTEMS: [(&str, bool, &str); 7] = [
+    ("durable", true, "postgres"),
+    ("dbos", true, "postgres"),
+    ("durare", false, "postgres"),
+    ("duroxide-pg", false, "postgres"),
+    ("durable", true, "sqlite"),
+    ("durare", false, "sqlite"),
+    ("duroxide", false, "sqlite"),
 ];
 /// Those that sync less by themselves.
 const LESS: [&str; 2] = ["durare", "duroxide"];
@@ -41,7 +41,7 @@ pub(crate) fn systems(place: &Place, only: &[String]) -> Result<Vec<System>, Err
     }
     let (here, mut beside) = (std::env::current_exe()?, None);
     let mut all = Vec::new();
-    for (name, in_this, storage, full) in SYSTEMS {
+    for (name, in_this, storage) in SYSTEMS {
         if storage != place.name() || !wanted(name) {
             continue;
         }
@@ -50,7 +50,7 @@ pub(crate) fn systems(place: &Place, only: &[String]) -> Result<Vec<System>, Err
             (false, Some(program)) => PathBuf::clone(program),
             (false, None) => beside.insert(build()?).clone(),
         };
-        all.push(System { name, program: program.clone(), full });
+        all.push(System { name, program: program.clone(), full: true });
         if storage == "sqlite" && LESS.contains(&name) {
             all.push(System { name, program, full: false });
         }
