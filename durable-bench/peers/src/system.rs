@@ -61,8 +61,14 @@ pub(crate) fn systems(place: &Place, only: &[String]) -> Result<Vec<System>, Err
 /// Builds the program beside this one; where it is.
 fn build() -> Result<PathBuf, Error> {
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/sqlx-0.8/Cargo.toml");
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-    let built = Cargo::new(cargo)
+    let mut cargo = Cargo::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()));
+    // What `cargo run` says about this package: build scripts that look at it would all run again.
+    for (name, _) in std::env::vars() {
+        if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"].iter().any(|own| name.starts_with(own)) {
+            cargo.env_remove(name);
+        }
+    }
+    let built = cargo
         .args(["build", "--release", "--locked", "--message-format", "json-render-diagnostics"])
         .args(["--manifest-path", manifest])
         .stderr(Stdio::inherit())
