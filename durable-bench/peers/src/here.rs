@@ -30,7 +30,7 @@ async fn durable(called: &Called) -> Result<(About, Arc<dyn Peer>), Error> {
         system: peer::version(LOCK, "durable-core").replace("-core", ""),
         database: String::new(),
         settings: "as it is by itself".into(),
-        concurrent: 4000,
+        concurrent: peer::concurrent(4000),
     };
     Ok((about, Arc::new(Durable(host))))
 }
@@ -71,12 +71,13 @@ async fn year((): ()) -> dbos::Result<()> {
 }
 
 /// Its own is 10.
-const DBOS_POOL: u32 = 32;
+const DBOS_POOL: usize = 32;
 
 async fn dbos(called: &Called) -> Result<(About, Arc<dyn Peer>), Error> {
+    let pool = peer::connections(DBOS_POOL);
     let dbos = DBOS::new(Config {
         app_version: Some("1".into()),
-        max_connections: DBOS_POOL,
+        max_connections: u32::try_from(pool)?,
         ..Config::new("bench", called.address.clone())
     });
     let (steps, year) = (dbos.register_workflow("steps", steps)?, dbos.register_workflow("year", year)?);
@@ -84,8 +85,8 @@ async fn dbos(called: &Called) -> Result<(About, Arc<dyn Peer>), Error> {
     let about = About {
         system: peer::version(LOCK, "dbos"),
         database: String::new(),
-        settings: format!("started directly, {DBOS_POOL} connections"),
-        concurrent: 64,
+        settings: format!("started directly, {pool} connections"),
+        concurrent: peer::concurrent(64),
     };
     Ok((about, Arc::new(Dbos { dbos, steps, year })))
 }

@@ -95,6 +95,21 @@ impl Called {
     }
 }
 
+/// A setting of a system's, or what the environment says instead: to try others.
+pub fn setting(name: &str, value: usize) -> usize {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(value)
+}
+
+/// With so many connections.
+pub fn connections(value: usize) -> usize {
+    setting("PEER_CONNECTIONS", value)
+}
+
+/// With so many processes at once.
+pub fn concurrent(value: usize) -> usize {
+    setting("PEER_CONCURRENT", value)
+}
+
 /// The version of a package, from the text of a lock file.
 pub fn version(lock: &str, package: &str) -> String {
     let after = lock.split(&format!("name = \"{package}\"\nversion = \"")).nth(1);

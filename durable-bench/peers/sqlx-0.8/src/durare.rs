@@ -11,9 +11,9 @@ use std::time::Duration;
 use crate::{LOCK, YEAR};
 
 /// Tried: 8, which it has by itself, to 64.
-const POSTGRES_POOL: u32 = 32;
+const POSTGRES_POOL: usize = 32;
 /// Tried: 1 to 16; 5 is what it has by itself.
-const SQLITE_POOL: u32 = 5;
+const SQLITE_POOL: usize = 5;
 
 struct Durare {
     engine: DurableEngine,
@@ -31,9 +31,12 @@ async fn year(ctx: DurableContext, _: ()) -> durare::Result<()> {
 }
 
 pub(crate) async fn start(called: &Called) -> Result<(About, Arc<dyn Peer>), Error> {
-    let (provider, database, pool): (Arc<dyn StateProvider>, String, u32) = if called.address.contains("://") {
-        let pool = PgPoolOptions::new().max_connections(POSTGRES_POOL).connect(&called.address).await?;
-        (Arc::new(PostgresProvider::from_pool_with_schema(pool, "dbos")?), String::new(), POSTGRES_POOL)
+    let on_postgres = called.address.contains("://");
+    let pool = peer::connections(if on_postgres { POSTGRES_POOL } else { SQLITE_POOL });
+    let connections = u32::try_from(pool)?;
+    let (provider, database): (Arc<dyn StateProvider>, String) = if on_postgres {
+        let pool = PgPoolOptions::new().max_connections(connections).connect(&called.address).await?;
+        (Arc::new(PostgresProvider::from_pool_with_schema(pool, "dbos")?), String::new())
     } else {
         // As in its own `connect`, but for what `full` is about.
         let synchronous = if called.full { SqliteSynchronous::Full } else { SqliteSynchronous::Normal };
@@ -44,9 +47,9 @@ pub(crate) async fn start(called: &Called) -> Result<(About, Arc<dyn Peer>), Err
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(synchronous)
             .busy_timeout(Duration::from_secs(60));
-        let pool = SqlitePoolOptions::new().max_connections(SQLITE_POOL).connect_with(options).await?;
+        let pool = SqlitePoolOptions::new().max_connections(connections).connect_with(options).await?;
         let database = crate::sqlite(&pool).await?;
-        (Arc::new(SqliteProvider::from_pool(pool)), database, SQLITE_POOL)
+        (Arc::new(SqliteProvider::from_pool(pool)), database)
     };
     let mut builder = DurableEngine::builder(provider);
     builder.register("steps", steps).register("year", year);
@@ -55,8 +58,8 @@ pub(crate) async fn start(called: &Called) -> Result<(About, Arc<dyn Peer>), Err
     let about = About {
         system: peer::version(LOCK, "durare"),
         database,
-        settings: format!("started directly, {pool} connections"),
-        concurrent: 64,
+        settings: format!("started directly, {pool} connections{}", crate::less(called)),
+        concurrent: peer::concurrent(64),
     };
     Ok((about, Arc::new(Durare { engine })))
 }

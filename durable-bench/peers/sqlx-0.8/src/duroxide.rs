@@ -51,8 +51,9 @@ pub(crate) async fn start(called: &Called) -> Result<(About, Arc<dyn Peer>), Err
         let database = crate::sqlite(pool).await?;
         (Arc::new(provider), database, 2, SQLITE_POOL)
     } else {
-        (Arc::new(PostgresProvider::new(&called.address).await?), String::new(), 8, POSTGRES_POOL)
+        (Arc::new(PostgresProvider::new(&called.address).await?), String::new(), 8, peer::connections(POSTGRES_POOL))
     };
+    let workers = peer::setting("PEER_WORKERS", workers);
     let poll = Duration::from_millis(1);
     let options = RuntimeOptions {
         dispatcher_min_poll_interval: poll,
@@ -69,10 +70,11 @@ pub(crate) async fn start(called: &Called) -> Result<(About, Arc<dyn Peer>), Err
         system: peer::version(LOCK, &called.system),
         database,
         settings: format!(
-            "{workers} orchestration and {workers} activity workers, polling every {} ms, {pool} connections",
-            poll.as_millis()
+            "{workers} orchestration and {workers} activity workers, polling every {} ms, {pool} connections{}",
+            poll.as_millis(),
+            crate::less(called)
         ),
-        concurrent: if called.system == "duroxide" { 16 } else { 64 },
+        concurrent: peer::concurrent(if called.system == "duroxide" { 16 } else { 64 }),
     };
     Ok((about, Arc::new(Duroxide { client: Client::new(provider), runtime })))
 }

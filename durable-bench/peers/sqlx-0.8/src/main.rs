@@ -14,7 +14,7 @@ fn main() -> Result<(), Error> {
     unsafe {
         // What `duroxide` logs by itself would be among the answers.
         std::env::set_var("RUST_LOG", "off");
-        std::env::set_var("DUROXIDE_PG_POOL_MAX", duroxide::POSTGRES_POOL.to_string());
+        std::env::set_var("DUROXIDE_PG_POOL_MAX", peer::connections(duroxide::POSTGRES_POOL).to_string());
     }
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(run(&called))
 }
@@ -30,6 +30,11 @@ async fn run(called: &Called) -> Result<(), Error> {
 
 /// A year.
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// What is to be known about one that syncs less by itself.
+fn less(called: &Called) -> &'static str {
+    if called.full { "" } else { ", synchronous NORMAL as by itself" }
+}
 
 /// What the database and its durability are called.
 async fn sqlite(pool: &sqlx::SqlitePool) -> Result<String, Error> {
