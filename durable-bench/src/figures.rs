@@ -1,21 +1,53 @@
+//! What was measured, and how it is shown.
+
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use crate::counts::Each;
+
 /// What a workload has measured.
-pub(crate) struct Measured {
-    pub(crate) value: f64,
-    pub(crate) unit: &'static str,
+pub struct Measured {
+    /// The figure.
+    pub value: f64,
+    /// What it is in.
+    pub unit: &'static str,
     /// What it is measured by, in the same unit: the database's own figure, unless the note says otherwise.
-    pub(crate) raw: Option<f64>,
-    pub(crate) note: String,
+    pub raw: Option<f64>,
+    /// What was done, and what `raw` is.
+    pub note: String,
+    /// What a step cost the database.
+    pub each: Each,
+}
+
+/// Who was measured, and on what.
+#[derive(Clone, Serialize)]
+pub struct System {
+    /// Name and version.
+    pub system: String,
+    /// `sqlite` or `postgres`.
+    pub storage: &'static str,
+    /// Name and version.
+    pub database: String,
+    /// What makes it durable.
+    pub durability: String,
+}
+
+impl System {
+    /// On a database that says so about itself.
+    pub fn new(system: String, storage: &'static str, settings: &str) -> Self {
+        let (database, durability) = settings.split_once(", ").unwrap_or((settings, ""));
+        Self { system, storage, database: database.to_owned(), durability: durability.to_owned() }
+    }
+
+    /// This library.
+    pub fn durable(storage: &'static str, settings: &str) -> Self {
+        Self::new(format!("durable {}", env!("CARGO_PKG_VERSION")), storage, settings)
+    }
 }
 
 /// What was measured, shown as it comes.
-pub(crate) struct Figures {
+pub struct Figures {
     json: bool,
-    storage: &'static str,
-    /// What makes it durable.
-    durability: String,
     processors: usize,
     rows: Vec<Figure>,
 }
@@ -23,56 +55,90 @@ pub(crate) struct Figures {
 #[derive(Serialize)]
 struct Figure {
     workload: &'static str,
-    storage: &'static str,
-    system: &'static str,
+    #[serde(flatten)]
+    system: System,
     value: f64,
     unit: &'static str,
     raw: Option<f64>,
     ratio: Option<f64>,
+    rows: Option<f64>,
+    statements: Option<f64>,
+    commits: Option<f64>,
+    /// Of the program, in microseconds a step.
+    processor: Option<f64>,
+    /// How many at once, or how many altogether, where figures are a curve over that.
+    size: Option<usize>,
     note: String,
-    durability: String,
     processors: usize,
 }
 
 impl Figures {
-    pub(crate) fn new(json: bool, storage: &'static str, durability: String) -> Self {
+    /// None yet; as lines of JSON or as a table.
+    pub fn new(json: bool) -> Self {
         let processors = std::thread::available_parallelism().map_or(0, usize::from);
-        Self { json, storage, durability, processors, rows: Vec::new() }
+        Self { json, processors, rows: Vec::new() }
     }
 
-    pub(crate) fn add(&mut self, workload: &'static str, measured: Measured) {
-        let Measured { value, unit, raw, note } = measured;
-        let ratio = raw.map(|raw| value / raw);
-        let (storage, durability, processors) = (self.storage, self.durability.clone(), self.processors);
-        let figure =
-            Figure { workload, storage, system: "durable", value, unit, raw, ratio, note, durability, processors };
+    /// One more.
+    pub fn add(&mut self, workload: &'static str, system: System, measured: Measured) {
+        self.add_at(None, workload, system, measured);
+    }
+
+    /// One more, of a curve.
+    pub fn add_at(&mut self, size: Option<usize>, workload: &'static str, system: System, measured: Measured) {
+        let Measured { value, unit, raw, note, each } = measured;
+        let Each { rows, statements, commits, processor } = each;
+        let (ratio, processors) = (raw.map(|raw| value / raw), self.processors);
+        let figure = Figure {
+            workload,
+            system,
+            value,
+            unit,
+            raw,
+            ratio,
+            rows,
+            statements,
+            commits,
+            processor,
+            size,
+            note,
+            processors,
+        };
         if self.json {
             println!("{}", serde_json::to_string(&figure).unwrap_or_default());
         }
         self.rows.push(figure);
     }
 
-    pub(crate) fn end(&self) {
+    /// The table.
+    pub fn end(&self) {
         if self.json {
             return;
         }
-        println!("{}; {} processors\n", self.durability, self.processors);
-        let raw = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), number);
+        let on = |row: &Figure| format!("{}: {}, {}", row.system.system, row.system.database, row.system.durability);
+        let mut all: Vec<String> = self.rows.iter().map(on).collect();
+        all.sort();
+        all.dedup();
+        println!("{}\n{} processors\n", all.join("\n"), self.processors);
+        let optional = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), number);
+        let width = self.rows.iter().map(|row| row.system.system.len()).max().unwrap_or_default().max(6);
         println!(
-            "{:<12} {:<8} {:>12} {:>12} {:>7}  {:<14} note",
-            "workload", "storage", "durable", "raw", "ratio", "unit"
+            "{:<12} {:<8} {:<width$} {:>12} {:>12} {:>7}  {:<14} note",
+            "workload", "storage", "system", "value", "raw", "ratio", "unit"
         );
         for row in &self.rows {
-            let ratio = row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+            let Figure { rows, statements, commits, processor, .. } = *row;
             println!(
-                "{:<12} {:<8} {:>12} {:>12} {:>7}  {:<14} {}",
+                "{:<12} {:<8} {:<width$} {:>12} {:>12} {:>7}  {:<14} {}{}",
                 row.workload,
-                row.storage,
+                row.system.storage,
+                row.system.system,
                 number(row.value),
-                raw(row.raw),
-                ratio,
+                optional(row.raw),
+                row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
                 row.unit,
-                row.note
+                row.note,
+                Each { rows, statements, commits, processor }
             );
         }
     }
@@ -94,7 +160,8 @@ fn number(value: f64) -> String {
     }
 }
 
-pub(crate) fn bar(what: &str, length: usize) -> ProgressBar {
+/// A bar that shows how far it is.
+pub fn bar(what: &str, length: usize) -> ProgressBar {
     let bar = ProgressBar::new(length as u64);
     if let Ok(style) = ProgressStyle::with_template("{msg:>24} {wide_bar} {pos}/{len}") {
         bar.set_style(style);
@@ -104,13 +171,13 @@ pub(crate) fn bar(what: &str, length: usize) -> ProgressBar {
 }
 
 /// The middle one.
-pub(crate) fn median(mut values: Vec<f64>) -> f64 {
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// The value below which this share of them is.
-pub(crate) fn percentile(values: &mut [f64], share: f64) -> f64 {
+pub fn percentile(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     let at = ((values.len() as f64 - 1.0) * share).round() as usize;
     values.get(at).copied().unwrap_or(f64::NAN)

@@ -4,24 +4,13 @@
 //! `cargo run --release -p durable-bench -- --storage sqlite --workload sequential,many,parked,latency,recovery`
 //! `cargo run --release -p durable-bench -- --storage postgres://user:password@host/database --workload all`
 
-mod claims;
-mod counts;
-mod figures;
-mod processes;
-mod programs;
-mod proxy;
-mod raw;
-mod site;
-mod workloads;
-
 use clap::Parser;
-use figures::Figures;
-use programs::Role;
-use site::{At, Place};
+use durable_bench::Error;
+use durable_bench::figures::{Figures, System};
+use durable_bench::programs::{self, Role};
+use durable_bench::site::{At, Place};
+use durable_bench::workloads::{Bench, WORKLOADS};
 use std::path::PathBuf;
-use workloads::{Bench, WORKLOADS};
-
-type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Measures durable processes beside the raw database.
 #[derive(Parser)]
@@ -71,11 +60,12 @@ fn main() -> Result<(), Error> {
             bench.named(&args.workload)?
         };
         let (mut raw, site) = bench.place.raw().await?;
-        let mut figures = Figures::new(args.json, bench.place.name(), raw.settings().await?);
+        let system = System::durable(bench.place.name(), &raw.settings().await?);
+        let mut figures = Figures::new(args.json);
         drop((raw, site));
         for name in named {
             for measured in bench.measure(name).await? {
-                figures.add(name, measured);
+                figures.add(name, system.clone(), measured);
             }
         }
         figures.end();

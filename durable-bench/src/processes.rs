@@ -4,7 +4,7 @@ use durable_core::{Definition, Event, Failure, Process};
 use std::time::Duration;
 
 /// So many steps, one after the other.
-pub(crate) const STEPS: Definition<u32, u32> = Definition::new("steps");
+pub const STEPS: Definition<u32, u32> = Definition::new("steps");
 
 pub(crate) async fn steps(proc: Process, steps: u32) -> Result<u32, Failure> {
     for n in 0..steps {
@@ -14,7 +14,7 @@ pub(crate) async fn steps(proc: Process, steps: u32) -> Result<u32, Failure> {
 }
 
 /// Waits for a year.
-pub(crate) const YEAR: Definition<(), ()> = Definition::new("year");
+pub const YEAR: Definition<(), ()> = Definition::new("year");
 
 pub(crate) async fn year(proc: Process, (): ()) -> Result<(), Failure> {
     proc.delay("a year", Duration::from_secs(365 * 24 * 3600)).await?;

@@ -13,7 +13,7 @@ use crate::{Error, claims};
 
 /// What such a program does.
 #[derive(Clone, Copy, clap::ValueEnum)]
-pub(crate) enum Role {
+pub enum Role {
     /// Starts processes that do not end, and says so; then it is killed.
     Flight,
     /// Waits for a line, then runs what is there until its input ends; then says how many claims it made.
@@ -89,7 +89,7 @@ fn label(program: u32) -> String {
 }
 
 /// This is such a program.
-pub(crate) async fn run(role: Role, at: At, count: usize) -> Result<(), Error> {
+pub async fn run(role: Role, at: At, count: usize) -> Result<(), Error> {
     match role {
         Role::Flight => fly(at, count).await,
         Role::Share => share(at).await,

@@ -12,13 +12,22 @@ use crate::raw::{self, Raw};
 
 /// Which database, and where.
 #[derive(Clone)]
-pub(crate) enum Place {
-    Sqlite { folder: PathBuf },
-    Postgres { url: String },
+pub enum Place {
+    /// Files in this folder.
+    Sqlite {
+        /// On the disk that is to be measured.
+        folder: PathBuf,
+    },
+    /// Schemas of a database.
+    Postgres {
+        /// The database's address.
+        url: String,
+    },
 }
 
 impl Place {
-    pub(crate) fn new(storage: &str, folder: PathBuf) -> Result<Self, Error> {
+    /// As the command line names it.
+    pub fn new(storage: &str, folder: PathBuf) -> Result<Self, Error> {
         match storage.split_once("://") {
             None if storage == "sqlite" => Ok(Self::Sqlite { folder }),
             Some(("postgres" | "postgresql", _)) => Ok(Self::Postgres { url: storage.to_owned() }),
@@ -26,7 +35,8 @@ impl Place {
         }
     }
 
-    pub(crate) fn name(&self) -> &'static str {
+    /// Short, for a table.
+    pub fn name(&self) -> &'static str {
         match self {
             Self::Sqlite { .. } => "sqlite",
             Self::Postgres { .. } => "postgres",
@@ -34,7 +44,7 @@ impl Place {
     }
 
     /// A fresh database.
-    pub(crate) fn site(&self) -> Result<Site, Error> {
+    pub fn site(&self) -> Result<Site, Error> {
         Ok(match self {
             Self::Sqlite { folder } => {
                 let folder = tempfile::Builder::new().prefix("durable-bench-").tempdir_in(folder)?;
@@ -51,7 +61,7 @@ impl Place {
     }
 
     /// A fresh database for statements without the engine, with the engine's tables.
-    pub(crate) async fn raw(&self) -> Result<(Box<dyn Raw>, Site), Error> {
+    pub async fn raw(&self) -> Result<(Box<dyn Raw>, Site), Error> {
         let site = self.site()?;
         site.at.lay_out().await?;
         Ok((site.at.raw().await?, site))
@@ -59,8 +69,9 @@ impl Place {
 }
 
 /// A database that is gone once this is dropped.
-pub(crate) struct Site {
-    pub(crate) at: At,
+pub struct Site {
+    /// How to get there.
+    pub at: At,
     _folder: Option<tempfile::TempDir>,
 }
 
@@ -86,14 +97,24 @@ impl Drop for Site {
 
 /// How to get to a database.
 #[derive(Clone)]
-pub(crate) enum At {
-    Sqlite { path: PathBuf },
-    Postgres { url: String, schema: String },
+pub enum At {
+    /// A file.
+    Sqlite {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A schema of a database.
+    Postgres {
+        /// The database's address.
+        url: String,
+        /// The schema's name.
+        schema: String,
+    },
 }
 
 impl At {
     /// From the arguments of a worker program.
-    pub(crate) fn new(address: String, schema: Option<String>) -> Self {
+    pub fn new(address: String, schema: Option<String>) -> Self {
         match schema {
             Some(schema) => Self::Postgres { url: address, schema },
             None => Self::Sqlite { path: address.into() },
@@ -117,7 +138,7 @@ impl At {
     }
 
     /// An engine with all processes that are measured.
-    pub(crate) async fn host(&self) -> Result<HostBuilder, Error> {
+    pub async fn host(&self) -> Result<HostBuilder, Error> {
         let host = match self {
             Self::Sqlite { path } => {
                 let path = path.to_str().ok_or("the folder's path is not UTF-8")?;
@@ -148,7 +169,7 @@ impl At {
     }
 
     /// The engine's tables, without the engine.
-    async fn lay_out(&self) -> Result<(), Error> {
+    pub async fn lay_out(&self) -> Result<(), Error> {
         match self {
             Self::Sqlite { path } => raw::sqlite::lay_out(path).await,
             Self::Postgres { url, schema } => raw::postgres::lay_out(url, schema).await,
@@ -156,7 +177,7 @@ impl At {
     }
 
     /// A connection for statements without the engine.
-    pub(crate) async fn raw(&self) -> Result<Box<dyn Raw>, Error> {
+    pub async fn raw(&self) -> Result<Box<dyn Raw>, Error> {
         Ok(match self {
             Self::Sqlite { path } => Box::new(raw::sqlite::Sqlite::open(path).await?),
             Self::Postgres { url, schema } => Box::new(raw::postgres::Postgres::open(url, schema).await?),

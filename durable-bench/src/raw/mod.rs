@@ -15,7 +15,10 @@ fn run(n: u64) -> String {
 
 /// A connection.
 #[async_trait]
-pub(crate) trait Raw: Send {
+pub trait Raw: Send {
+    /// From now on this is the writer with this number: each has runs of its own.
+    fn writer(&mut self, nth: usize);
+
     /// One row, one commit. How long each took.
     async fn single(&mut self, commits: usize) -> Result<Vec<Duration>, Error>;
 

@@ -57,6 +57,10 @@ impl Postgres {
 
 #[async_trait]
 impl Raw for Postgres {
+    fn writer(&mut self, nth: usize) {
+        self.rows = (nth as u64) << 32;
+    }
+
     async fn single(&mut self, commits: usize) -> Result<Vec<Duration>, Error> {
         let sql =
             format!("{} VALUES ($1, 0, 'step', $2, 'step', 'done', '12345', 0, 1, clock_timestamp())", self.steps());
@@ -125,8 +129,6 @@ impl Raw for Postgres {
             "{} VALUES ($1, 0, 'step', $2, 'transaction', 'done', '12345', 0, 1, clock_timestamp())",
             self.steps()
         );
-        // Each connection has runs of its own.
-        self.rows = (account as u64) << 32;
         let (run, account) = (self.run()?, i64::try_from(account)?);
         let started = Instant::now();
         for n in 0..transactions {

@@ -49,6 +49,10 @@ const STEPS: &str =
 
 #[async_trait]
 impl Raw for Sqlite {
+    fn writer(&mut self, nth: usize) {
+        self.rows = (nth as u64) << 32;
+    }
+
     async fn single(&mut self, commits: usize) -> Result<Vec<Duration>, Error> {
         let sql = format!(
             "{STEPS}

@@ -3,6 +3,7 @@ use std::time::Duration;
 use super::Bench;
 use super::many::run;
 use crate::Error;
+use crate::counts::Each;
 use crate::figures::{Measured, bar, median};
 
 impl Bench {
@@ -24,6 +25,12 @@ impl Bench {
             }
         }
         let note = format!("{count} processes of 5 steps beside {old} that have ended; raw: in empty tables");
-        Ok(vec![Measured { value: median(ours), unit: "steps/s", raw: Some(median(empties)), note }])
+        Ok(vec![Measured {
+            value: median(ours),
+            unit: "steps/s",
+            raw: Some(median(empties)),
+            note,
+            each: Each::default(),
+        }])
     }
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 use super::many::STEPS_EACH;
 use super::{Bench, CONCURRENT};
 use crate::Error;
+use crate::counts::Each;
 use crate::figures::{Measured, bar, median};
 use crate::processes::STEPS;
 use crate::programs::{Program, Role};
@@ -26,7 +27,7 @@ impl Bench {
             let note = format!(
                 "{programs} programs, all together; raw: one program; {empty} of {claims} claims lost to another one"
             );
-            Measured { value: median(rates[nth].clone()), unit: "steps/s", raw: Some(one), note }
+            Measured { value: median(rates[nth].clone()), unit: "steps/s", raw: Some(one), note, each: Each::default() }
         };
         Ok(sizes.into_iter().enumerate().map(figure).collect())
     }

@@ -2,6 +2,7 @@ use std::time::{Duration, Instant};
 
 use super::Bench;
 use crate::Error;
+use crate::counts::Each;
 use crate::figures::{Measured, bar, percentile};
 use crate::processes::{GO, MESSAGE, STEPS};
 
@@ -25,7 +26,7 @@ impl Bench {
         for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
             let note = format!("{name}, spawn to output, one step; raw: one commit");
             let (value, raw) = (percentile(&mut ours, share) * 1e3, percentile(&mut raws, share) * 1e3);
-            all.push(Measured { value, unit: "ms", raw: Some(raw), note });
+            all.push(Measured { value, unit: "ms", raw: Some(raw), note, each: Each::default() });
         }
         let count = (200 / self.scale).max(20);
         let mut woken = Vec::new();
@@ -44,7 +45,13 @@ impl Bench {
         }
         for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
             let note = format!("{name}, message to a parked process to its output, one step");
-            all.push(Measured { value: percentile(&mut woken, share) * 1e3, unit: "ms", raw: None, note });
+            all.push(Measured {
+                value: percentile(&mut woken, share) * 1e3,
+                unit: "ms",
+                raw: None,
+                note,
+                each: Each::default(),
+            });
         }
         host.shutdown(Duration::from_secs(5)).await;
         Ok(all)

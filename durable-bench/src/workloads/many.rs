@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{Bench, CONCURRENT};
 use crate::Error;
-use crate::counts::Counts;
+use crate::counts::{Counts, Each};
 use crate::figures::{Measured, bar, median};
 use crate::processes::STEPS;
 
@@ -38,21 +38,21 @@ impl Bench {
     /// Many processes of five steps, beside the same rows in batches.
     pub(super) async fn many(&self) -> Result<Vec<Measured>, Error> {
         let count = (20_000 / self.scale).max(100);
-        let (mut ours, mut raws, mut counted) = (Vec::new(), Vec::new(), String::new());
+        let (mut ours, mut raws, mut counted) = (Vec::new(), Vec::new(), Each::default());
         for round in 1..=self.rounds {
             let (mut raw, beside) = self.place.raw().await?;
             let steps = count * STEPS_EACH;
             raws.push(steps as f64 / raw.batches(count, STEPS_EACH, 1000).await?.as_secs_f64());
             drop((raw, beside));
             let site = self.place.site()?;
-            let counts = Counts::begin(&self.place).await?;
+            let counts = Counts::begin(&site.at).await?;
             let host = site.at.host().await?.start().await?;
             ours.push(run(&host, &format!("many {round}/{}", self.rounds), count).await?);
             host.shutdown(Duration::from_secs(5)).await;
             drop(host);
-            counted = counts.each(&site, steps).await?;
+            counted = counts.each(steps).await?;
         }
-        let note = format!("{count} processes of {STEPS_EACH} steps; raw: the same rows, 1,000 a commit{counted}");
-        Ok(vec![Measured { value: median(ours), unit: "steps/s", raw: Some(median(raws)), note }])
+        let note = format!("{count} processes of {STEPS_EACH} steps; raw: the same rows, 1,000 a commit");
+        Ok(vec![Measured { value: median(ours), unit: "steps/s", raw: Some(median(raws)), note, each: counted }])
     }
 }

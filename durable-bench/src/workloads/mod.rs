@@ -18,19 +18,24 @@ use crate::site::Place;
 /// How many calls are under way at once where a workload is about throughput.
 pub(crate) const CONCURRENT: usize = 4000;
 
-pub(crate) const WORKLOADS: [&str; 10] =
+/// Their names.
+pub const WORKLOADS: [&str; 10] =
     ["sequential", "many", "parked", "latency", "recovery", "transaction", "instances", "grown", "takeover", "remote"];
 
+/// A run of the benchmark.
 #[derive(Clone)]
-pub(crate) struct Bench {
-    pub(crate) place: Place,
-    pub(crate) rounds: usize,
-    pub(crate) scale: usize,
+pub struct Bench {
+    /// Where.
+    pub place: Place,
+    /// How often the database and the engine take turns.
+    pub rounds: usize,
+    /// How much smaller than usual.
+    pub scale: usize,
 }
 
 impl Bench {
     /// The workloads with these names.
-    pub(crate) fn named(&self, names: &[String]) -> Result<Vec<&'static str>, Error> {
+    pub fn named(&self, names: &[String]) -> Result<Vec<&'static str>, Error> {
         let known = |name: &String| {
             let known = WORKLOADS.into_iter().find(|known| known == name);
             known.ok_or_else(|| format!("no workload {name:?}; there are: all, {}", WORKLOADS.join(", ")).into())
@@ -38,7 +43,8 @@ impl Bench {
         names.iter().map(known).collect()
     }
 
-    pub(crate) async fn measure(&self, workload: &str) -> Result<Vec<Measured>, Error> {
+    /// One workload.
+    pub async fn measure(&self, workload: &str) -> Result<Vec<Measured>, Error> {
         match workload {
             "sequential" => self.sequential().await,
             "many" => self.many().await,

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{Bench, CONCURRENT};
 use crate::Error;
+use crate::counts::Each;
 use crate::figures::{Measured, bar};
 use crate::processes::YEAR;
 
@@ -24,7 +25,7 @@ impl Bench {
         let waiting = (resident()? - before) / (count - first) as f64;
         let fits = started.elapsed() < quiet && host.in_memory() == count;
         let note = format!("{count} processes{}", if fits { "" } else { "; some had parked already" });
-        let waiting = Measured { value: waiting, unit: "B/waiting", raw: None, note };
+        let waiting = Measured { value: waiting, unit: "B/waiting", raw: None, note, each: Each::default() };
         host.shutdown(Duration::from_secs(5)).await;
         // What parks takes its leave at once, and few are in memory at a time: what is left over is what a parked one
         // costs, and not what the allocator keeps of those that waited.
@@ -45,7 +46,7 @@ impl Bench {
         let added = (parked(count / 2..count + count / 2).await? - before).max(0.0) / count as f64;
         host.shutdown(Duration::from_secs(5)).await;
         let note = format!("{count} more that waited and parked");
-        Ok(vec![waiting, Measured { value: added, unit: "B/parked", raw: None, note }])
+        Ok(vec![waiting, Measured { value: added, unit: "B/parked", raw: None, note, each: Each::default() }])
     }
 
     async fn wait_for_a_year(&self, host: &Host, range: std::ops::Range<usize>) -> Result<(), Error> {

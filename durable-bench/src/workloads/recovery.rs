@@ -2,6 +2,7 @@ use std::time::{Duration, Instant};
 
 use super::Bench;
 use crate::Error;
+use crate::counts::Each;
 use crate::figures::{Measured, bar, median};
 use crate::programs::{Program, Role};
 
@@ -28,6 +29,6 @@ impl Bench {
         }
         bar.finish_and_clear();
         let note = format!("{count} in flight, SIGKILL, from the new program's start to the end of the last one");
-        Ok(vec![Measured { value: median(times), unit: "s", raw: None, note }])
+        Ok(vec![Measured { value: median(times), unit: "s", raw: None, note, each: Each::default() }])
     }
 }

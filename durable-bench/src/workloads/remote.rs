@@ -42,7 +42,7 @@ impl Bench {
                     figure.note
                 );
                 let (value, raw) = (middle(&fars), Some(middle(&nears)));
-                all.push(Measured { value, unit: figure.unit, raw, note });
+                all.push(Measured { value, unit: figure.unit, raw, note, each: figure.each });
             }
         }
         Ok(all)

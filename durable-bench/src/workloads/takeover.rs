@@ -2,6 +2,7 @@ use std::time::{Duration, Instant};
 
 use super::Bench;
 use crate::Error;
+use crate::counts::Each;
 use crate::figures::{Measured, bar, median};
 use crate::programs::{Program, Role};
 
@@ -36,6 +37,6 @@ impl Bench {
             "3 programs with {count} in flight each, default settings, from the SIGKILL of one to the end of its last \
              process; at most {longest:.2} s"
         );
-        Ok(vec![Measured { value: median(times), unit: "s", raw: None, note }])
+        Ok(vec![Measured { value: median(times), unit: "s", raw: None, note, each: Each::default() }])
     }
 }

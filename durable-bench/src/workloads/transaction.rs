@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use super::Bench;
 use crate::Error;
-use crate::counts::Counts;
+use crate::counts::{Counts, Each};
 use crate::figures::{Measured, bar, median};
 use crate::processes::TRANSACTIONS;
 use crate::site::Place;
@@ -22,14 +22,16 @@ impl Bench {
         let steps = (1000 / self.scale).max(10);
         // SQLite has one writer, whoever asks.
         let connections = if matches!(self.place, Place::Sqlite { .. }) { 1 } else { processes };
-        let (mut ours, mut raws, mut counted) = (Vec::new(), Vec::new(), String::new());
+        let (mut ours, mut raws, mut counted) = (Vec::new(), Vec::new(), Each::default());
         let bar = bar("transaction", self.rounds);
         for _ in 0..self.rounds {
             let (mut raw, beside) = self.place.raw().await?;
             raw.accounts(processes).await?;
             let mut connected = vec![raw];
-            while connected.len() < connections {
-                connected.push(beside.at.raw().await?);
+            for nth in 1..connections {
+                let mut raw = beside.at.raw().await?;
+                raw.writer(nth);
+                connected.push(raw);
             }
             let started = Instant::now();
             let run = connected.iter_mut().enumerate().map(|(account, raw)| raw.transactions(account, steps));
@@ -40,7 +42,7 @@ impl Bench {
             let (mut raw, site) = self.place.raw().await?;
             raw.accounts(processes).await?;
             drop(raw);
-            let counts = Counts::begin(&self.place).await?;
+            let counts = Counts::begin(&site.at).await?;
             let host = site.at.host().await?.start().await?;
             let started = Instant::now();
             let run = (0..processes).map(|account| {
@@ -55,14 +57,14 @@ impl Bench {
             ours.push((processes * steps) as f64 / started.elapsed().as_secs_f64());
             host.shutdown(Duration::from_secs(5)).await;
             drop(host);
-            counted = counts.each(&site, processes * steps).await?;
+            counted = counts.each(processes * steps).await?;
             bar.inc(1);
         }
         bar.finish_and_clear();
         let note = format!(
             "{processes} processes of {steps} transactional steps; raw: transactions of the same statements, connections: \
-             {connections}{counted}"
+             {connections}"
         );
-        Ok(Measured { value: median(ours), unit: "steps/s", raw: Some(median(raws)), note })
+        Ok(Measured { value: median(ours), unit: "steps/s", raw: Some(median(raws)), note, each: counted })
     }
 }
