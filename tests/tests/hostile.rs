@@ -124,7 +124,13 @@ async fn texts_that_are_refused<B: Backend>() {
             there.value::<u8>(text.clone()).await.unwrap_err().to_string(),
             there.resume().forget(text.clone()).await.unwrap_err().to_string(),
         ];
-        for error in told {
+        // No key at all is what an empty one is.
+        let keyed = [
+            there.value::<u8>(("key", &text)).await.map_err(|error| error.to_string()),
+            there.resume().forget(("key", &text)).await.map(|()| None).map_err(|error| error.to_string()),
+        ];
+        let keyed = keyed.into_iter().filter(|_| !text.is_empty()).map(Result::unwrap_err);
+        for error in told.into_iter().chain(keyed) {
             assert!(error.contains(why), "{why:?} is not in {error:?}");
         }
         // Asked for, it is no process's.

@@ -2,7 +2,7 @@
 //! Whatever is secret here has `hidden` in it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::StorageError;
+use durable_core::storage::{Storage, StorageError};
 use durable_core::*;
 use durable_mssql::tiberius::{AuthMethod, Config};
 use durable_tests::*;
@@ -11,14 +11,19 @@ use std::fmt::Debug;
 use std::future::IntoFuture;
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
+use tracing::field::Field;
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
-const ALL: Definition<String, String> = Definition::new("all");
-const CHILD: Definition<String, String> = Definition::new("child");
-const FAILS: Definition<String, String> = Definition::new("fails");
-const STRICT: Definition<u32, ()> = Definition::new("strict");
-const LAX: Definition<String, ()> = Definition::new("strict");
-const GO: Event<String> = Event::new("Go");
-const NUMBER: Event<u32> = Event::new("Go");
+// Ids and names have `m4rked` in them: they may be told, but stand in no statement.
+const ALL: Definition<String, String> = Definition::new("m4rked all");
+const CHILD: Definition<String, String> = Definition::new("m4rked child");
+const FAILS: Definition<String, String> = Definition::new("m4rked fails");
+const STRICT: Definition<u32, ()> = Definition::new("m4rked strict");
+const LAX: Definition<String, ()> = Definition::new("m4rked strict");
+const GO: Event<String> = Event::new("m4rked Go");
+const NUMBER: Event<u32> = Event::new("m4rked Go");
 
 // --- Listening -----------------------------------------------------------------------------------------------------
 
@@ -36,19 +41,36 @@ impl std::io::Write for Ear {
     }
 }
 
+/// The SQL that the drivers of PostgreSQL and SQLite run.
+static STATEMENTS: Mutex<String> = Mutex::new(String::new());
+
+struct Statements;
+
+impl<S: tracing::Subscriber> Layer<S> for Statements {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        if event.metadata().target() == "sqlx::query" {
+            event.record(&mut |_: &Field, value: &dyn Debug| {
+                STATEMENTS.lock().unwrap().push_str(&format!("{value:?}\n"));
+            });
+        }
+    }
+}
+
 /// Everything that is logged in this program from now on, by way of `tracing` or of `log`.
 fn listen() {
     static LISTENING: OnceLock<()> = OnceLock::new();
     LISTENING.get_or_init(|| {
         let everything = tracing_subscriber::filter::LevelFilter::TRACE;
-        tracing_subscriber::fmt().with_max_level(everything).with_ansi(false).with_writer(|| Ear).init();
+        let log = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(|| Ear);
+        tracing_subscriber::registry().with(everything).with(log).with(Statements).init();
+        tracing::trace!("listening");
     });
 }
 
 /// What was logged so far, which must hold this and nothing secret.
 fn heard(parts: &[&str]) {
     let heard = String::from_utf8_lossy(&HEARD.lock().unwrap()).into_owned();
-    for part in parts {
+    for part in parts.iter().chain(&["listening"]) {
         assert!(heard.contains(part), "{part:?} was never logged: is anybody listening?");
     }
     for line in heard.lines() {
@@ -83,7 +105,7 @@ trait Secretive: Backend {
 
 impl Secretive for InMemory {
     async fn transact(proc: &Process) -> Result<String, Failure> {
-        Ok(proc.get("transaction", || "hidden in no transaction".to_owned()).await?)
+        Ok(proc.get("m4rked transaction", || "hidden in no transaction".to_owned()).await?)
     }
     async fn start_in(&self, host: &Host, id: &str) {
         host.spawn(CHILD, id, &"hidden start".to_owned()).await.unwrap();
@@ -95,7 +117,7 @@ macro_rules! by_sqlx {
         impl Secretive for $backend {
             async fn transact(proc: &Process) -> Result<String, Failure> {
                 use $storage::Transactions;
-                let transaction = proc.transaction("transaction", async |mut tx| {
+                let transaction = proc.transaction("m4rked transaction", async |mut tx| {
                     let query = sqlx::query_scalar("SELECT 'result: ' || $1").bind("hidden in a transaction");
                     query.fetch_one(&mut *tx).await
                 });
@@ -119,7 +141,8 @@ impl Secretive for MssqlSchema {
     async fn transact(proc: &Process) -> Result<String, Failure> {
         use durable_mssql::Transactions;
         // What the closure's own statements answer with is the driver's to log.
-        let transaction = proc.transaction("transaction", async |_| Ok::<_, Failure>("hidden result".to_owned()));
+        let transaction =
+            proc.transaction("m4rked transaction", async |_| Ok::<_, Failure>("hidden result".to_owned()));
         Ok(transaction.await?)
     }
     async fn start_in(&self, host: &Host, id: &str) {
@@ -134,27 +157,27 @@ impl Secretive for MssqlSchema {
 async fn all<B: Secretive>(proc: Process, input: String) -> Result<String, Failure> {
     shown(&proc);
     let mut tries = 0;
-    proc.step("tried twice", || {
+    proc.step("m4rked tried twice", || {
         tries += 1;
         let first = tries == 1;
         async move { if first { Err(Failure::new("hidden failure")) } else { Ok("hidden result".to_owned()) } }
     })
     .retry(Retry::fixed(Duration::from_millis(1)).max_attempts(2))
     .await?;
-    let given_up = proc.step("given up", || async { Err::<(), _>(Failure::new("hidden failure")) }).await;
+    let given_up = proc.step("m4rked given up", || async { Err::<(), _>(Failure::new("hidden failure")) }).await;
     assert!(given_up.is_err());
-    proc.get("got", || "hidden value".to_owned()).await?;
-    proc.set("set", "hidden value".to_owned()).await?;
+    proc.get("m4rked got", || "hidden value".to_owned()).await?;
+    proc.set("m4rked set", "hidden value".to_owned()).await?;
     B::transact(&proc).await?;
-    let child = proc.spawn(CHILD, "child", &"hidden input".to_owned()).await?;
+    let child = proc.spawn(CHILD, "m4rked child", &"hidden input".to_owned()).await?;
     shown(&child);
-    proc.raise("child", GO, &"hidden message".to_owned()).await?;
-    let output = proc.output(CHILD, "child").await?;
+    proc.raise("m4rked child", GO, &"hidden message".to_owned()).await?;
+    let output = proc.output(CHILD, "m4rked child").await?;
     let message = proc.event(GO).await?;
     let raced = proc
-        .race("race")
+        .race("m4rked race")
         .on(proc.event(GO), Ok)
-        .on(proc.delay("never", Duration::MAX), |_| Err("never"))
+        .on(proc.delay("m4rked never", Duration::MAX), |_| Err("m4rked never"))
         .await?
         .unwrap();
     Ok(format!("hidden {input} {output} {message} {raced}"))
@@ -174,34 +197,62 @@ async fn strict(proc: Process, _: u32) -> Result<(), Failure> {
 }
 
 async fn start<B: Secretive>(backend: &B) -> Host {
-    let builder = quick(backend).await.register(ALL, all::<B>).register(CHILD, child).register(FAILS, fails);
+    let builder = quick(backend)
+        .await
+        .namespace("m4rked")
+        .label("m4rked")
+        .register(ALL, all::<B>)
+        .register(CHILD, child)
+        .register(FAILS, fails);
     let builder = builder.register(STRICT, strict);
     shown(&builder);
     builder.start().await.unwrap()
 }
 
-on_each_backend!(no_payload_is_logged);
+/// As `on_each_backend!`, but listening from the beginning: there is one log in a program, and the first to ask has it.
+mod no_payload_is_logged {
+    use super::*;
+    #[test]
+    fn memory() {
+        listen();
+        run(super::no_payload_is_logged::<InMemory>());
+    }
+    #[test]
+    fn sqlite() {
+        listen();
+        run(super::no_payload_is_logged::<SqliteFile>());
+    }
+    #[test]
+    fn postgres() {
+        listen();
+        PostgresSchema::run(super::no_payload_is_logged::<PostgresSchema>());
+    }
+    #[test]
+    fn mssql() {
+        listen();
+        MssqlSchema::run(super::no_payload_is_logged::<MssqlSchema>());
+    }
+}
 
 /// Every operation, through a restart; what fails, and what cannot be read.
 async fn no_payload_is_logged<B: Secretive>() {
-    listen();
     let backend = B::new().await;
     let host = start(&backend).await;
     let message = "hidden message".to_owned();
-    let handle = host.spawn(ALL, "all", &"hidden input".to_owned()).await.unwrap();
+    let handle = host.spawn(ALL, "m4rked all", &"hidden input".to_owned()).await.unwrap();
     until("it waits for a message", async || {
         let info = handle.status().await.unwrap();
         shown(&info);
         info.waiting_for.is_some_and(|what| what.contains("Go"))
     })
     .await;
-    let failed = host.spawn(FAILS, "fails", &"hidden failure".to_owned()).await.unwrap();
+    let failed = host.spawn(FAILS, "m4rked fails", &"hidden failure".to_owned()).await.unwrap();
     assert!(failed.output().await.unwrap_err().to_string().contains("hidden"));
-    backend.start_in(&host, "started").await;
+    backend.start_in(&host, "m4rked started").await;
     host.shutdown(Duration::from_secs(5)).await;
     let host = start(&backend).await;
     shown(&host);
-    let handle = host.get("all").of(ALL);
+    let handle = host.get("m4rked all").of(ALL);
     shown(&handle);
     for _ in 0..2 {
         handle.raise(GO, &message).await.unwrap();
@@ -209,24 +260,33 @@ async fn no_payload_is_logged<B: Secretive>() {
     assert!(handle.output().await.unwrap().contains("hidden"));
     shown(&host.processes());
     // An input and a message of other types: the process is stuck, and what it was given is not told.
-    let input = host.spawn(LAX, "input", &"hidden input".to_owned()).await.unwrap();
-    let other = host.spawn(STRICT, "other", &1).await.unwrap();
+    let input = host.spawn(LAX, "m4rked input", &"hidden input".to_owned()).await.unwrap();
+    let other = host.spawn(STRICT, "m4rked other", &1).await.unwrap();
     other.raise(GO, &message).await.unwrap();
     for stuck in [until_status(&input, Status::Stuck).await, until_status(&other, Status::Stuck).await] {
         let reason = stuck.reason.unwrap();
         assert!(reason.contains("expected u32, found a string") && !reason.contains("hidden"), "{reason}");
     }
-    let wrong = host.get("all").of(Definition::<String, u32>::new("all"));
+    let wrong = host.get("m4rked all").of(Definition::<String, u32>::new("m4rked all"));
     assert!(told(&wrong.output().await.unwrap_err()).contains("expected u32"));
-    assert!(told(&handle.value::<u32>("got").await.unwrap_err()).contains("expected u32"));
+    assert!(told(&handle.value::<u32>("m4rked got").await.unwrap_err()).contains("expected u32"));
     // What is refused.
     let large = format!("hidden {}", "x".repeat(2 << 20));
-    assert!(told(&host.spawn(ALL, "large", &large).await.unwrap_err()).contains("at most"));
+    assert!(told(&host.spawn(ALL, "m4rked large", &large).await.unwrap_err()).contains("at most"));
     assert!(told(&handle.raise(GO, &message).await.unwrap_err()).contains("has ended"));
-    assert!(told(&host.spawn(ALL, "all", &message).await.unwrap_err()).contains("another input"));
-    assert!(told(&host.spawn(CHILD, "all", &message).await.unwrap_err()).contains("is of kind"));
+    assert!(told(&host.spawn(ALL, "m4rked all", &message).await.unwrap_err()).contains("another input"));
+    assert!(told(&host.spawn(CHILD, "m4rked all", &message).await.unwrap_err()).contains("is of kind"));
     host.shutdown(Duration::from_secs(5)).await;
     heard(&["stuck: the input", "enlisted"]);
+    let statements = STATEMENTS.lock().unwrap().clone();
+    let wrong = statements.lines().find(|line| line.contains("m4rked"));
+    assert_eq!(wrong, None, "what a service gives stands in SQL");
+    let storage = backend.storage().await.name();
+    assert!(
+        !matches!(storage, "sqlite" | "postgres")
+            || statements.contains("durable_steps")
+            || statements.contains(".steps")
+    );
 }
 
 // --- Passwords -----------------------------------------------------------------------------------------------------
@@ -297,7 +357,7 @@ fn passwords_that_are_refused_are_not_told() {
         refused(Postgres::connect(by("nobody")), "28P01").await;
         refused(Postgres::connect(by(user)), "28P01").await;
         refused(Postgres::connect(by(user) + "&sslmode=require"), "TLS").await;
-        heard(&["durable"]);
+        heard(&[]);
     });
     MssqlSchema::run(async {
         let schema = MssqlSchema::new().await;
