@@ -222,7 +222,7 @@ fn address(url: &str) -> Result<String> {
     let (_, rest) = address.split_once("://").unwrap_or(("", address));
     let authority = rest.split(['/', '#']).next().unwrap_or_default();
     let mut known = Vec::new();
-    let mut unencoded = !authority.contains('@') && rest.contains('@');
+    let mut unencoded = rest[authority.len()..].contains('@');
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let key = parameter.split('=').next().unwrap_or_default();
         let plain = key.replace("%5B", "[").replace("%5b", "[").replace("%5D", "]").replace("%5d", "]");
@@ -301,7 +301,7 @@ mod tests {
         ] {
             assert_eq!(address(url).unwrap(), used);
         }
-        for password in ["47/11", "47?11", "47#11"] {
+        for password in ["47/11", "47?11", "47#11", "47@a/11"] {
             let error = address(&format!("postgres://ann:{password}@host/db")).unwrap_err().to_string();
             assert!(error.contains("`%2F`, `%3F` and `%23`") && !error.contains("47"), "{error}");
         }

@@ -363,6 +363,6 @@ fn passwords_that_are_refused_are_not_told() {
         let schema = MssqlSchema::new().await;
         let place = schema.address().split(";user=").next().unwrap();
         refused(Mssql::connect(format!("{place};user=nobody;password=hidden")), "18456").await;
-        heard(&["Login failed"]);
+        heard(&[]);
     });
 }
