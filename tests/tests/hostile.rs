@@ -87,6 +87,7 @@ on_each_backend!(
     numbers_come_back,
     delays_of_all_lengths,
     a_flood_of_messages,
+    lists_of_all_lengths,
 );
 
 // --- Ids and names -------------------------------------------------------------------------------------------------
@@ -510,4 +511,27 @@ async fn a_flood_of_messages<B: Backend>() {
     assert_eq!(flooded.output().await.unwrap(), received);
     flooded.delete().await.unwrap();
     assert_eq!(count(&host).await, 1);
+}
+
+async fn lists_of_all_lengths<B: Backend>() {
+    const IT: Definition<(), ()> = Definition::new("it");
+    let backend = B::new().await;
+    let host = quick(&backend).await.register(IT, async |_, ()| Ok::<_, Failure>(())).start().await.unwrap();
+    for n in 0..3 {
+        host.spawn(IT, n.to_string(), &()).await.unwrap().output().await.unwrap();
+    }
+    let all = host.processes();
+    for (most, found) in [(0, 0), (1, 1), (usize::MAX, 3)] {
+        assert_eq!(all.list(most).await.unwrap().len(), found);
+    }
+    assert_eq!(all.clone().unchanged_for(Duration::MAX).list(10).await.unwrap(), []);
+    assert_eq!(all.clone().after(RunId(uuid::Uuid::max())).list(10).await.unwrap(), []);
+    assert_eq!(all.after(RunId(uuid::Uuid::nil())).list(10).await.unwrap().len(), 3);
+    // A kind of which there cannot be any.
+    for (text, _) in refused() {
+        let none = host.processes().kind(Definition::<(), ()>::new(constant(&text)));
+        assert!(none.list(10).await.is_ok_and(|found| found.is_empty()), "{text:?}");
+        assert!(none.count().await.is_ok_and(|found| found.is_empty()), "{text:?}");
+        assert_eq!(none.resume_stuck().await, Ok(0), "{text:?}");
+    }
 }
