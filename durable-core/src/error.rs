@@ -363,7 +363,7 @@ pub enum HandleError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// The namespace or a kind is outside the limits.
+    /// The namespace, the label or a kind is outside the limits.
     #[error(transparent)]
     Limit(#[from] LimitError),
     /// A kind was registered twice.

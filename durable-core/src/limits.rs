@@ -97,6 +97,13 @@ pub(crate) fn check(what: &'static str, text: &str, allowed: usize) -> Result<()
     Ok(())
 }
 
+/// Checks the name of a record, and its key if it has one.
+pub(crate) fn check_name(name: &str, key: &str) -> Result<(), LimitError> {
+    check("name", name, MAX_NAME)?;
+    // The engine's own keys have a sign in front.
+    if key.is_empty() { Ok(()) } else { check("key", key, MAX_ID + 1) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

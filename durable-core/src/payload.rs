@@ -11,8 +11,21 @@ use uuid::Uuid;
 #[error("{0}")]
 pub struct EncodeError(Box<str>);
 
-/// The JSON text of a value.
+/// How deep arrays and objects may lie within each other: deeper ones are not read back.
+const MAX_DEPTH: usize = 127;
+
+/// The JSON text of a value that the program gives.
 pub(crate) fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Box<str>, EncodeError> {
+    let text = encode_record(value)?;
+    let depth = depth(&text);
+    if depth > MAX_DEPTH {
+        return Err(EncodeError(format!("its JSON is {depth} levels deep; at most {MAX_DEPTH} are allowed").into()));
+    }
+    Ok(text)
+}
+
+/// The JSON text of a record of the engine's own, which may hold a value that the program gave: as it stands, however deep.
+pub(crate) fn encode_record<T: Serialize + ?Sized>(value: &T) -> Result<Box<str>, EncodeError> {
     let text = serde_json::to_string(value).map_err(|e| EncodeError(e.to_string().into()))?;
     // serde_json writes NaN and the infinities as null: they look like `None` afterwards.
     if text.contains("null") {
@@ -26,15 +39,56 @@ pub(crate) fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Box<str>, Encod
 pub(crate) fn encode_back<T: Serialize + DeserializeOwned>(value: T) -> Result<(Box<str>, T), EncodeError> {
     let text = encode(&value)?;
     let back = serde_json::from_str(&text).map_err(|e| {
-        EncodeError(format!("its JSON does not read back as {}: {e}", std::any::type_name::<T>()).into())
+        EncodeError(format!("its JSON does not read back as {}: {}", std::any::type_name::<T>(), reason(&e)).into())
     })?;
     Ok((text, back))
+}
+
+/// How deep arrays and objects lie within each other.
+fn depth(text: &str) -> usize {
+    let opening = |byte: &u8| matches!(byte, b'[' | b'{');
+    // Most have too few brackets to be worth a closer look.
+    if text.len() <= 2 * MAX_DEPTH || text.as_bytes().iter().filter(|byte| opening(byte)).count() <= MAX_DEPTH {
+        return 0;
+    }
+    let (mut depth, mut deepest, mut quoted, mut escaped) = (0_usize, 0, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => quoted = !quoted,
+            _ if quoted => {}
+            b'[' | b'{' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
 }
 
 /// Which type was expected, and why the text is not one.
 pub(crate) fn decode<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_str(text)
-        .map_err(|e| format!("expected {}, found {}: {e}", std::any::type_name::<T>(), shape(text)))
+        .map_err(|e| format!("expected {}, found {}: {}", std::any::type_name::<T>(), shape(text), reason(&e)))
+}
+
+/// What serde says of a text, without the values that it quotes: they may be secrets.
+fn reason(error: &serde_json::Error) -> String {
+    let said = error.to_string();
+    // Of a text that is no JSON nothing is quoted; and these name what stands in the code.
+    if !error.is_data() || said.starts_with("missing field `") || said.starts_with("duplicate field `") {
+        return said;
+    }
+    for what in ["invalid type", "invalid value", "invalid length", "unknown variant", "unknown field"] {
+        // What was expected stands in the code, too; what was found stands before it.
+        if let (true, Some((_, expected))) = (said.starts_with(what), said.rsplit_once(", expected ")) {
+            return format!("{what}, expected {expected}");
+        }
+    }
+    "its `Deserialize` refuses it".into()
 }
 
 /// What a JSON text looks like, without its values: they may be secrets.
@@ -227,6 +281,54 @@ mod tests {
     fn a_decode_error_names_both_types_and_no_value() {
         let error = decode::<u32>(r#"{"iban":"DE12"}"#).unwrap_err();
         assert!(error.contains("expected u32") && error.contains("iban") && !error.contains("DE12"), "{error}");
+    }
+
+    #[test]
+    fn no_error_quotes_a_value() {
+        #[derive(Debug, serde::Serialize, serde::Deserialize)]
+        enum Known {
+            A,
+            B,
+        }
+        #[derive(Debug, serde::Deserialize)]
+        struct Picky(#[serde(deserialize_with = "picky")] ());
+        fn picky<'de, D: serde::Deserializer<'de>>(text: D) -> Result<(), D::Error> {
+            let text: &str = serde::Deserialize::deserialize(text)?;
+            Err(serde::de::Error::custom(format!("{text} is not what it should be")))
+        }
+        let errors = [
+            decode::<u32>(r#""hidden, expected \"hidden\"""#).unwrap_err(),
+            decode::<Known>(r#""hidden""#).unwrap_err(),
+            decode::<(u32, char)>(r#"[1,"hidden"]"#).unwrap_err(),
+            decode::<Uuid>(r#""hidden""#).unwrap_err(),
+            decode::<Picky>(r#""hidden""#).unwrap_err(),
+            decode::<bool>("4711").unwrap_err(),
+            decode::<u8>("4711").unwrap_err(),
+            decode::<i32>("4711.5").unwrap_err(),
+            decode::<u32>("hidden").unwrap_err(),
+        ];
+        for error in &errors {
+            assert!(!error.contains("hidden") && !error.contains("4711"), "{error}");
+        }
+        assert!(errors[0].ends_with("found a string: invalid type, expected u32 at line 1 column 29"), "{}", errors[0]);
+        assert!(errors[1].contains("unknown variant, expected `A` or `B`"), "{}", errors[1]);
+        assert!(errors[4].contains("its `Deserialize` refuses it"), "{}", errors[4]);
+        assert!(encode_back(Known::A).is_ok() && encode(&Known::B).is_ok());
+    }
+
+    #[test]
+    fn what_is_too_deep_to_be_read_back() {
+        let nested = |depth: usize, core: &str| format!("{}{core}{}", "[".repeat(depth), "]".repeat(depth));
+        let raw = |text: String| serde_json::value::RawValue::from_string(text).unwrap();
+        for depth in [MAX_DEPTH, MAX_DEPTH + 1] {
+            let text = nested(depth, r#""\"]]]{{{[[[\\""#);
+            let readable = serde_json::from_str::<serde_json::Value>(&text).is_ok();
+            assert_eq!(encode(&raw(text)).is_ok(), readable, "{depth}");
+        }
+        let error = encode(&raw(nested(100_000, "1"))).unwrap_err().to_string();
+        assert_eq!(error, "its JSON is 100000 levels deep; at most 127 are allowed");
+        // Wide is not deep.
+        assert!(encode(&vec![[[0_u8; 0]; 2]; 1000]).is_ok());
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub(crate) enum Login {
     Welcome,
     /// Elsewhere, at this port.
     Moved(u16),
+    Refused,
     Silence,
 }
 
@@ -85,7 +86,7 @@ impl Server {
         config.host("127.0.0.1");
         config.port(self.port);
         config.encryption(EncryptionLevel::NotSupported);
-        config.authentication(AuthMethod::sql_server("user", "password"));
+        config.authentication(AuthMethod::sql_server("user", "the password"));
         let bounds =
             Bounds { connect: Duration::from_millis(500), statement: Duration::from_millis(500), ..Bounds::default() };
         Sessions::new(Target::plain(config, bounds), Whose::Engine, 4)
@@ -104,6 +105,7 @@ async fn serve(mut stream: TcpStream, script: Arc<Script>) {
                 match script.login.lock().unwrap().clone() {
                     Login::Welcome => ([welcome(), done(0)].concat(), false),
                     Login::Moved(port) => ([welcome(), moved(port), done(0)].concat(), false),
+                    Login::Refused => ([error(18456), done(2)].concat(), false),
                     Login::Silence => continue,
                 }
             }

@@ -341,6 +341,7 @@ mod tests {
     use super::*;
     use crate::fake::{Answer, Login, Server};
     use crate::sql::{Commits, Sql};
+    use std::sync::Mutex;
     use std::time::Instant;
 
     async fn ask(sessions: &Sessions, commits: Commits) -> Result<()> {
@@ -412,6 +413,44 @@ mod tests {
         assert_eq!(server.logins(), 3, "the idle one is as old as the lost one");
         ask(&sessions, Commits::Yes).await.unwrap();
         assert_eq!(server.logins(), 3);
+    }
+
+    /// Hears what is logged.
+    #[derive(Clone, Default)]
+    struct Ear(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Ear {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn neither_rows_nor_passwords_are_logged() {
+        let ear = Ear::default();
+        let heard = ear.0.clone();
+        let listening =
+            tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || ear.clone());
+        let _guard = tracing::subscriber::set_default(listening.finish());
+        let server = Server::new(Login::Welcome).await;
+        server.answers([Answer::Done, Answer::Numbers(77_123_456, 88_123_456)]);
+        let mut lent = server.sessions().lend().await.unwrap();
+        let mut sql = Sql::default();
+        sql.push("SELECT 1");
+        let rows = sql.run(&mut lent, Commits::No).await.unwrap().rows();
+        assert_eq!(rows[0].get::<i32, _>(0), Some(77_123_456));
+        let refused = Server::new(Login::Refused).await;
+        let error = refused.sessions().own().await.map(drop).unwrap_err();
+        assert!(error.to_string().contains("18456"), "{error}");
+        assert!(!format!("{error:?}").contains("the password"), "{error:?}");
+        let heard = String::from_utf8(heard.lock().unwrap().clone()).unwrap();
+        assert!(heard.contains("sending login"), "is anybody listening? {heard}");
+        for secret in ["77123456", "88123456", "the password"] {
+            assert!(!heard.contains(secret), "{secret}: {heard}");
+        }
     }
 
     #[tokio::test]

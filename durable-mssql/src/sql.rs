@@ -3,6 +3,8 @@ use std::borrow::Cow;
 use std::fmt::Write;
 use std::ops::Deref;
 use tiberius::{Row, ToSql};
+use tracing::instrument::WithSubscriber;
+use tracing::subscriber::NoSubscriber;
 use uuid::Uuid;
 
 use crate::errors::sort;
@@ -90,7 +92,9 @@ impl Sql {
         S: futures_io::AsyncRead + futures_io::AsyncWrite + Unpin + Send,
     {
         let parameters: Vec<&dyn ToSql> = self.parameters.iter().map(|parameter| parameter as &dyn ToSql).collect();
-        client.query(self.script(), &parameters).await?.into_results().await.map(Parts)
+        let rows = async { client.query(self.script(), &parameters).await?.into_results().await.map(Parts) };
+        // The driver logs every row that it reads, and errors in which the server quotes values.
+        rows.with_subscriber(NoSubscriber::default()).await
     }
 }
 

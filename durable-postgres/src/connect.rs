@@ -101,7 +101,7 @@ impl Connect {
             }
             None => return Err(StorageError::schema(format!("the address is not a URL; {FORM}"))),
         }
-        let options = PgConnectOptions::from_str(&self.url)
+        let options = PgConnectOptions::from_str(&address(&self.url)?)
             .map_err(|error| StorageError::schema(format!("the address is not PostgreSQL's ({error}); {FORM}")))?;
         let options = if self.url.contains("statement-cache-capacity=") {
             options
@@ -147,7 +147,9 @@ impl Connect {
                  its heartbeat alone"
             );
         }
-        let service = Options { whose: Whose::Service, ..options.clone() };
+        // A transactional step's record stands in the text of the statement that writes it: that text is never logged.
+        let silent = options.options.clone().disable_statement_logging();
+        let service = Options { options: silent, whose: Whose::Service, ..options };
         let transactions = Connections::new(service, self.max_transactions);
         let connections = Connections::new(options, self.max_connections);
         connections.keep([connection, second]);
@@ -193,6 +195,55 @@ pub(crate) async fn connect(options: &Options) -> sqlx::Result<PgConnection> {
     Ok(connection)
 }
 
+/// The address without what the driver does not know, which it would log. Refused, if a part of the password would be taken
+/// for a port or a database, and told.
+fn address(url: &str) -> Result<String> {
+    const KNOWN: [&str; 18] = [
+        "sslmode",
+        "ssl-mode",
+        "sslrootcert",
+        "ssl-root-cert",
+        "ssl-ca",
+        "sslcert",
+        "ssl-cert",
+        "sslkey",
+        "ssl-key",
+        "statement-cache-capacity",
+        "host",
+        "hostaddr",
+        "port",
+        "dbname",
+        "user",
+        "password",
+        "application_name",
+        "options",
+    ];
+    let (address, query) = url.split_once('?').unwrap_or((url, ""));
+    let (_, rest) = address.split_once("://").unwrap_or(("", address));
+    let authority = rest.split(['/', '#']).next().unwrap_or_default();
+    let mut known = Vec::new();
+    let mut unencoded = rest[authority.len()..].contains('@');
+    for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+        let key = parameter.split('=').next().unwrap_or_default();
+        let plain = key.replace("%5B", "[").replace("%5b", "[").replace("%5D", "]").replace("%5d", "]");
+        if KNOWN.contains(&&*plain) || plain.starts_with("options[") {
+            known.push(parameter);
+        } else {
+            unencoded |= key.contains('@');
+            tracing::warn!(
+                "the address has a parameter that is not known, and not used; known are {}",
+                KNOWN.join(", ")
+            );
+        }
+    }
+    if unencoded {
+        return Err(StorageError::schema(
+            "the address has an `@` behind its first `/`, `?` or `#`; in a password these are `%2F`, `%3F` and `%23`",
+        ));
+    }
+    Ok(if known.is_empty() { address.to_owned() } else { format!("{address}?{}", known.join("&")) })
+}
+
 fn is_local(options: &PgConnectOptions) -> bool {
     let host = options.get_host();
     options.get_socket().is_some()
@@ -230,4 +281,29 @@ fn explain(options: &PgConnectOptions, error: Error) -> StorageError {
         other => other.to_string(),
     };
     StorageError::unavailable(format!("no connection to database {database:?} at {place}: {message}; {hint}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_without_what_is_not_known() {
+        for (url, used) in [
+            ("postgres://u:p@h/d", "postgres://u:p@h/d"),
+            ("postgres://u:p@h/d?sslmode=require", "postgres://u:p@h/d?sslmode=require"),
+            (
+                "postgres://u:p@h/d?pasword=x&options%5Bsearch_path%5D=y&",
+                "postgres://u:p@h/d?options%5Bsearch_path%5D=y",
+            ),
+            ("postgres://h:1/d?user=ann@tenant", "postgres://h:1/d?user=ann@tenant"),
+            ("postgres://u:p@h/d?nonsense", "postgres://u:p@h/d"),
+        ] {
+            assert_eq!(address(url).unwrap(), used);
+        }
+        for password in ["47/11", "47?11", "47#11", "47@a/11"] {
+            let error = address(&format!("postgres://ann:{password}@host/db")).unwrap_err().to_string();
+            assert!(error.contains("`%2F`, `%3F` and `%23`") && !error.contains("47"), "{error}");
+        }
+    }
 }

@@ -5,6 +5,7 @@ pub mod crash;
 pub mod faulty;
 pub mod ops;
 pub mod proxy;
+pub mod rights;
 
 use durable_core::storage::Storage;
 use durable_core::{Handle, Host, HostBuilder, Info, Status};

@@ -501,6 +501,19 @@ async fn settings_that_make_no_sense<B: Backend>() {
     let second = Duration::from_secs(1);
     let error = quick(&backend).await.heartbeat(second, second * 2).start().await.unwrap_err().to_string();
     assert!(error.contains("at least three heartbeats"), "{error}");
+    let error = quick(&backend).await.heartbeat(Duration::ZERO, second).start().await.unwrap_err().to_string();
+    assert!(error.contains("a heartbeat every 0ns is too often"), "{error}");
+    let error = quick(&backend).await.label("a\0b").start().await.unwrap_err().to_string();
+    assert!(error.contains("the label") && error.contains("control character"), "{error}");
+    for time in [Duration::ZERO, Duration::MAX] {
+        let builder = quick(&backend).await.register(IT, it).quiet_time(time).poll(time).reconcile_every(time);
+        let (longest, builder) = (Duration::MAX, builder.call_timeout(Duration::MAX));
+        let builder = if time.is_zero() { builder.batch(0, 0) } else { builder.heartbeat(longest / 3, longest) };
+        let host = builder.start().await.unwrap();
+        let handle = host.spawn(IT, format!("{time:?}"), &()).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 1);
+        host.shutdown(Duration::from_secs(5)).await;
+    }
     let error = quick(&backend).await.namespace("").start().await.unwrap_err().to_string();
     assert!(error.contains("the namespace is empty"), "{error}");
 }

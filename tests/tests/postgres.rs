@@ -8,6 +8,7 @@ use durable_postgres::Connect;
 use durable_tests::crash::scene::Random;
 use durable_tests::ops::*;
 use durable_tests::proxy::Proxy;
+use durable_tests::rights::Role;
 use durable_tests::*;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
@@ -138,35 +139,7 @@ fn several_that_migrate_at_the_same_time() {
     });
 }
 
-/// A role beside the tests' own.
-struct Role<'s> {
-    schema: &'s PostgresSchema,
-    name: String,
-}
-
-impl<'s> Role<'s> {
-    async fn new(schema: &'s PostgresSchema) -> Self {
-        let role = Self { schema, name: schema.name().replace("test_", "role_") };
-        role.execute("CREATE ROLE {r} LOGIN PASSWORD 'secret'").await;
-        role
-    }
-    fn url(&self) -> String {
-        let options: PgConnectOptions = self.schema.url().parse().unwrap();
-        let (host, port, database) = (options.get_host(), options.get_port(), options.get_database().unwrap());
-        format!("postgres://{}:secret@{host}:{port}/{database}?application_name={}", self.name, self.schema.name())
-    }
-    /// All that it needs to run.
-    async fn grant(&self) {
-        self.execute("GRANT USAGE ON SCHEMA {s} TO {r}").await;
-        self.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {s} TO {r}").await;
-    }
-    /// Statements with `{r}` for the role.
-    async fn execute(&self, sql: &str) {
-        self.schema.execute(&sql.replace("{r}", &self.name)).await;
-    }
-}
-
-/// A role that may create nothing is enough to run.
+/// What a role that may create nothing is told; what it can do is in `rights`.
 #[test]
 fn a_role_without_rights_to_create() {
     test(async {
@@ -183,13 +156,7 @@ fn a_role_without_rights_to_create() {
         assert!(error.contains("permission denied") && error.contains("GRANT USAGE ON SCHEMA"), "{error}");
         role.grant().await;
         connect().verify_only().await.unwrap();
-        let host = Host::builder(connect().await.unwrap()).register(IT, it).start().await.unwrap();
-        let handle = host.spawn(IT, "it", &1).await.unwrap();
-        handle.raise(GO, &2).await.unwrap();
-        assert_eq!(handle.output().await.unwrap(), 3);
-        handle.delete().await.unwrap();
-        host.shutdown(Duration::from_secs(5)).await;
-        role.execute("DROP OWNED BY {r}; DROP ROLE {r}").await;
+        role.drop().await;
     });
 }
 
@@ -735,7 +702,7 @@ fn a_server_that_refuses() {
             let role = Role::new(&schema).await;
             role.grant().await;
             let steps = async || schema.number("SELECT count(*) FROM {s}.steps").await;
-            let sessions = format!("FROM pg_stat_activity WHERE usename = '{}'", role.name);
+            let sessions = format!("FROM pg_stat_activity WHERE usename = '{}'", role.name());
             let end = format!("SELECT count(pg_terminate_backend(pid)) {sessions}");
             disturbed(Postgres::connect(role.url()).schema(schema.name()), async || {
                 until("something is recorded", async || steps().await > 0).await;
@@ -752,7 +719,7 @@ fn a_server_that_refuses() {
                 until("it goes on", async || steps().await > before).await;
             })
             .await;
-            role.execute("DROP OWNED BY {r}; DROP ROLE {r}").await;
+            role.drop().await;
         }
     });
 }

@@ -74,12 +74,7 @@ impl Operation {
         if !self.run.admits(format_args!("the {} {}", self.op, self.key), self.at) {
             return false;
         }
-        let limit = limits::check("name", &self.key.name, limits::MAX_NAME).and_then(|()| match &*self.key.key {
-            "" => Ok(()),
-            // The engine's own keys have a sign in front.
-            key => limits::check("key", key, limits::MAX_ID + 1),
-        });
-        if let Err(error) = limit {
+        if let Err(error) = limits::check_name(&self.key.name, &self.key.key) {
             self.run.fault(format_args!("the {} at {}: {error}", self.op, self.at));
             return false;
         }

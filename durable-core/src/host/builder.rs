@@ -17,6 +17,9 @@ use crate::limits;
 use crate::process::Process;
 use crate::storage::{Storage, StorageError};
 
+/// What a host does again and again, it does not do more often than so.
+const SHORTEST: Duration = Duration::from_millis(1);
+
 /// Configures a [`Host`].
 #[must_use = "nothing runs before `start`"]
 pub struct HostBuilder {
@@ -180,7 +183,7 @@ impl HostBuilder {
     /// available is tried again until the [call time-out](Self::call_timeout).
     ///
     /// # Errors
-    /// A kind or the namespace is outside the limits or registered twice; settings that contradict each other; or the
+    /// A kind, the namespace or the label is outside the limits or registered twice; settings that contradict each other; or the
     /// storage cannot be used.
     pub async fn start(self) -> Result<Host, StartError> {
         let Self { storage, surroundings, namespace, mut settings, kinds, twice } = self;
@@ -188,8 +191,15 @@ impl HostBuilder {
             return Err(StartError::Twice(kind));
         }
         limits::check("namespace", &namespace, limits::MAX_NAMESPACE)?;
+        limits::check("label", &settings.label, limits::MAX_ID)?;
         for kind in kinds.keys() {
             limits::check("kind", kind, limits::MAX_NAME)?;
+        }
+        settings.bound();
+        if settings.heartbeat < SHORTEST {
+            let given = settings.heartbeat;
+            let message = format!("a heartbeat every {given:?} is too often; it must be at least {SHORTEST:?}");
+            return Err(StartError::Setting(message.into()));
         }
         if settings.expiry < settings.heartbeat * 3 {
             let (given, least) = (settings.expiry, settings.heartbeat * 3);
@@ -212,10 +222,26 @@ impl HostBuilder {
     }
 }
 
+impl Settings {
+    /// `Duration::MAX` stands for "never": as long as the clocks can add it up.
+    fn bound(&mut self) {
+        const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+        let Self { heartbeat, expiry, quiet_time, poll, call_timeout, reconcile_every, .. } = self;
+        for time in [&mut *heartbeat, expiry, quiet_time, &mut *poll, call_timeout, reconcile_every] {
+            *time = (*time).min(LONGEST);
+        }
+        *poll = (*poll).max(SHORTEST);
+        // So that the longest expiry is long enough for it.
+        *heartbeat = (*heartbeat).min(LONGEST / 3);
+    }
+}
+
 /// The program's name and process id.
 fn label() -> String {
     let program = std::env::current_exe().ok().and_then(|path| Some(path.file_stem()?.to_string_lossy().into_owned()));
-    format!("{} {}", program.unwrap_or_else(|| "program".into()), std::process::id())
+    // A file may have a name that a label may not.
+    let program: Option<String> = program.map(|name| name.chars().filter(|c| !c.is_control()).take(100).collect());
+    format!("{} {}", program.as_deref().unwrap_or("program"), std::process::id()).trim().to_owned()
 }
 
 impl std::fmt::Debug for HostBuilder {

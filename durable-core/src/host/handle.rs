@@ -278,7 +278,7 @@ impl<O, E> Handle<O, E> {
     /// The process does not exist, the value is of another type, or there was no answer.
     pub async fn value<T: DeserializeOwned>(&self, name: impl Into<Name>) -> Result<Option<T>, HandleError> {
         let name = name.into();
-        limits::check("name", name.name(), limits::MAX_NAME)?;
+        limits::check_name(name.name(), name.key())?;
         let row = self.row().await?.ok_or_else(|| self.not_found())?;
         let key = RecordKey { scope: Scope::Process, name: name.name().into(), key: name.key().into() };
         let core = &self.core;
@@ -384,7 +384,7 @@ impl IntoFuture for Resume {
         Box::pin(async move {
             let mut keys = Vec::new();
             for name in forget {
-                limits::check("name", name.name(), limits::MAX_NAME)?;
+                limits::check_name(name.name(), name.key())?;
                 for scope in [Scope::Process, Scope::Compensation] {
                     let key = RecordKey { scope, name: name.name().into(), key: name.key().into() };
                     keys.push(Forget { key, audit: handle.core.surroundings.id() });

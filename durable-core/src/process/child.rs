@@ -232,7 +232,7 @@ where
                 },
                 Begun::Open(_) => {
                     let (end, awaited) = self.ended(&operation).await?;
-                    let payload = match payload::encode(&end) {
+                    let payload = match payload::encode_record(&end) {
                         Ok(payload) => payload,
                         Err(error) => return operation.unencodable(&error).await,
                     };

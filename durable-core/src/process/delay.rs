@@ -147,7 +147,7 @@ impl<'p> IntoFuture for Delay<'p> {
 impl Operation {
     /// Records one of the engine's own values.
     pub(super) async fn record_value(&self, state: RecordState, value: &impl Serialize) -> Result<(), Cancelled> {
-        let payload = match payload::encode(value) {
+        let payload = match payload::encode_record(value) {
             Ok(payload) => payload,
             Err(error) => return self.unencodable(&error).await,
         };

@@ -186,7 +186,7 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
     };
     let takes = back.as_ref().and_then(PutBack::number);
     let finished = RawValue::from_string(payload.clone().into()).map_err(|e| e.to_string()).and_then(|result| {
-        payload::encode(&Finished { winner: winner.clone(), result, message: takes, receive })
+        payload::encode_record(&Finished { winner: winner.clone(), result, message: takes, receive })
             .map_err(|e| e.to_string())
     });
     let finished = match finished {
@@ -275,7 +275,7 @@ impl<'p> RaceMember<'p> for Delay<'p> {
         let contend: Contend<'p> = Box::new(move |race, due| {
             Box::pin(async move {
                 let woke = race.wait(WaitFor::Timer(key), Some(due), |_, now| (now >= due).then_some(now)).await?;
-                Ok(won(payload::encode(&Delayed { due, woke: woke.trunc_subsecs(3).max(due) })))
+                Ok(won(payload::encode_record(&Delayed { due, woke: woke.trunc_subsecs(3).max(due) })))
             })
         });
         (label, Some(self.due), contend)
@@ -331,7 +331,7 @@ where
             Box::pin(async move {
                 let (end, awaited) = self.ended(&race).await?;
                 let id = self.id.into_boxed_str();
-                Ok(Won { awaited, ..won(payload::encode(&EndOf { id, end })) })
+                Ok(Won { awaited, ..won(payload::encode_record(&EndOf { id, end })) })
             })
         });
         (Label::new(&key.name, &key.key), None, contend)
@@ -366,7 +366,7 @@ where
         let contend: Contend<'p> = Box::new(move |race, _| {
             Box::pin(async move {
                 let result = self.unrecorded(&race).await?;
-                Ok(won(payload::encode(&match &result {
+                Ok(won(payload::encode_record(&match &result {
                     Ok(value) => Returned::Ok(value),
                     Err(error) => Returned::Err(error),
                 })))

@@ -227,7 +227,7 @@ async fn receive(operation: &mut Operation, name: &str, timeout: Option<Duration
         },
         Err(now) => (Received::TimedOut(now), None),
     };
-    let payload = match payload::encode(&received) {
+    let payload = match payload::encode_record(&received) {
         Ok(payload) => payload,
         Err(error) => return operation.unencodable(&error).await,
     };

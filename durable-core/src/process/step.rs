@@ -403,7 +403,7 @@ impl<E: Serialize + DeserializeOwned> FailedAttempt<E> {
             return Ok(Self { error, next_at: None, write: Write { attempts, ..Write::failed(payload) } });
         };
         let next_at = due_after(at, delay);
-        let pending = payload::encode(&Pending { error: payload, next_at })?;
+        let pending = payload::encode_record(&Pending { error: payload, next_at })?;
         let write = Write { attempts, state: RecordState::Pending, ..Write::done(pending) };
         Ok(Self { error, next_at: Some(next_at), write })
     }
