@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::Error;
+use crate::machine::processor;
 use crate::site::At;
 
 /// What one step costs, as far as the database counts it.
@@ -95,15 +96,6 @@ impl Counts {
             processor: Some(processor * 1e6 / steps as f64),
         })
     }
-}
-
-/// Processor time of this program in seconds.
-fn processor() -> Result<f64, Error> {
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    // The name, in parentheses, may contain spaces. The kernel's unit for programs is a hundredth of a second.
-    let after = stat.rsplit(')').next().unwrap_or_default();
-    let ticks = after.split_whitespace().skip(11).take(2).map(str::parse::<f64>);
-    Ok(ticks.sum::<Result<f64, _>>()? / 100.0)
 }
 
 /// Stays connected, or the file with the counter would be gone with the last one that is.

@@ -3,6 +3,7 @@
 mod claims;
 pub mod counts;
 pub mod figures;
+mod machine;
 pub mod processes;
 pub mod programs;
 mod proxy;

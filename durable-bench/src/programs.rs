@@ -4,12 +4,13 @@ use durable_core::Status;
 use futures_util::{StreamExt, stream};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::processes::FLIGHT;
+use crate::figures::percentile;
+use crate::processes::{FLIGHT, GO, MESSAGE};
 use crate::site::At;
 use crate::workloads::CONCURRENT;
-use crate::{Error, claims};
+use crate::{Error, claims, machine};
 
 /// What such a program does.
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -18,6 +19,9 @@ pub enum Role {
     Flight,
     /// Waits for a line, then runs what is there until its input ends; then says how many claims it made.
     Share,
+    /// Starts processes that wait for a message, and says how many; once all are parked it sends some of them theirs,
+    /// and says how much memory it took at most, and how many milliseconds a message: p50, p99.
+    Park,
 }
 
 pub(crate) struct Program {
@@ -31,6 +35,7 @@ impl Program {
         let role = match role {
             Role::Flight => "flight",
             Role::Share => "share",
+            Role::Park => "park",
         };
         let mut child = Command::new(std::env::current_exe()?)
             .args(["--role", role, "--count", &count.to_string()])
@@ -93,6 +98,7 @@ pub async fn run(role: Role, at: At, count: usize) -> Result<(), Error> {
     match role {
         Role::Flight => fly(at, count).await,
         Role::Share => share(at).await,
+        Role::Park => park(at, count).await,
     }
 }
 
@@ -125,5 +131,47 @@ async fn share(at: At) -> Result<(), Error> {
     host.shutdown(Duration::from_secs(5)).await;
     let (claims, empty) = claims::counted();
     println!("{claims} {empty}");
+    Ok(())
+}
+
+/// To how many of them.
+const MESSAGES: usize = 1000;
+
+async fn park(at: At, count: usize) -> Result<(), Error> {
+    let host = at.host().await?.start().await?;
+    let mut starts = stream::iter(0..count)
+        .map(|n| {
+            let host = host.clone();
+            async move { Ok::<_, Error>((n, host.spawn(MESSAGE, format!("p-{n}"), &()).await?)) }
+        })
+        .buffer_unordered(CONCURRENT);
+    let (mut some, mut started) = (Vec::new(), 0);
+    while let Some(start) = starts.next().await {
+        let (n, handle) = start?;
+        if n % (count / MESSAGES) == 0 {
+            some.push(handle);
+        }
+        started += 1;
+        if started % 5000 == 0 {
+            println!("{started}");
+        }
+    }
+    let waiting = host.processes().kind(MESSAGE).status(Status::Waiting);
+    loop {
+        let parked: u64 = waiting.count().await?.iter().map(|counted| counted.count).sum();
+        if parked == count as u64 && host.in_memory() == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let mut times = Vec::new();
+    for handle in &some {
+        let started = Instant::now();
+        handle.raise(GO, &()).await?;
+        handle.output().await?;
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    println!("{} {} {}", machine::peak()?, percentile(&mut times, 0.5), percentile(&mut times, 0.99));
+    host.shutdown(Duration::from_secs(5)).await;
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! What is measured: one file for each workload.
 
 mod grown;
+mod idle;
 mod instances;
 mod latency;
+mod long;
 mod many;
 mod parked;
 mod recovery;
@@ -10,6 +12,7 @@ mod remote;
 mod sequential;
 mod takeover;
 mod transaction;
+mod waiting;
 
 use crate::Error;
 use crate::figures::Measured;
@@ -19,8 +22,21 @@ use crate::site::Place;
 pub(crate) const CONCURRENT: usize = 4000;
 
 /// Their names.
-pub const WORKLOADS: [&str; 10] =
-    ["sequential", "many", "parked", "latency", "recovery", "transaction", "instances", "grown", "takeover", "remote"];
+pub const WORKLOADS: [&str; 13] = [
+    "sequential",
+    "many",
+    "latency",
+    "waiting",
+    "parked",
+    "recovery",
+    "transaction",
+    "instances",
+    "grown",
+    "long",
+    "idle",
+    "takeover",
+    "remote",
+];
 
 /// A run of the benchmark.
 #[derive(Clone)]
@@ -54,6 +70,9 @@ impl Bench {
             "transaction" => self.transaction().await,
             "instances" => self.instances().await,
             "grown" => self.grown().await,
+            "long" => self.long().await,
+            "idle" => self.idle().await,
+            "waiting" => self.waiting().await,
             "takeover" => self.takeover().await,
             _ => self.remote().await,
         }

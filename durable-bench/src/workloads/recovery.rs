@@ -9,7 +9,7 @@ use crate::programs::{Program, Role};
 impl Bench {
     /// A program with many processes in flight is killed; how long until another one has run them all again.
     pub(super) async fn recovery(&self) -> Result<Vec<Measured>, Error> {
-        let count = (1000 / self.scale).max(100);
+        let count = (10_000 / self.scale).max(100);
         let mut times = Vec::new();
         let bar = bar("recovery", self.rounds);
         for _ in 0..self.rounds {
