@@ -15,6 +15,9 @@ pub mod error;
 mod host;
 pub mod limits;
 pub mod memory;
+#[cfg(durable_mutations)]
+#[doc(hidden)]
+pub mod mutation;
 mod name;
 mod payload;
 mod process;
@@ -25,6 +28,9 @@ pub mod testing;
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
+
+#[doc(hidden)]
+pub use engine::surroundings::Surroundings;
 
 pub use definition::{Definition, Event};
 pub use error::{

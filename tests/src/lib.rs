@@ -13,11 +13,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use durable_core::memory::Memory;
+pub use durable_mssql::Mssql;
 pub use durable_postgres::Postgres;
 pub use durable_sqlite::Sqlite;
 
+mod mssql;
 mod postgres;
 mod server;
+pub use mssql::MssqlSchema;
 pub use postgres::PostgresSchema;
 pub use server::Server;
 
@@ -141,16 +144,23 @@ macro_rules! on_each_backend {
             fn postgres() {
                 $crate::PostgresSchema::run(super::$case::<$crate::PostgresSchema>());
             }
+            #[test]
+            fn mssql() {
+                $crate::MssqlSchema::run(super::$case::<$crate::MssqlSchema>());
+            }
         })*
     };
 }
 
 /// Runs a test, with the log that `RUST_LOG` asks for, and not for ever.
 pub fn run(test: impl Future<Output = ()>) {
+    run_within(Duration::from_secs(if long() { 900 } else { 60 }), test);
+}
+
+fn run_within(patience: Duration, test: impl Future<Output = ()>) {
     log();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
-        let patience = Duration::from_secs(if long() { 900 } else { 60 });
         tokio::time::timeout(patience, test).await.expect("the test hangs");
     });
     runtime.shutdown_timeout(Duration::from_secs(1));

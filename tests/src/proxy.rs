@@ -1,12 +1,16 @@
 //! A TCP proxy in front of a database's server, for networks that misbehave.
 
+use durable_core::storage::RunId;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+
+use crate::crash::shared::Shared;
 
 /// How the network is.
 #[derive(Clone, Copy, Debug, Default)]
@@ -19,6 +23,20 @@ pub struct Network {
     pub latency: Duration,
     /// Connections before this one are cut.
     cuts: u32,
+}
+
+/// A database that is reached over a network.
+pub trait Proxied: Shared {
+    /// How many bytes lie between two places at which an answer is cut.
+    const STRIDE: usize;
+    /// A run, in SQL.
+    fn literal(run: RunId) -> String;
+    /// A proxy in front of the server.
+    fn proxy(&self) -> impl Future<Output = Proxy> + Send;
+    /// The storage by way of it.
+    fn through(&self, proxy: &Proxy) -> impl Future<Output = Self::Storage> + Send;
+    /// One that says nothing but what it is told to.
+    fn alone_through(&self, proxy: &Proxy) -> impl Future<Output = Self::Storage> + Send;
 }
 
 /// Between a program and the server.
@@ -43,10 +61,14 @@ impl Proxy {
     pub async fn before(url: &str) -> Self {
         let (login, place) = url.split_once('@').expect("user:password@host:port/");
         let (server, rest) = place.split_once('/').expect("host:port/database");
+        Self::to(server, |place| format!("{login}@{place}/{rest}")).await
+    }
+
+    /// In front of the server at `host:port`; the address by way of the proxy is made of the proxy's own place.
+    pub async fn to(server: &str, address: impl FnOnce(SocketAddr) -> String) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("{login}@{}/{rest}", listener.local_addr().unwrap());
         let wires = Arc::new(Wires::default());
-        let proxy = Self { url, wires: wires.clone() };
+        let proxy = Self { url: address(listener.local_addr().unwrap()), wires: wires.clone() };
         let server = server.to_owned();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {

@@ -2,9 +2,14 @@
 //! reach of the compensation. For a process that has not started, waits in memory, is parked, is stuck, is in a step.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use durable_core::storage::Op;
 use durable_core::*;
+use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
 use serde::{Deserialize, Serialize};
+use std::future::{IntoFuture, poll_fn};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 const GO: Event<u32> = Event::new("Go");
@@ -76,6 +81,7 @@ on_each_backend!(
     success_before_the_cancellation_counts,
     one_that_ignores_it_completes,
     a_race_a_timer_and_a_spawn_are_cancelled,
+    a_timer_that_comes_due_while_it_is_being_recorded,
 );
 
 async fn ends_cancelled(handle: &Handle<u32, OrderError>) {
@@ -268,4 +274,38 @@ async fn a_race_a_timer_and_a_spawn_are_cancelled<B: Backend>() {
     handle.cancel().await.unwrap();
     assert_eq!(handle.output().await.unwrap(), ["the process was cancelled"; 6]);
     assert!(host.get("child").status().await.is_err());
+}
+
+/// While the cancellation cannot be recorded, a timer that has come due neither fires nor has the process looked at again
+/// and again.
+async fn a_timer_that_comes_due_while_it_is_being_recorded<B: Backend>() {
+    const TIMER: Definition<(), ()> = Definition::new("timer");
+    let backend = B::new().await;
+    let mut refusals = 7;
+    let storage = Faulty::new(backend.storage().await, move |batch| {
+        let records = batch.ops.iter().any(|op| matches!(op, Op::AcceptCancel { .. })) && refusals > 0;
+        refusals -= i32::from(records);
+        records.then_some(Fault::Before)
+    });
+    let polls = Arc::new(AtomicU32::new(0));
+    let counted = polls.clone();
+    let timer = move |proc: Process, ()| {
+        let polls = counted.clone();
+        async move {
+            let mut delay = proc.delay("soon", Duration::from_millis(300)).into_future();
+            poll_fn(|cx| {
+                polls.fetch_add(1, Ordering::Relaxed);
+                delay.as_mut().poll(cx)
+            })
+            .await?;
+            Ok::<_, Failure>(())
+        }
+    };
+    let host = Host::builder(storage).register(TIMER, timer).start().await.unwrap();
+    let handle = host.spawn(TIMER, "t", &()).await.unwrap();
+    until("it waits", async || polls.load(Ordering::Relaxed) > 1).await;
+    handle.cancel().await.unwrap();
+    assert_eq!(handle.output().await.unwrap_err(), OutputError::WasCancelled);
+    let polls = polls.load(Ordering::Relaxed);
+    assert!(polls < 100, "polled {polls} times");
 }

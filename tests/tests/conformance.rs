@@ -53,3 +53,23 @@ mod postgres {
     }
     durable_core::conformance!(Tested);
 }
+
+mod mssql {
+    use durable_core::conformance::Subject;
+    use durable_tests::{Backend, Mssql, MssqlSchema};
+
+    struct Tested(MssqlSchema);
+    impl Subject for Tested {
+        type Storage = Mssql;
+        async fn new() -> Self {
+            Self(MssqlSchema::new().await)
+        }
+        async fn open(&self) -> Mssql {
+            self.0.storage().await
+        }
+        fn missing() -> Option<String> {
+            MssqlSchema::missing()
+        }
+    }
+    durable_core::conformance!(Tested);
+}

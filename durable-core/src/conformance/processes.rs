@@ -22,7 +22,7 @@ pub async fn a_start_is_there_once<S: Subject>(subject: &S) {
     assert_eq!(actor.one(Op::Spawn(other)).await, Outcome::Spawned(spawned(&first, true)));
     assert_eq!(actor.one(Op::Spawn(first.clone())).await, Outcome::Spawned(spawned(&first, false)), "its own token");
     assert_eq!(actor.row("p").await, row);
-    for id in ["P", "p ", "ṕ"] {
+    for id in ["P", "p.", "ṕ"] {
         assert_eq!(storage.find(NAMESPACE, id, None).await.unwrap(), None, "{id:?} is another id");
     }
 }

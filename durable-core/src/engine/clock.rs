@@ -1,11 +1,12 @@
 use chrono::{DateTime, TimeDelta, Utc};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::Waker;
 use std::time::Duration;
 use tokio::time::Instant;
 
 use super::lock;
+use super::surroundings::Surroundings;
 
 /// The database's time, carried on by this program's monotonic clock between two answers of the database. Due times
 /// come from it, so instances whose own clocks are apart agree.
@@ -13,8 +14,9 @@ use super::lock;
 pub(crate) struct DbClock(Mutex<(DateTime<Utc>, Instant)>);
 
 impl DbClock {
-    pub(crate) fn new() -> Self {
-        Self(Mutex::new((Utc::now(), Instant::now())))
+    /// Until the database has answered, the machine's own time.
+    pub(crate) fn new(now: DateTime<Utc>) -> Self {
+        Self(Mutex::new((now, Instant::now())))
     }
 
     pub(crate) fn sync(&self, now: DateTime<Utc>) {
@@ -34,24 +36,11 @@ impl DbClock {
     }
 }
 
-/// Time since some moment, on a clock that also counts the time in which the machine was suspended.
-fn since_boot() -> Duration {
-    #[cfg(target_os = "linux")]
-    {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        static START: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
-        START.get_or_init(std::time::Instant::now).elapsed()
-    }
-}
-
 /// How old this instance's last acknowledged heartbeat is. While it is older than half the expiry, another instance
 /// may be about to take over: no attempt of a step starts.
 #[derive(Debug)]
 pub(crate) struct Liveness {
+    surroundings: Arc<dyn Surroundings>,
     boot: Duration,
     start: Instant,
     /// Milliseconds after `start` at which the last acknowledged heartbeat was *sent*.
@@ -65,9 +54,10 @@ pub(crate) struct Liveness {
 pub(crate) struct SentAt(u64);
 
 impl Liveness {
-    pub(crate) fn new(expiry: Duration) -> Self {
+    pub(crate) fn new(expiry: Duration, surroundings: Arc<dyn Surroundings>) -> Self {
         Self {
-            boot: since_boot(),
+            boot: surroundings.since_boot(),
+            surroundings,
             start: Instant::now(),
             acked: AtomicU64::new(0),
             limit: expiry / 2,
@@ -77,7 +67,7 @@ impl Liveness {
 
     fn elapsed_ms(&self) -> u64 {
         // The runtime's clock runs ahead where a test has paused it; the other one does where the machine slept.
-        let elapsed = self.start.elapsed().max(since_boot().saturating_sub(self.boot));
+        let elapsed = self.start.elapsed().max(self.surroundings.since_boot().saturating_sub(self.boot));
         elapsed.as_millis().try_into().unwrap_or(u64::MAX)
     }
 

@@ -171,7 +171,11 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
     let quiet = run.only_we_can_wake();
     let (due, parks, park_now, rested) = {
         let state = run.state();
-        let due = state.waits.iter().filter_map(|wait| wait.due).min();
+        let due = match state.cancel {
+            // No due time lets an operation go on now: the answer will.
+            Cancel::Recording => None,
+            _ => state.waits.iter().filter_map(|wait| wait.due).min(),
+        };
         if due.is_none() && state.commits > 0 {
             // The answer will wake it, and comes sooner than any timer.
             *sleep = None;
@@ -221,12 +225,15 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         return Poll::Ready(None);
     }
     let state = run.state();
+    let seen = Some(state.polled.0);
+    #[cfg(durable_mutations)]
+    let seen = seen.filter(|_| !crate::mutation::is_broken(crate::mutation::Rule::ParkChecksSignals));
     let waits: Vec<String> = state.waits.iter().take(8).map(|wait| wait.what.to_string()).collect();
     Poll::Ready(Some(Park {
         run: run.run,
         claim: run.claim,
         wake_at: due,
-        seen: Some(state.polled.0),
+        seen,
         waiting_for: Some(waits.join(", ").into()),
     }))
 }

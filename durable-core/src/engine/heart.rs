@@ -4,22 +4,23 @@
 use chrono::{DateTime, Utc};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 use super::Core;
 use super::epoch::Epoch;
+use super::ratchet::Ratchet;
 use crate::storage::{Heart, NewInstance, Result, StorageError};
 
 /// Stops the heart when dropped; with the heart goes the instance's proof of life.
 pub(super) struct HeartHandle {
-    stop: watch::Sender<bool>,
+    stop: Arc<Ratchet<bool>>,
     stopped: Option<oneshot::Receiver<()>>,
 }
 
 impl HeartHandle {
     /// Stops and waits until the proof of life is gone.
     pub(super) async fn stop(mut self) {
-        self.stop.send_replace(true);
+        self.stop.reach(true);
         if let Some(stopped) = self.stopped.take() {
             let _ = stopped.await;
         }
@@ -28,7 +29,7 @@ impl HeartHandle {
 
 impl Drop for HeartHandle {
     fn drop(&mut self) {
-        self.stop.send_replace(true);
+        self.stop.reach(true);
     }
 }
 
@@ -42,8 +43,8 @@ pub(super) async fn start(core: &Arc<Core>, epoch: &Arc<Epoch>) -> Result<HeartH
     };
     let (ready, enlisted) = oneshot::channel();
     let (stopped_tx, stopped) = oneshot::channel::<()>();
-    let stop = watch::Sender::new(false);
-    let beating = beat(core.clone(), epoch.clone(), new, ready, stop.subscribe());
+    let stop = Arc::new(Ratchet::new(false));
+    let beating = beat(core.clone(), epoch.clone(), new, ready, stop.clone());
     if core.storage.heartbeat_thread() {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -73,11 +74,13 @@ async fn beat(
     epoch: Arc<Epoch>,
     new: NewInstance,
     ready: oneshot::Sender<Result<DateTime<Utc>>>,
-    mut stop: watch::Receiver<bool>,
+    stop: Arc<Ratchet<bool>>,
 ) {
     let sent = core.live.sending();
     let enlisting = core.storage.enlist(&new);
     let mut heart: Box<dyn Heart> = tokio::select! {
+        biased;
+        () = stop.reached(true) => return,
         enlisted = enlisting => match enlisted {
             Ok((heart, now)) => {
                 core.live.acknowledged(sent);
@@ -89,7 +92,6 @@ async fn beat(
                 return;
             }
         },
-        _ = stop.wait_for(|stop| *stop) => return,
     };
     let interval = core.settings.heartbeat;
     let mut pause = interval;
@@ -98,15 +100,16 @@ async fn beat(
     loop {
         tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => return,
+            () = stop.reached(true) => return,
             () = tokio::time::sleep(pause) => {}
             () = core.storage.changed(&mut cursor, pause), if core.storage.announces_everything() => {}
         }
         let sent = core.live.sending();
         let beat = tokio::select! {
-            beat = heart.beat() => beat,
+            biased;
             // The heart is dropped, and with it the connection that the beat is on.
-            _ = stop.wait_for(|stop| *stop) => return,
+            () = stop.reached(true) => return,
+            beat = heart.beat() => beat,
         };
         match beat {
             Ok(now) => {

@@ -16,7 +16,8 @@ pub(crate) struct Held {
 
 #[derive(Default)]
 struct Inner {
-    slots: HashMap<RunId, Slot, foldhash::fast::RandomState>,
+    /// Their order is the same each time; nobody outside has a say in what a run is called.
+    slots: HashMap<RunId, Slot, foldhash::fast::FixedState>,
     reserved: usize,
 }
 

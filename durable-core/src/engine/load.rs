@@ -1,6 +1,6 @@
 //! Brings claimed processes into memory.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::epoch::Epoch;
@@ -60,7 +60,7 @@ impl Core {
 
     /// Reads claimed processes and runs them.
     pub(super) fn load_and_start(self: &Arc<Self>, epoch: &Arc<Epoch>, claimed: &[(RunId, i64)]) {
-        let claims: HashMap<RunId, i64> =
+        let claims: BTreeMap<RunId, i64> =
             claimed.iter().copied().filter(|(run, claim)| self.held.begin_loading(*run, *claim)).collect();
         if !claims.is_empty() {
             tokio::spawn(load(self.clone(), epoch.clone(), claims));
@@ -68,7 +68,7 @@ impl Core {
     }
 }
 
-async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: HashMap<RunId, i64>) {
+async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i64>) {
     let mut backoff = Backoff::new();
     while !claims.is_empty() {
         let runs: Vec<RunId> = claims.keys().copied().collect();

@@ -11,9 +11,11 @@ pub(crate) mod operation;
 mod poller;
 mod post;
 pub(crate) mod queue;
+mod ratchet;
 pub(crate) mod registry;
 pub(crate) mod run;
 mod supervisor;
+pub(crate) mod surroundings;
 mod takeover;
 pub(crate) mod wake;
 mod watch;
@@ -24,10 +26,12 @@ pub(crate) use supervisor::{reaches, supervise};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Notify, watch as channel};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::storage::Storage;
+use crate::storage::{InstanceId, RunId, Storage};
+use ratchet::Ratchet;
+use surroundings::Surroundings;
 
 /// What a host is set to.
 #[derive(Clone, Debug)]
@@ -60,6 +64,7 @@ pub(crate) enum Phase {
 /// What all parts of a host share.
 pub(crate) struct Core {
     pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) surroundings: Arc<dyn Surroundings>,
     pub(crate) namespace: Box<str>,
     pub(crate) settings: Settings,
     pub(crate) kinds: HashMap<Box<str>, Arc<dyn registry::Entry>>,
@@ -69,7 +74,7 @@ pub(crate) struct Core {
     pub(crate) held: Arc<held::Held>,
     pub(crate) post: post::Post,
     pub(crate) watch: watch::Watch,
-    pub(crate) phase: channel::Sender<Phase>,
+    pub(crate) phase: Ratchet<Phase>,
     pub(crate) said_kept_in_memory: Once,
     poked: Notify,
     next_look: Mutex<Instant>,
@@ -80,6 +85,7 @@ pub(crate) struct Core {
 impl Core {
     pub(crate) fn new(
         storage: Arc<dyn Storage>,
+        surroundings: Arc<dyn Surroundings>,
         namespace: Box<str>,
         settings: Settings,
         kinds: HashMap<Box<str>, Arc<dyn registry::Entry>>,
@@ -87,15 +93,16 @@ impl Core {
         Self {
             storage,
             namespace,
-            live: clock::Liveness::new(settings.expiry),
+            live: clock::Liveness::new(settings.expiry, surroundings.clone()),
             settings,
             kinds,
-            clock: clock::DbClock::new(),
+            clock: clock::DbClock::new(surroundings.now()),
+            surroundings,
             queue: queue::Queue::new(),
             held: Arc::default(),
             post: post::Post::default(),
             watch: watch::Watch::default(),
-            phase: channel::Sender::new(Phase::Live),
+            phase: Ratchet::new(Phase::Live),
             said_kept_in_memory: Once::default(),
             poked: Notify::new(),
             next_look: Mutex::new(Instant::now()),
@@ -104,11 +111,19 @@ impl Core {
     }
 
     pub(crate) fn phase(&self) -> Phase {
-        *self.phase.borrow()
+        self.phase.now()
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
         self.phase() >= Phase::Stopping
+    }
+
+    pub(crate) fn new_run(&self) -> RunId {
+        RunId(self.surroundings.id())
+    }
+
+    pub(crate) fn new_instance(&self) -> InstanceId {
+        InstanceId(self.surroundings.id())
     }
 
     pub(crate) fn kind_names(&self) -> Vec<Box<str>> {

@@ -24,7 +24,7 @@ pub(super) async fn poll(core: Arc<Core>, epoch: Arc<Epoch>) {
     while !epoch.is_over() {
         if !core.live.is_fresh() {
             // What is claimed now could not start.
-            tokio::select! { () = epoch.over() => return, () = core.live.fresh() => {} }
+            tokio::select! { biased; () = epoch.over() => return, () = core.live.fresh() => {} }
         }
         let stopping = core.is_stopping();
         let question = Poll {
@@ -60,6 +60,7 @@ async fn sleep(core: &Core, epoch: &Epoch, cursor: &mut u64, interval: Duration,
     // Other programs' writes come in bursts: one look answers for all of the next moment.
     let at_least = if worked { Duration::ZERO } else { SHORTEST };
     tokio::select! {
+        biased;
         () = epoch.over() => {}
         () = core.poked.notified() => {}
         () = async {

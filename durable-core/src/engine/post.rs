@@ -38,7 +38,7 @@ pub(super) async fn deliver(core: Arc<Core>, epoch: Arc<Epoch>) {
         let runs: Vec<RunId> =
             core.post.take().into_iter().filter(|run| matches!(core.held.get(*run), Some(Slot::Live(_)))).collect();
         if runs.is_empty() {
-            tokio::select! { () = epoch.over() => return, () = core.post.filled.notified() => continue }
+            tokio::select! { biased; () = epoch.over() => return, () = core.post.filled.notified() => continue }
         }
         match core.storage.load(&runs, false).await {
             Ok(loaded) => {

@@ -8,7 +8,7 @@ use super::epoch::Epoch;
 use super::heart::HeartHandle;
 use super::writer::Writer;
 use super::{Backoff, Core, Phase, heart, poller, post, takeover};
-use crate::storage::{InstanceId, StorageError};
+use crate::storage::StorageError;
 
 /// Runs a host until it is shut down or dropped. `ready` hears how the first enlistment went.
 pub(crate) async fn supervise(core: Arc<Core>, ready: oneshot::Sender<Result<(), StorageError>>) {
@@ -17,10 +17,11 @@ pub(crate) async fn supervise(core: Arc<Core>, ready: oneshot::Sender<Result<(),
     let mut backoff = Backoff::new();
     let started = tokio::time::Instant::now();
     loop {
-        let epoch = Arc::new(Epoch::new(InstanceId::new()));
+        let epoch = Arc::new(Epoch::new(core.new_instance()));
         let heart = tokio::select! {
-            heart = heart::start(&core, &epoch) => heart,
+            biased;
             () = reaches(&core, Phase::Stopping) => return,
+            heart = heart::start(&core, &epoch) => heart,
         };
         let heart = match (heart, ready.take()) {
             (Ok(heart), ready) => {
@@ -37,8 +38,9 @@ pub(crate) async fn supervise(core: Arc<Core>, ready: oneshot::Sender<Result<(),
                 let pause = backoff.next();
                 tracing::warn!("the instance could not be enlisted ({error}); trying again");
                 tokio::select! {
-                    () = tokio::time::sleep(pause) => continue,
+                    biased;
                     () = reaches(&core, Phase::Stopping) => return,
+                    () = tokio::time::sleep(pause) => continue,
                 }
             }
         };
@@ -65,6 +67,7 @@ async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended
     let mut writes = true;
     // A task that ends with a panic must not leave an instance that only looks alive.
     let fenced = tokio::select! {
+        biased;
         () = epoch.over() => true,
         ended = tasks.join_next() => {
             // In order, once the epoch is over: it may be seen here before it is above.
@@ -118,6 +121,7 @@ async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended
 /// Returns when the host is dead, or is stopping and holds nothing any more.
 async fn stopped(core: &Arc<Core>) {
     tokio::select! {
+        biased;
         () = reaches(core, Phase::Dead) => {}
         () = async {
             reaches(core, Phase::Stopping).await;
@@ -127,7 +131,7 @@ async fn stopped(core: &Arc<Core>) {
 }
 
 pub(crate) async fn reaches(core: &Core, phase: Phase) {
-    let _ = core.phase.subscribe().wait_for(|now| *now >= phase).await;
+    core.phase.reached(phase).await;
 }
 
 /// Whatever ends the supervisor, a dropped runtime too, ends the host.
@@ -135,7 +139,7 @@ struct OnDrop(Arc<Core>);
 
 impl Drop for OnDrop {
     fn drop(&mut self) {
-        self.0.phase.send_replace(Phase::Dead);
+        self.0.phase.reach(Phase::Dead);
         self.0.held.drop_all();
         self.0.queue.close();
         self.0.watch.wake_all();

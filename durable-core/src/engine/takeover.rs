@@ -110,6 +110,7 @@ pub(super) async fn watch_peers(core: Arc<Core>, epoch: Arc<Epoch>) {
             }
         }
         tokio::select! {
+            biased;
             () = epoch.over() => {}
             () = tokio::time::sleep(pause) => {}
             () = core.storage.changed(&mut cursor, pause), if pause > SECOND_LOOK && core.storage.announces_everything() => {}

@@ -9,7 +9,7 @@ use crate::storage::{Ended, RunId};
 #[derive(Default)]
 pub(crate) struct Watch(Mutex<Watched>);
 
-type Watched = HashMap<RunId, Vec<oneshot::Sender<Option<Ended>>>, foldhash::fast::RandomState>;
+type Watched = HashMap<RunId, Vec<oneshot::Sender<Option<Ended>>>, foldhash::fast::FixedState>;
 
 impl Watch {
     /// Resolves when the run has ended: with how, if this instance ended it; else it, or that it was deleted, has to be

@@ -12,6 +12,8 @@ use super::epoch::Epoch;
 use super::held::{Places, Slot};
 use super::queue::{Answer, From, Job};
 use super::{Backoff, Core};
+#[cfg(durable_mutations)]
+use crate::mutation::{Rule, is_broken};
 use crate::storage::{
     Batch, Effect, EventRow, Fence, Finish, InstanceId, Op, Outcome, Park, Prepared, Raise, Raised, Record, RecordOp,
     RunId, Spawn, StorageError,
@@ -219,6 +221,10 @@ impl Writer {
     /// Commits a batch, and while the database is busy with it tells what came of the one before: of the two processors
     /// that a batch needs one after the other, neither waits for the other.
     async fn send(&mut self, batch: &Batch) -> Result<Vec<Outcome>, StorageError> {
+        #[cfg(durable_mutations)]
+        if is_broken(Rule::WakeAfterCommit) {
+            self.core.post.fetch(self.core.held.runs().iter().map(|run| run.run));
+        }
         let storage = self.core.storage.clone();
         let mut commit = storage.commit(batch);
         // The first poll sends it.
@@ -334,6 +340,10 @@ impl Writer {
     fn raised(&self, raise: Raise, raised: Raised) {
         match raised {
             Raised::Delivered { run, number, mine: true } => {
+                #[cfg(durable_mutations)]
+                if is_broken(Rule::WakeAfterCommit) {
+                    return;
+                }
                 let event = EventRow { number, name: raise.name, payload: raise.payload };
                 match self.core.held.get(run) {
                     Some(Slot::Live(live)) => {
@@ -351,6 +361,10 @@ impl Writer {
     }
 
     fn wake(&self, runs: &[RunId]) {
+        #[cfg(durable_mutations)]
+        if is_broken(Rule::WakeAfterCommit) {
+            return;
+        }
         for run in runs {
             self.core.held.signalled_while_loading(*run);
         }

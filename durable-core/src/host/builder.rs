@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use super::Host;
 use crate::definition::Definition;
 use crate::engine::registry::{Entry, Typed};
+use crate::engine::surroundings::{Machine, Surroundings};
 use crate::engine::{Core, Settings, supervise};
 use crate::error::{ProcessError, StartError};
 use crate::limits;
@@ -20,6 +21,7 @@ use crate::storage::{Storage, StorageError};
 #[must_use = "nothing runs before `start`"]
 pub struct HostBuilder {
     storage: Arc<dyn Storage>,
+    surroundings: Arc<dyn Surroundings>,
     namespace: Box<str>,
     settings: Settings,
     kinds: HashMap<Box<str>, Arc<dyn Entry>>,
@@ -64,7 +66,14 @@ impl HostBuilder {
             claim: 500,
             reconcile_every: Duration::from_secs(if storage.announces_everything() { 3600 } else { 60 }),
         };
-        Self { storage, namespace: "default".into(), settings, kinds: HashMap::new(), twice: None }
+        Self {
+            storage,
+            surroundings: Arc::new(Machine),
+            namespace: "default".into(),
+            settings,
+            kinds: HashMap::new(),
+            twice: None,
+        }
     }
 
     /// Registers the function that runs processes of a kind: an `async fn` of the process and its input. Services that
@@ -160,6 +169,13 @@ impl HostBuilder {
         self
     }
 
+    /// Clocks and ids from somewhere else than the machine: for simulations.
+    #[doc(hidden)]
+    pub fn surroundings(mut self, surroundings: Arc<dyn Surroundings>) -> Self {
+        self.surroundings = surroundings;
+        self
+    }
+
     /// Makes the instance known and starts to run processes. Returns once the storage has answered; one that is not
     /// available is tried again until the [call time-out](Self::call_timeout).
     ///
@@ -167,7 +183,7 @@ impl HostBuilder {
     /// A kind or the namespace is outside the limits or registered twice; settings that contradict each other; or the
     /// storage cannot be used.
     pub async fn start(self) -> Result<Host, StartError> {
-        let Self { storage, namespace, mut settings, kinds, twice } = self;
+        let Self { storage, surroundings, namespace, mut settings, kinds, twice } = self;
         if let Some(kind) = twice {
             return Err(StartError::Twice(kind));
         }
@@ -187,7 +203,7 @@ impl HostBuilder {
             settings.expiry = HOUR * 5;
             settings.poll = HOUR;
         }
-        let core = Arc::new(Core::new(storage, namespace, settings, kinds));
+        let core = Arc::new(Core::new(storage, surroundings, namespace, settings, kinds));
         let host = Host::owning(core.clone());
         let (ready, started) = oneshot::channel();
         tokio::spawn(supervise(core, ready));

@@ -6,7 +6,6 @@ use std::future::{Future, IntoFuture};
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::Arc;
-use uuid::Uuid;
 
 use super::check_message;
 use crate::definition::{Definition, Event};
@@ -336,7 +335,7 @@ impl Send {
     /// What is to be written, once it has been checked.
     pub(super) fn prepare(self) -> Result<(Arc<Core>, Raise), LimitError> {
         let Self { core, process, event, id, payload } = self;
-        let event_id = id.unwrap_or_else(|| Uuid::now_v7().simple().to_string());
+        let event_id = id.unwrap_or_else(|| core.surroundings.id().simple().to_string());
         let payload = check_message(&core, &process, event, &event_id, payload)?;
         Ok((core, Raise { id: process, name: event.into(), event_id: event_id.into(), payload }))
     }
@@ -388,7 +387,7 @@ impl IntoFuture for Resume {
                 limits::check("name", name.name(), limits::MAX_NAME)?;
                 for scope in [Scope::Process, Scope::Compensation] {
                     let key = RecordKey { scope, name: name.name().into(), key: name.key().into() };
-                    keys.push(Forget { key, audit: Uuid::now_v7() });
+                    keys.push(Forget { key, audit: handle.core.surroundings.id() });
                 }
             }
             let op = Op::Resume { id: handle.id.clone(), forget: keys };

@@ -60,7 +60,7 @@ struct Guard(Arc<Core>);
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.0.phase.send_if_modified(|phase| std::mem::replace(phase, Phase::Dead) != Phase::Dead);
+        self.0.phase.reach(Phase::Dead);
         self.0.held.drop_all();
     }
 }
@@ -128,9 +128,7 @@ impl Host {
     /// at once. Nothing is reported as failed: what had not ended goes on on another instance, or at the next start.
     pub async fn shutdown(&self, grace: Duration) {
         let core = &self.core;
-        core.phase.send_if_modified(|phase| {
-            *phase == Phase::Live && std::mem::replace(phase, Phase::Stopping) == Phase::Live
-        });
+        core.phase.reach(Phase::Stopping);
         for run in core.held.runs() {
             run.state().stopping = true;
             run.wake.nudge();
@@ -144,7 +142,7 @@ impl Host {
         // Giving back what was under way needs the storage. If that stays away, the end is a crash, and is treated so.
         if tokio::time::timeout(core.settings.call_timeout, dead).await.is_err() {
             tracing::warn!("the storage did not answer at the shutdown; another instance will take over");
-            core.phase.send_replace(Phase::Dead);
+            core.phase.reach(Phase::Dead);
             core.held.drop_all();
         }
     }

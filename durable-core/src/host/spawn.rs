@@ -8,7 +8,7 @@ use crate::engine::Core;
 use crate::error::SpawnError;
 use crate::limits::{self, LimitError};
 use crate::payload::{self, EncodeError};
-use crate::storage::{Op, Outcome, RunId, Spawn, Spawned};
+use crate::storage::{Op, Outcome, Spawn, Spawned};
 
 /// The start of a process, to be awaited. See [`Host::spawn`](super::Host::spawn).
 #[must_use = "nothing happens before it is awaited"]
@@ -48,7 +48,7 @@ impl<O, E> SpawnProcess<O, E> {
         let input = check_spawn(&self.core, self.kind, &self.id, input)?;
         let digest = payload::digest(&input);
         Ok(Spawn {
-            run: RunId::new(),
+            run: self.core.new_run(),
             id: (*self.id).into(),
             kind: self.kind.into(),
             input,

@@ -2,6 +2,8 @@ use chrono::{DateTime, Utc};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Weak};
 
+#[cfg(durable_mutations)]
+use crate::mutation::{Rule, is_broken};
 use crate::storage::{
     Batch, Claimed, Counted, Effect, Ended, EventRow, Filter, Finish, Forget, InstanceId, LockState, NewInstance, Op,
     OpKind, Outcome, Park, Peer, Poll, Polled, ProcessRow, Raise, Raised, Record, RecordKey, RecordOp, RecordState,
@@ -11,7 +13,7 @@ use crate::storage::{
 /// The tables.
 #[derive(Default)]
 pub(super) struct Db {
-    instances: HashMap<InstanceId, Instance>,
+    instances: BTreeMap<InstanceId, Instance>,
     processes: BTreeMap<RunId, Process>,
     current: HashMap<(Box<str>, Box<str>), RunId>,
     records: BTreeMap<(RunId, RecordKey), Record>,
@@ -75,7 +77,10 @@ impl Db {
     pub(super) fn commit(&mut self, batch: &Batch, now: DateTime<Utc>) -> Result<Vec<Outcome>> {
         let fence = batch.fence;
         let instance = self.instances.get(&fence.instance).filter(|i| !i.fenced && i.generation == fence.generation);
-        if instance.is_none() {
+        let fenced = instance.is_none();
+        #[cfg(durable_mutations)]
+        let fenced = fenced && !is_broken(Rule::Fence) && !is_broken(Rule::FenceUnderLock);
+        if fenced {
             return Err(StorageError::Fenced);
         }
         let mut order: Vec<usize> = (0..batch.ops.len()).collect();
@@ -176,6 +181,8 @@ impl Db {
         let Some(run) = self.current_run(namespace, &raise.id) else { return Raised::NotFound };
         let mine = self.processes.get(&run).is_some_and(|process| process.row.owner == Some(me));
         let events = self.events.range((run, 0)..=(run, i64::MAX));
+        #[cfg(durable_mutations)]
+        let events = events.take(if is_broken(Rule::OwnSuccess) { 0 } else { usize::MAX });
         if let Some((&(_, number), _)) = events.into_iter().find(|(_, event)| event.id == raise.event_id) {
             return Raised::Delivered { run, number, mine };
         }
@@ -371,10 +378,10 @@ impl Db {
 
     fn claim(&mut self, me: InstanceId, namespace: &str, kind: &str, limit: usize, now: DateTime<Utc>) -> Vec<Claimed> {
         let due = |process: &&mut Process| {
-            *process.namespace == *namespace
-                && *process.row.kind == *kind
-                && process.row.status == Status::Waiting
-                && process.row.wake_at.is_some_and(|at| at <= now)
+            let due = process.row.status == Status::Waiting && process.row.wake_at.is_some_and(|at| at <= now);
+            #[cfg(durable_mutations)]
+            let due = due || is_broken(Rule::ClaimChecksOwner) && process.row.owner.is_some_and(|owner| owner != me);
+            due && *process.namespace == *namespace && *process.row.kind == *kind
         };
         let mut due: Vec<&mut Process> = self.processes.values_mut().filter(due).collect();
         due.sort_by_key(|process| process.row.wake_at);

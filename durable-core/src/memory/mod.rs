@@ -45,23 +45,39 @@ struct Shared {
     db: Mutex<Db>,
     /// Counts writes, births and deaths.
     version: watch::Sender<u64>,
-    start: (DateTime<Utc>, Instant),
+    /// What time it was when.
+    clock: Mutex<(DateTime<Utc>, Instant)>,
 }
 
 impl Memory {
     /// An empty one.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
-        let start = (Utc::now(), Instant::now());
-        Self(Arc::new(Shared { db: Mutex::default(), version: watch::Sender::new(1), start }))
+        Self::starting_at(Utc::now())
+    }
+
+    /// An empty one, by whose clock it is this time now: for what happens at the end of a year, say.
+    pub fn starting_at(now: DateTime<Utc>) -> Self {
+        let clock = Mutex::new((now, Instant::now()));
+        Self(Arc::new(Shared { db: Mutex::default(), version: watch::Sender::new(1), clock }))
     }
 
     fn db(&self) -> MutexGuard<'_, Db> {
         self.0.db.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn clock(&self) -> MutexGuard<'_, (DateTime<Utc>, Instant)> {
+        self.0.clock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its clock jumps, as a server's does that is set.
+    pub fn jump(&self, by: TimeDelta) {
+        let mut clock = self.clock();
+        clock.0 = clock.0.checked_add_signed(by).unwrap_or(clock.0);
+    }
+
     fn now(&self) -> DateTime<Utc> {
-        let (at, instant) = self.0.start;
+        let (at, instant) = *self.clock();
         (at + TimeDelta::from_std(instant.elapsed()).unwrap_or(TimeDelta::MAX)).trunc_subsecs(3)
     }
 

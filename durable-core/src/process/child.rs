@@ -131,7 +131,7 @@ async fn spawn(
         Begun::Open(_) => {
             let places = run.core.may_take(kind);
             // Made once, outside whatever is retried: by it a repetition recognises its own success.
-            let child = RunId::new();
+            let child = run.core.new_run();
             let spawn = Spawn {
                 run: child,
                 id: id.clone(),

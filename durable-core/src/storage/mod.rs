@@ -9,6 +9,7 @@ mod batch;
 mod error;
 pub mod migration;
 mod rows;
+mod sorted;
 mod transaction;
 
 pub use batch::{
@@ -20,6 +21,7 @@ pub use rows::{
     ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope, Status, Target,
 };
 
+pub use sorted::Sorted;
 pub use transaction::{Committed, Ending, Open, OutboxWriter, RolledBack, Slot, Transactional, Tx, source};
 
 use async_trait::async_trait;
@@ -83,8 +85,9 @@ pub trait Storage: Send + Sync + 'static {
     /// statement that starts after its lock is granted.
     ///
     /// Atomic. Idempotent by the tokens in the operations: the same batch again changes nothing and answers the same,
-    /// except that [`Op::Claim`] claims more. An operation that the database refuses for good fails the whole batch
-    /// with [`StorageError::Refused`]; the engine splits it until the culprit is found.
+    /// except that [`Op::Claim`] claims more, and that a message which reached nobody is judged anew. An operation that
+    /// the database refuses for good fails the whole batch with [`StorageError::Refused`]; the engine splits it until
+    /// the culprit is found.
     ///
     /// Answers one [`Outcome`] for each operation, in order.
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>>;

@@ -13,7 +13,7 @@ use super::worker::{Orders, Worker, run};
 use super::workload::STEPS;
 
 /// Longer than anything may take.
-pub const LONG: Duration = Duration::from_secs(50);
+pub const LONG: Duration = Duration::from_secs(200);
 
 /// Workers on one database, their journal, and the check of both.
 pub struct Scene<B> {

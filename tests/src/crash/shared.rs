@@ -1,10 +1,11 @@
 //! Databases that several programs share, and what a crash test wants to know of them.
 
-use durable_core::storage::Storage;
+use durable_core::storage::{RunId, Storage};
 use durable_postgres::Postgres;
 use std::time::Duration;
 
 use super::check::{Ended, Recorded};
+use crate::proxy::{Proxied, Proxy};
 use crate::{PostgresSchema, Sql, SqliteFile};
 
 /// A database that several programs share.
@@ -83,6 +84,22 @@ impl Shared for PostgresSchema {
     }
 }
 
+impl Proxied for PostgresSchema {
+    const STRIDE: usize = 1;
+    fn literal(run: RunId) -> String {
+        format!("'{run}'")
+    }
+    async fn proxy(&self) -> Proxy {
+        Proxy::before(self.url()).await
+    }
+    async fn through(&self, proxy: &Proxy) -> Postgres {
+        Self::storage_at(&format!("{}#{}", proxy.url, self.name()), false).await
+    }
+    async fn alone_through(&self, proxy: &Proxy) -> Postgres {
+        Postgres::connect(&proxy.url).schema(self.name()).listen(false).await.unwrap()
+    }
+}
+
 impl PostgresSchema {
     /// The storage at the address of a worker.
     pub async fn storage_at(address: &str, defaults: bool) -> Postgres {
@@ -99,7 +116,7 @@ pub async fn read<B: Sql>(backend: &B) -> (Vec<Recorded>, Vec<Ended>) {
     let (processes, steps) = (B::PROCESSES, B::STEPS);
     // Neither a name nor an id has a line feed in it.
     let records = format!(
-        "SELECT p.id || '\n' || s.name || '\n' || s.claim || '\n' || s.attempts FROM {steps} s JOIN {processes} p
+        "SELECT concat(p.id, '\n', s.name, '\n', s.claim, '\n', s.attempts) FROM {steps} s JOIN {processes} p
              ON p.run = s.run
          WHERE s.op = 'step' AND s.state = 'done' ORDER BY p.id, s.name"
     );
@@ -108,7 +125,7 @@ pub async fn read<B: Sql>(backend: &B) -> (Vec<Recorded>, Vec<Ended>) {
         let (claim, attempts) = (parts[2].parse().unwrap(), parts[3].parse().unwrap());
         Recorded { id: parts[0].into(), step: parts[1].into(), claim, attempts }
     };
-    let ended = format!("SELECT id || '\n' || status || '\n' || claim FROM {processes} ORDER BY id");
+    let ended = format!("SELECT concat(id, '\n', status, '\n', claim) FROM {processes} ORDER BY id");
     let process = |line: String| {
         let parts: Vec<&str> = line.split('\n').collect();
         Ended { id: parts[0].into(), status: parts[1].into(), claims: parts[2].parse().unwrap() }

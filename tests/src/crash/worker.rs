@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::deadly::{Boundary, Deadly, Fuse, signal};
 use super::journal::Journal;
 use super::workload::{self, Bench, GO, WORK};
-use crate::{PostgresSchema, Sqlite};
+use crate::{MssqlSchema, PostgresSchema, Sqlite};
 
 /// What the worker is told.
 #[derive(Clone, Debug)]
@@ -121,6 +121,9 @@ pub fn settings(builder: HostBuilder) -> HostBuilder {
 pub async fn run_on_address(orders: Orders, program: u32) {
     if orders.storage.starts_with("postgres") {
         let storage = PostgresSchema::storage_at(&orders.storage, orders.defaults).await;
+        run(storage, orders, program).await;
+    } else if orders.storage.starts_with("server=") {
+        let storage = MssqlSchema::storage_at(&orders.storage).await;
         run(storage, orders, program).await;
     } else {
         let storage = Sqlite::open(&orders.storage).await.unwrap();

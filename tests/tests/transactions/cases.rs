@@ -14,12 +14,6 @@ enum DebitError {
     Sql(String),
 }
 
-impl From<sqlx::Error> for DebitError {
-    fn from(error: sqlx::Error) -> Self {
-        Self::Sql(error.to_string())
-    }
-}
-
 async fn bank() -> B {
     let backend = B::new().await;
     // The storage's own tables are there before anything is put beside them.
@@ -35,14 +29,9 @@ async fn cents(backend: &B, account: i64) -> i64 {
 
 /// Takes so many from the first account; all statements are the closure's own.
 async fn debit(tx: &mut Tx, cents: i64) -> Result<i64, DebitError> {
-    let sql = format!("UPDATE accounts SET cents = cents - {cents} WHERE id = 1");
-    sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut **tx).await?;
-    let left: i64 = sqlx::query_scalar("SELECT cents FROM accounts WHERE id = 1").fetch_one(&mut **tx).await?;
+    sql(tx, &format!("UPDATE accounts SET cents = cents - {cents} WHERE id = 1")).await?;
+    let left = number(tx, "SELECT cents FROM accounts WHERE id = 1").await?;
     if left < 0 { Err(DebitError::NotEnough(left)) } else { Ok(left) }
-}
-
-async fn sql(tx: &mut Tx, sql: &str) -> Result<(), sqlx::Error> {
-    sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&mut **tx).await.map(|_| ())
 }
 
 async fn host_with<O, F, Fut>(backend: &B, definition: Definition<(), O>, function: F) -> Host
@@ -62,10 +51,10 @@ async fn other(proc: Process, (): ()) -> Result<u32, Failure> {
 }
 
 macro_rules! tests {
-    ($($case:ident),* $(,)?) => { $(#[test] fn $case() { run_test(cases::$case()); })* };
+    ($module:ident: $($case:ident),* $(,)?) => { $(#[test] fn $case() { run_test($module::$case()); })* };
 }
 
-tests!(
+tests!(cases:
     commits_with_its_record,
     an_error_rolls_back_and_is_recorded,
     a_failure_is_tried_again,
@@ -79,7 +68,6 @@ tests!(
     one_that_is_dropped_is_rolled_back,
     sql_that_ends_the_transaction,
     what_is_refused_within,
-    a_deferred_constraint_is_its_error,
     a_handle_that_outlives_its_closure,
     sql_that_hides_the_tables,
     a_transaction_within_is_a_savepoint,
@@ -269,9 +257,10 @@ mod cases {
                     calls.add("call");
                     if calls.all().len() == 1 {
                         let record = format!(
-                            "INSERT INTO {} (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
-                             VALUES ('{run}', 0, 'debit', '', 'transaction', 'done', '7', 0, 1, CURRENT_TIMESTAMP)",
-                            B::STEPS
+                            "INSERT INTO {} (run, scope, name, {KEY}, op, state, payload, attempts, claim, recorded_at)
+                             VALUES ({}, 0, 'debit', '', 'transaction', 'done', '7', 0, 1, CURRENT_TIMESTAMP)",
+                            B::STEPS,
+                            literal(run)
                         );
                         sql(&mut tx, &record).await?;
                     }
@@ -420,8 +409,10 @@ mod cases {
             Ok::<_, Failure>(())
         };
         let host = quick(&backend).await.register(DEBIT, function).register(OTHER, other).start().await.unwrap();
-        for ends in ["COMMIT", "ROLLBACK", "ROLLBACK;BEGIN", "COMMIT;BEGIN", "COMMIT then fail", "ROLLBACK then fail"] {
-            let handle = host.spawn(DEBIT, ends, &ends.to_owned()).await.unwrap();
+        let again = ["ROLLBACK", "COMMIT"].map(|ends| format!("{ends};{BEGIN}"));
+        let ends = ["COMMIT", "ROLLBACK", "COMMIT then fail", "ROLLBACK then fail"].map(str::to_owned);
+        for ends in ends.into_iter().chain(again) {
+            let handle = host.spawn(DEBIT, &*ends, &ends).await.unwrap();
             let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
             assert!(reason.contains("ended by its own SQL"), "{ends}: {reason}");
             assert_eq!(host.spawn(OTHER, format!("o {ends}"), &()).await.unwrap().output().await.unwrap(), 1);
@@ -461,34 +452,6 @@ mod cases {
             assert!(reason.contains("inside the closure of a"), "{which}: {reason}");
         }
         assert_eq!(cents(&backend, 1).await, 1000);
-    }
-
-    pub(super) async fn a_deferred_constraint_is_its_error() {
-        const DEBIT: Definition<(), String> = Definition::new("debit");
-        let backend = bank().await;
-        backend
-            .execute("CREATE TABLE lines (account BIGINT REFERENCES accounts (id) DEFERRABLE INITIALLY DEFERRED)")
-            .await;
-        let calls = Effects::default();
-        let counted = calls.clone();
-        let host = host_with(&backend, DEBIT, move |proc: Process| {
-            let calls = counted.clone();
-            async move {
-                let debit = proc.transaction("debit", async |mut tx| {
-                    calls.add("call");
-                    sql(&mut tx, "INSERT INTO lines VALUES (77)").await?;
-                    debit(&mut tx, 100).await
-                });
-                match debit.await {
-                    Err(StepError::Refused(why)) => Ok(why.to_string()),
-                    other => panic!("{other:?}"),
-                }
-            }
-        })
-        .await;
-        let why = host.spawn(DEBIT, "d", &()).await.unwrap().output().await.unwrap();
-        assert!(why.to_lowercase().contains("foreign key"), "{why}");
-        assert_eq!((cents(&backend, 1).await, calls.all().len()), (1000, 1));
     }
 
     pub(super) async fn a_handle_that_outlives_its_closure() {
@@ -541,17 +504,12 @@ mod cases {
     }
 
     pub(super) async fn a_transaction_within_is_a_savepoint() {
-        use sqlx::Connection;
         const DEBIT: Definition<u32, i64> = Definition::new("debit");
         let backend = bank().await;
         let function = |proc: Process, round: u32| async move {
             let debit = proc.transaction("debit", async |mut tx| {
-                let mut inner = tx.begin().await?;
-                sqlx::query("UPDATE accounts SET cents = cents - 100 WHERE id = 1").execute(&mut *inner).await?;
-                inner.commit().await?;
-                let mut undone = tx.begin().await?;
-                sqlx::query("UPDATE accounts SET cents = 0 WHERE id = 1").execute(&mut *undone).await?;
-                drop(undone);
+                within(&mut tx, "UPDATE accounts SET cents = cents - 100 WHERE id = 1", true).await?;
+                within(&mut tx, "UPDATE accounts SET cents = 0 WHERE id = 1", false).await?;
                 let left = debit(&mut tx, 1).await?;
                 if round == 0 { Err(DebitError::NotEnough(left)) } else { Ok(left) }
             });
@@ -570,7 +528,7 @@ mod cases {
         let backend = bank().await;
         let function = |proc: Process, fails: bool| async move {
             let debit = proc.transaction("debit", async |mut tx| {
-                sql(&mut tx, "CREATE TEMP TABLE scratch (dummy TEXT)").await?;
+                sql(&mut tx, SCRATCH).await?;
                 let left = debit(&mut tx, 1).await?;
                 for leaves in B::LEAVE {
                     sql(&mut tx, leaves).await?;
@@ -611,7 +569,7 @@ mod cases {
         let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
         loop {
             // Whoever holds the write lock first; on SQLite the transaction may have it until its deadline.
-            if sqlx::raw_sql(B::BEGIN).execute(&mut own).await.is_ok() {
+            if try_run(&mut own, B::BEGIN).await {
                 break;
             }
         }
@@ -716,7 +674,7 @@ mod cases {
     }
 
     async fn run(connection: &mut <B as Sql>::Connection, sql: &'static str) {
-        sqlx::raw_sql(sql).execute(&mut *connection).await.unwrap();
+        assert!(try_run(connection, sql).await, "{sql}");
     }
 
     pub(super) async fn a_start_in_the_services_transaction() {

@@ -6,7 +6,7 @@ mod sqlite_alone;
 
 /// The cases, once for each database.
 macro_rules! on {
-    ($database:ident, $backend:ty, $storage:ident, $run:expr) => {
+    ($database:ident, $backend:ty, $storage:ident, $run:expr, $driver:literal) => {
         mod $database {
             fn run_test(test: impl Future<Output = ()>) {
                 $run(test);
@@ -14,9 +14,11 @@ macro_rules! on {
             use $storage::{Outbox, Transactions, Tx};
             type B = $backend;
             include!("cases.rs");
+            include!($driver);
         }
     };
 }
 
-on!(sqlite, durable_tests::SqliteFile, durable_sqlite, durable_tests::run);
-on!(postgres, durable_tests::PostgresSchema, durable_postgres, durable_tests::PostgresSchema::run);
+on!(sqlite, durable_tests::SqliteFile, durable_sqlite, durable_tests::run, "sqlx.rs");
+on!(postgres, durable_tests::PostgresSchema, durable_postgres, durable_tests::PostgresSchema::run, "sqlx.rs");
+on!(mssql, durable_tests::MssqlSchema, durable_mssql, durable_tests::MssqlSchema::run, "tiberius.rs");

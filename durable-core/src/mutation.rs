@@ -1,0 +1,36 @@
+//! Rules that `scripts/mutations` breaks one at a time, in a build of its own, to see whether the simulation notices.
+
+use std::cell::Cell;
+
+/// A rule that can be broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// A batch is fenced.
+    Fence,
+    /// The fence is read under the lock that the batch is written under.
+    FenceUnderLock,
+    /// A process that has missed a signal does not park.
+    ParkChecksSignals,
+    /// Only a process that nobody owns is claimed.
+    ClaimChecksOwner,
+    /// A message that is sent again is recognised.
+    OwnSuccess,
+    /// Who waits for something is woken once it is committed.
+    WakeAfterCommit,
+    /// An operation returns once its record is committed.
+    RecordAwaited,
+}
+
+thread_local! {
+    static BROKEN: Cell<Option<Rule>> = const { Cell::new(None) };
+}
+
+/// From now on this rule is broken on this thread.
+pub fn breaking(rule: Option<Rule>) {
+    BROKEN.set(rule);
+}
+
+/// Whether this rule is.
+pub fn is_broken(rule: Rule) -> bool {
+    BROKEN.get() == Some(rule)
+}

@@ -1,0 +1,134 @@
+//! Rows of the database to the engine's types. The database is shared with other programs: nothing that stands in it
+//! is taken on trust.
+
+use chrono::{DateTime, NaiveDateTime, Utc};
+use durable_core::storage::{
+    EventRow, InstanceId, OpKind, ProcessRow, Record, RecordKey, RecordState, Result, RunId, Scope, Status,
+    StorageError, Target,
+};
+use tiberius::{FromSql, Row};
+use uuid::Uuid;
+
+pub(crate) fn maybe<'r, T: FromSql<'r>>(row: &'r Row, column: usize) -> Result<Option<T>> {
+    row.try_get(column).map_err(StorageError::schema)
+}
+
+pub(crate) fn get<'r, T: FromSql<'r>>(row: &'r Row, column: usize) -> Result<T> {
+    maybe(row, column)?.ok_or_else(|| StorageError::schema(format!("column {column} is null")))
+}
+
+fn bad(column: &str, text: &str) -> StorageError {
+    StorageError::schema(format!("{column} holds {text:?}, which this version does not know"))
+}
+
+/// A time as it is sent, to be converted where it arrives.
+pub(crate) fn time_text(time: DateTime<Utc>) -> String {
+    time.format("%Y-%m-%dT%H:%M:%S%.6f").to_string()
+}
+
+pub(crate) fn maybe_time(row: &Row, column: usize) -> Result<Option<DateTime<Utc>>> {
+    Ok(maybe::<NaiveDateTime>(row, column)?.map(|time| time.and_utc()))
+}
+
+pub(crate) fn time(row: &Row, column: usize) -> Result<DateTime<Utc>> {
+    maybe_time(row, column)?.ok_or_else(|| StorageError::schema("a time is missing"))
+}
+
+pub(crate) fn boxed(text: &str) -> Box<str> {
+    text.into()
+}
+
+pub(crate) fn text(row: &Row, column: usize) -> Result<Box<str>> {
+    get(row, column).map(boxed)
+}
+
+pub(crate) fn maybe_text(row: &Row, column: usize) -> Result<Option<Box<str>>> {
+    Ok(maybe::<&str>(row, column)?.map(boxed))
+}
+
+pub(crate) fn status(row: &Row, column: usize) -> Result<Status> {
+    let text: &str = get(row, column)?;
+    Status::parse(text).ok_or_else(|| bad("status", text))
+}
+
+pub(crate) fn maybe_id(row: &Row, column: usize) -> Result<Option<Uuid>> {
+    maybe::<&[u8]>(row, column)?.map(|bytes| Uuid::from_slice(bytes).map_err(StorageError::schema)).transpose()
+}
+
+pub(crate) fn run(row: &Row, column: usize) -> Result<RunId> {
+    maybe_id(row, column)?.map(RunId).ok_or_else(|| StorageError::schema("a run is missing"))
+}
+
+/// The columns of [`process`], of a table that is called `p`.
+pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.[output], p.reason, p.owner, p.claim, \
+    p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
+    p.created_at, p.status_at, p.finished_at";
+
+pub(crate) fn process(row: &Row) -> Result<ProcessRow> {
+    Ok(ProcessRow {
+        run: run(row, 0)?,
+        id: text(row, 1)?,
+        kind: text(row, 2)?,
+        status: status(row, 3)?,
+        input: text(row, 4)?,
+        output: maybe_text(row, 5)?,
+        reason: maybe_text(row, 6)?,
+        owner: maybe_id(row, 7)?.map(InstanceId),
+        claim: get(row, 8)?,
+        calm_claim: get(row, 9)?,
+        wake_at: maybe_time(row, 10)?,
+        waiting_for: maybe_text(row, 11)?,
+        signals: get(row, 12)?,
+        cancel_requested_at: maybe_time(row, 13)?,
+        cancelled_at: maybe_time(row, 14)?,
+        unasked: maybe_text(row, 15)?,
+        created_at: time(row, 16)?,
+        status_at: time(row, 17)?,
+        finished_at: maybe_time(row, 18)?,
+    })
+}
+
+/// The columns of [`record`], of a table that is called `s`.
+pub(crate) const RECORD: &str =
+    "s.run, CONVERT(INT, s.scope) AS scope, s.name, s.[key], s.op, s.state, s.payload, s.attempts, s.claim";
+
+pub(crate) fn record(row: &Row) -> Result<(RecordKey, Record)> {
+    let scope = i64::from(get::<i32>(row, 1)?);
+    let scope = Scope::from_number(scope).ok_or_else(|| bad("scope", &scope.to_string()))?;
+    let (op, state): (&str, &str) = (get(row, 4)?, get(row, 5)?);
+    let key = RecordKey { scope, name: text(row, 2)?.into(), key: text(row, 3)?.into() };
+    let record = Record {
+        op: OpKind::parse(op).ok_or_else(|| bad("op", op))?,
+        state: RecordState::parse(state).ok_or_else(|| bad("state", state))?,
+        payload: text(row, 6)?,
+        attempts: get(row, 7)?,
+        claim: get(row, 8)?,
+    };
+    Ok((key, record))
+}
+
+/// The columns of [`event`], of a table that is called `e`.
+pub(crate) const EVENT: &str = "e.run, e.number, e.name, e.payload";
+
+pub(crate) fn event(row: &Row) -> Result<EventRow> {
+    Ok(EventRow { number: get(row, 1)?, name: text(row, 2)?, payload: text(row, 3)? })
+}
+
+/// The columns of [`target`], of waiters `w` and the processes `t` that they await.
+pub(crate) const TARGET: &str = "w.waiter, w.target, t.status, t.[output]";
+
+/// None if it has not ended.
+pub(crate) fn target(row: &Row) -> Result<Option<Target>> {
+    let run = run(row, 1)?;
+    if maybe::<&str>(row, 2)?.is_none() {
+        return Ok(Some(Target { run, ended: None }));
+    }
+    let status = status(row, 2)?;
+    let output = maybe_text(row, 3)?;
+    Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
+}
+
+/// A row that cannot be understood is left out, and told: it must not hide the others.
+pub(crate) fn readable<T>(row: Result<T>) -> Option<T> {
+    row.inspect_err(|why| tracing::error!("a row is left out: {why}")).ok()
+}

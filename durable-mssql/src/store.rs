@@ -1,0 +1,188 @@
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use durable_core::storage::{
+    Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
+    Record, RecordKey, Result, RunId, Storage, StorageError,
+};
+use std::time::Duration;
+
+use crate::batch::Committed;
+use crate::fence::BUSY;
+use crate::names::Schema;
+use crate::rows::{self, get, readable};
+use crate::session::{Bounds, Sessions};
+use crate::sql::{Commits, Parts, Sql};
+use crate::{Mssql, batch, fence, heart, read};
+
+/// Behind every clone of a [`Mssql`].
+pub(crate) struct Shared {
+    pub(crate) schema: Schema,
+    pub(crate) sessions: Sessions,
+    /// For the service's own transactions: apart, so that they never wait for the engine, nor it for them.
+    pub(crate) transactions: Sessions,
+    /// Session locks exclude others here, so they prove life and death.
+    pub(crate) locks: bool,
+    pub(crate) bounds: Bounds,
+}
+
+impl Mssql {
+    /// Runs a script: one that reads, or that may as well run twice, so that a lost answer is no worse than none.
+    pub(crate) async fn run(&self, sql: Sql) -> Result<Parts> {
+        let mut lent = self.0.sessions.lend().await?;
+        let result = sql.run(&mut lent, Commits::No).await;
+        lent.done(result)
+    }
+
+    /// One that does something to an instance under its lock: how many rows it has changed, or found.
+    async fn alone(&self, sql: Sql) -> Result<usize> {
+        let rows = self.run(sql).await?.rows();
+        let row = rows.first().ok_or_else(|| StorageError::unavailable("no answer"))?;
+        if get::<i32>(row, 0)? == BUSY {
+            return Err(StorageError::unavailable("the instance's lock did not come free in time"));
+        }
+        usize::try_from(get::<i32>(row, 1)?).map_err(StorageError::schema)
+    }
+
+    /// Moves on what waits in the inbox now. A lost answer is no worse than none: what was moved is not there any more.
+    async fn sweep(&self, namespace: &str) -> Result<()> {
+        let last = self.run(batch::last(&self.0.schema, namespace)).await?.rows();
+        let Some(last) = last.first().map(|row| get::<i64>(row, 0)).transpose()? else { return Ok(()) };
+        loop {
+            let mut lent = self.0.sessions.lend().await?;
+            let result = match batch::sweep(&mut lent, &self.0.schema, namespace, last).await {
+                Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
+                result => result,
+            };
+            if lent.done(result)? == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn commit_one(&self, batch: &Batch, swept: bool) -> Result<Committed> {
+        let mut lent = self.0.sessions.lend().await?;
+        let result = batch::commit(&mut lent, &self.0.schema, batch, swept).await;
+        lent.done(result)
+    }
+}
+
+#[async_trait]
+impl Storage for Mssql {
+    fn name(&self) -> &'static str {
+        "mssql"
+    }
+
+    fn transactional(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
+        Some(self)
+    }
+
+    async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
+        heart::enlist(&self.0, instance).await
+    }
+
+    async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
+        match self.alone(fence::refence(&self.0.schema, instance, generation)).await? {
+            0 => Err(StorageError::Fenced),
+            _ => Ok(()),
+        }
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
+        if let Committed::Done(outcomes) = self.commit_one(batch, false).await? {
+            return Ok(outcomes);
+        }
+        // What is wrong in the inbox is not the batch's fault.
+        self.sweep(&batch.namespace).await.map_err(|error| StorageError::unavailable(error.to_string()))?;
+        match self.commit_one(batch, true).await? {
+            Committed::Done(outcomes) => Ok(outcomes),
+            Committed::Inbox => Err(StorageError::unavailable("the inbox does not empty")),
+        }
+    }
+
+    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
+        if runs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut lent = self.0.sessions.lend().await?;
+        let result = read::load(&mut lent, &self.0.schema, runs, records).await;
+        lent.done(result)
+    }
+
+    async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
+        read::owned(&self.run(read::owned_script(&self.0.schema, instance, after, limit)).await?.rows())
+    }
+
+    async fn poll(&self, poll: &Poll) -> Result<Polled> {
+        let look = async || read::polled(&self.run(read::poll_script(&self.0.schema, poll)).await?);
+        match look().await? {
+            (polled, false) => Ok(polled),
+            (_, true) => {
+                self.sweep(&poll.namespace).await?;
+                Ok(look().await?.0)
+            }
+        }
+    }
+
+    /// There is nothing to hear: the caller's looks, which come more often while there is work, are spread a little, so
+    /// that instances that were started together do not look together.
+    async fn changed(&self, _: &mut u64, at_most: Duration) {
+        let spread = uuid::Uuid::now_v7().as_u128() % 256;
+        let part = at_most / 1024 * u32::try_from(spread).unwrap_or(0);
+        tokio::time::sleep(at_most.saturating_sub(part)).await;
+    }
+
+    async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers> {
+        let parts = self.run(heart::peers(&self.0.schema, namespace, me)).await?;
+        let [now, peers] = &parts[..] else { return Err(StorageError::schema("a look at the others has no answer")) };
+        let now = now.first().ok_or_else(|| StorageError::schema("the database did not tell its time"))?;
+        let peers = peers.iter().filter_map(|row| readable(heart::peer(row, self.0.locks))).collect();
+        Ok(Peers { now: rows::time(now, 0)?, peers })
+    }
+
+    async fn fence(&self, seen: &Peer) -> Result<bool> {
+        Ok(self.alone(fence::fence(&self.0.schema, seen)).await? > 0)
+    }
+
+    async fn release(&self, fenced: InstanceId, limit: usize) -> Result<usize> {
+        loop {
+            let released = self.alone(fence::release(&self.0.schema, fenced, limit)).await?;
+            // Another instance may have handed back what this one was about to, and there may be more.
+            if released > 0 || self.alone(fence::forget(&self.0.schema, fenced)).await? == 0 {
+                return Ok(released);
+            }
+        }
+    }
+
+    async fn retire(&self, instance: InstanceId) -> Result<()> {
+        self.alone(fence::end(&self.0.schema, instance)).await?;
+        while self.release(instance, 10_000).await? > 0 {}
+        Ok(())
+    }
+
+    async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
+        let find = async || {
+            Ok::<_, StorageError>(self.run(read::find_script(&self.0.schema, namespace, id, run)).await?.rows())
+        };
+        let mut rows = find().await?;
+        if rows.is_empty() {
+            // It may wait in the inbox, or may have left it since.
+            self.sweep(namespace).await?;
+            rows = find().await?;
+        }
+        rows.first().map(rows::process).transpose()
+    }
+
+    async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
+        let rows = self.run(read::record_script(&self.0.schema, run, key)).await?.rows();
+        rows.first().map(|row| rows::record(row).map(|(_, record)| record)).transpose()
+    }
+
+    async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>> {
+        let rows = self.run(read::list_script(&self.0.schema, namespace, filter)).await?.rows();
+        Ok(rows.iter().filter_map(|row| readable(rows::process(row))).collect())
+    }
+
+    async fn count(&self, namespace: &str, filter: &Filter) -> Result<Vec<Counted>> {
+        Ok(read::counted(&self.run(read::count_script(&self.0.schema, namespace, filter)).await?.rows()))
+    }
+}

@@ -1,0 +1,92 @@
+//! What a seed has come to in the end, beside what its programs say.
+
+use durable_core::Status;
+use durable_core::storage::{Filter, OpKind, RecordKey, RecordState, Scope, Storage};
+
+use crate::effects::Sent;
+use crate::interpret::Results;
+use crate::world::{World, at_once};
+
+/// Says what has not finished.
+pub fn unfinished(world: &World) {
+    let rows = at_once(world.memory.list("default", &Filter { limit: 1_000, ..Default::default() }));
+    for row in rows.into_iter().flatten().filter(|row| !row.status.is_finished()) {
+        let (id, status, owner, wake, waits) = (row.id, row.status, row.owner, row.wake_at, row.waiting_for);
+        world.wrong(format!("{id} has not finished: {status}, owner {owner:?}, due {wake:?}, waits for {waits:?}"));
+    }
+}
+
+/// What came of it is what the programs say.
+pub fn judge(world: &World, faultless: bool) {
+    let mut wrong = Vec::new();
+    let runs: Vec<_> = world.inner().ledger.rows.keys().copied().collect();
+    for run in runs {
+        let results = world.results(run);
+        let inner = world.inner();
+        let row = &inner.ledger.rows[&run];
+        let index: usize = row.id[1..].parse().unwrap_or(usize::MAX);
+        let Some(program) = world.programs.get(index) else { continue };
+        let stored = at_once(world.memory.find("default", &row.id, None)).ok().flatten();
+        if stored.as_ref().map(|stored| stored.status) != Some(row.status) {
+            wrong.push(format!("{} is {}, and stands as {stored:?}", row.id, row.status));
+        }
+        if row.status == Status::Cancelled && !row.asked {
+            wrong.push(format!("{} was cancelled by nobody", row.id));
+        }
+        for (key, outcome) in inner.ledger.outcomes(run) {
+            if outcome.op == OpKind::Transaction {
+                let written = inner.accounts.get(&(run, key.clone())).copied().unwrap_or(0);
+                let due = u64::from(outcome.state == RecordState::Done);
+                if written != due {
+                    wrong.push(format!("{key} of {} was written {written} times, not {due}", row.id));
+                }
+            }
+            if outcome.op == OpKind::Raise {
+                let copies = inner.ledger.copies(&format!("\"{}.{}\"", row.id, key.key));
+                let due = usize::from(outcome.payload == "\"delivered\"");
+                if copies != due {
+                    wrong.push(format!("{key} of {} is in mailboxes {copies} times, not {due}", row.id));
+                }
+            }
+        }
+        if row.status != Status::Completed {
+            continue;
+        }
+        let output: Results = serde_json::from_str(row.output.as_deref().unwrap_or_default()).unwrap_or_default();
+        if output.len() != program.results() {
+            wrong.push(format!("{} has {} results, not {}: {output:?}", row.id, output.len(), program.results()));
+        }
+        for (name, text) in &output {
+            if results.get(name) != Some(text) {
+                wrong.push(format!("{name} of {} is {text} in the end, and was {:?}", row.id, results.get(name)));
+            }
+        }
+        if faultless {
+            for (step, loops) in program.plain_steps() {
+                let of_step = |((of, key), _): &(&(_, RecordKey), &u32)| {
+                    *of == run && *key.name == *step.name && key.scope == Scope::Process
+                };
+                let begun: u32 = inner.effects.begun.iter().filter(of_step).map(|(_, count)| count).sum();
+                let due = (step.fails + 1).min(step.attempts) * u32::try_from(loops.max(1)).unwrap_or(1);
+                if begun != due {
+                    wrong.push(format!("{} of {} ran {begun} times, not {due}", step.name, row.id));
+                }
+            }
+        }
+    }
+    {
+        let inner = world.inner();
+        for (text, sent) in &inner.effects.sent {
+            let copies = inner.ledger.copies(&format!("{text:?}"));
+            let fits = match sent {
+                Sent::Accepted => copies == 1,
+                Sent::Unknown => copies <= 1,
+                Sent::Refused => copies == 0,
+            };
+            if !fits {
+                wrong.push(format!("the message {text} is {sent:?}, and is there {copies} times"));
+            }
+        }
+    }
+    wrong.into_iter().for_each(|wrong| world.wrong(wrong));
+}

@@ -1,0 +1,405 @@
+//! The oracle of the storage: what the database has answered, followed beside it. What contradicts what was answered
+//! before, or what no instance may be let do, is a violation.
+
+use durable_core::storage::{
+    Batch, Effect, Fence, InstanceId, Op, OpKind, Outcome, Raised, RecordKey, RecordOp, RecordState, RunId, Scope,
+    Spawn, Status,
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What is known.
+#[derive(Default)]
+pub struct Ledger {
+    instances: BTreeMap<InstanceId, Instance>,
+    pub rows: BTreeMap<RunId, Row>,
+    pub ids: BTreeMap<String, RunId>,
+    finals: BTreeMap<(RunId, RecordKey), Final>,
+    /// Failed attempts, by what is still open.
+    pub failed: BTreeMap<(RunId, RecordKey), i32>,
+    pub messages: BTreeMap<RunId, BTreeMap<i64, Message>>,
+    /// Who owned a run under which claim.
+    claims: BTreeMap<(RunId, i64), InstanceId>,
+}
+
+struct Instance {
+    generation: i64,
+    fenced: bool,
+}
+
+/// A process.
+pub struct Row {
+    pub id: String,
+    pub owner: Option<InstanceId>,
+    pub claim: i64,
+    pub status: Status,
+    pub output: Option<String>,
+    pub reason: Option<String>,
+    /// Somebody asked it to cancel.
+    pub asked: bool,
+    /// Its owner has recorded that.
+    pub cancelled: bool,
+}
+
+/// An outcome that stands.
+pub struct Final {
+    pub op: OpKind,
+    pub state: RecordState,
+    pub payload: String,
+    pub claim: i64,
+}
+
+/// A message that is in a mailbox.
+pub struct Message {
+    pub event: String,
+    pub payload: String,
+    id: String,
+    taken: Option<RecordKey>,
+}
+
+type Violations = Vec<String>;
+
+impl Ledger {
+    pub fn enlisted(&mut self, instance: InstanceId) {
+        self.instances.entry(instance).or_insert(Instance { generation: 0, fenced: false });
+    }
+
+    pub fn refenced(&mut self, instance: InstanceId, generation: i64) {
+        if let Some(instance) = self.instances.get_mut(&instance) {
+            instance.generation = instance.generation.max(generation);
+        }
+    }
+
+    pub fn generation(&self, instance: InstanceId) -> i64 {
+        self.instances.get(&instance).map_or(0, |instance| instance.generation)
+    }
+
+    pub fn fenced(&mut self, instance: InstanceId) {
+        if let Some(instance) = self.instances.get_mut(&instance) {
+            instance.fenced = true;
+        }
+    }
+
+    pub fn is_fenced(&self, instance: InstanceId) -> bool {
+        self.instances.get(&instance).is_none_or(|instance| instance.fenced)
+    }
+
+    /// Whether somebody may write.
+    pub fn stands(&self, fence: Fence) -> bool {
+        !self.is_fenced(fence.instance) && self.generation(fence.instance) == fence.generation
+    }
+
+    /// All that a fenced instance owned is handed back.
+    pub fn released(&mut self, instance: InstanceId) {
+        for row in self.rows.values_mut().filter(|row| row.owner == Some(instance)) {
+            row.owner = None;
+            row.status = Status::Waiting;
+        }
+    }
+
+    /// How a process is called, for people.
+    pub fn id(&self, run: RunId) -> &str {
+        self.rows.get(&run).map_or("?", |row| &row.id)
+    }
+
+    /// Who executes a run under this claim.
+    pub fn executes(&self, run: RunId, claim: i64) -> Option<InstanceId> {
+        self.claims.get(&(run, claim)).copied()
+    }
+
+    pub fn owns(&self, instance: InstanceId, run: RunId, claim: i64) -> bool {
+        self.rows.get(&run).is_some_and(|row| row.owner == Some(instance) && row.claim == claim)
+    }
+
+    pub fn outcome(&self, run: RunId, key: &RecordKey) -> Option<&Final> {
+        self.finals.get(&(run, key.clone()))
+    }
+
+    pub fn outcomes(&self, run: RunId) -> impl Iterator<Item = (&RecordKey, &Final)> {
+        let of_run = self.finals.iter().filter(move |((of, _), _)| *of == run);
+        of_run.map(|((_, key), outcome)| (key, outcome))
+    }
+
+    /// A batch was committed, with these outcomes.
+    pub fn committed(&mut self, batch: &Batch, outcomes: &[Outcome]) -> Violations {
+        let mut wrong = Vec::new();
+        let Fence { instance, generation } = batch.fence;
+        if !self.stands(batch.fence) {
+            let known = self.generation(instance);
+            let fenced = self.is_fenced(instance);
+            wrong.push(format!(
+                "a batch of generation {generation} of {instance} was accepted (fenced: {fenced}, generation: {known})"
+            ));
+        }
+        let mut order: Vec<usize> = (0..batch.ops.len()).collect();
+        order.sort_by_key(|at| rank(&batch.ops[*at]));
+        for at in order {
+            self.applied(instance, &batch.ops[at], &outcomes[at], &mut wrong);
+        }
+        wrong
+    }
+
+    fn applied(&mut self, me: InstanceId, op: &Op, outcome: &Outcome, wrong: &mut Violations) {
+        match (op, outcome) {
+            (Op::Spawn(spawn), Outcome::Spawned(spawned)) => {
+                self.spawned(me, spawn, spawned.run, spawned.existed, wrong)
+            }
+            (Op::Raise(raise), Outcome::Raised(raised)) => {
+                self.raised(&raise.name, &raise.event_id, &raise.payload, *raised, wrong);
+            }
+            (Op::Record(record), outcome) if *outcome != Outcome::Lost => self.recorded(me, record, outcome, wrong),
+            (Op::AcceptCancel { run, claim }, Outcome::Recorded) => {
+                self.check_owner(me, *run, *claim, "a cancellation", wrong);
+                if let Some(row) = self.rows.get_mut(run) {
+                    row.cancelled = true;
+                    if !row.asked {
+                        wrong.push(format!("{} was cancelled, and nobody had asked", row.id));
+                    }
+                }
+            }
+            (Op::Finish(finish), Outcome::Finished { .. }) => {
+                let Some(row) = self.rows.get_mut(&finish.run) else { return };
+                if row.owner.is_none() && row.status == finish.status && row.claim == finish.claim {
+                    return;
+                }
+                row.status = finish.status;
+                row.output = finish.output.as_deref().map(str::to_owned);
+                row.reason = finish.reason.as_deref().map(str::to_owned);
+                if finish.status == Status::Stuck {
+                    wrong.push(format!("{} is stuck: {}", row.id, row.reason.as_deref().unwrap_or_default()));
+                }
+                if finish.status == Status::Cancelled && !row.cancelled {
+                    wrong.push(format!("{} ended cancelled, and had not recorded it", row.id));
+                }
+                self.check_owner(me, finish.run, finish.claim, "an end", wrong);
+                self.disown(finish.run);
+            }
+            (Op::Park(park), Outcome::Recorded) => {
+                if self.rows.get(&park.run).is_none_or(|row| row.owner.is_none() || row.claim > park.claim) {
+                    // Again.
+                    return;
+                }
+                self.check_owner(me, park.run, park.claim, "a park", wrong);
+                let last = self.messages.get(&park.run).and_then(|messages| messages.keys().last().copied());
+                if let (Some(seen), Some(last)) = (park.seen, last)
+                    && seen < last
+                {
+                    wrong.push(format!(
+                        "{} parked having seen {seen} signals, and has message {last}",
+                        self.id(park.run)
+                    ));
+                }
+                self.disown(park.run);
+                if let Some(row) = self.rows.get_mut(&park.run) {
+                    row.status = Status::Waiting;
+                }
+            }
+            (Op::Cancel { id }, Outcome::Asked { before: Some((run, status)), .. }) if !status.is_finished() => {
+                if let Some(row) = self.rows.get_mut(run) {
+                    row.asked = true;
+                    if row.claim == 0 && row.owner.is_none() {
+                        row.status = Status::Cancelled;
+                    }
+                } else {
+                    wrong.push(format!("{id} can be cancelled, and is not known"));
+                }
+            }
+            (Op::Claim { .. }, Outcome::Claimed(claimed)) => {
+                for claimed in claimed {
+                    let Some(row) = self.rows.get_mut(&claimed.run) else { continue };
+                    if let Some(owner) = row.owner {
+                        wrong.push(format!("{} was claimed by {me}, and is owned by {owner}", row.id));
+                    }
+                    if claimed.claim != row.claim + 1 {
+                        wrong.push(format!("claim {} of {} follows on {}", claimed.claim, row.id, row.claim));
+                    }
+                    row.owner = Some(me);
+                    row.claim = claimed.claim;
+                    row.status = Status::Running;
+                    self.claims.insert((claimed.run, claimed.claim), me);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn check_owner(&self, me: InstanceId, run: RunId, claim: i64, what: &str, wrong: &mut Violations) {
+        let Some(row) = self.rows.get(&run) else {
+            wrong.push(format!("{what} of a run that does not exist was accepted"));
+            return;
+        };
+        if row.owner != Some(me) || row.claim != claim {
+            let (id, owner, now) = (&row.id, row.owner, row.claim);
+            wrong.push(format!(
+                "{what} of {id} by {me} under claim {claim} was accepted; {owner:?} owns it under {now}"
+            ));
+        }
+    }
+
+    fn disown(&mut self, run: RunId) {
+        if let Some(row) = self.rows.get_mut(&run) {
+            row.owner = None;
+        }
+    }
+
+    fn spawned(&mut self, me: InstanceId, spawn: &Spawn, run: RunId, existed: bool, wrong: &mut Violations) {
+        if existed || self.rows.contains_key(&run) {
+            if !self.rows.contains_key(&run) {
+                wrong.push(format!("{} is said to exist, and was never started", spawn.id));
+            }
+            return;
+        }
+        if let Some(other) = self.ids.insert(spawn.id.to_string(), run) {
+            wrong.push(format!("{} was started twice: {other} and {run}", spawn.id));
+        }
+        if spawn.take {
+            self.claims.insert((run, 1), me);
+        }
+        let row = Row {
+            id: spawn.id.to_string(),
+            owner: spawn.take.then_some(me),
+            claim: i64::from(spawn.take),
+            status: if spawn.take { Status::Running } else { Status::Waiting },
+            output: None,
+            reason: None,
+            asked: false,
+            cancelled: false,
+        };
+        self.rows.insert(run, row);
+    }
+
+    fn raised(&mut self, event: &str, id: &str, payload: &str, raised: Raised, wrong: &mut Violations) {
+        let Raised::Delivered { run, number, .. } = raised else { return };
+        let finished = self.rows.get(&run).is_some_and(|row| row.status.is_finished());
+        let messages = self.messages.entry(run).or_default();
+        if let Some(known) = messages.get(&number) {
+            if known.id != id {
+                wrong.push(format!("message {number} of {run} is {id}, and was {}", known.id));
+            }
+            return;
+        }
+        if let Some((first, _)) = messages.iter().find(|(_, message)| message.id == id) {
+            wrong.push(format!("the message {id} was put in twice: as {first} and as {number}"));
+        }
+        if messages.keys().last().is_some_and(|last| *last > number) {
+            wrong.push(format!("message {number} of {run} comes behind later ones"));
+        }
+        if finished {
+            wrong.push(format!("message {number} was put into {}, which had ended", self.id(run)));
+        }
+        let message = Message { event: event.into(), payload: payload.into(), id: id.into(), taken: None };
+        self.messages.entry(run).or_default().insert(number, message);
+    }
+
+    fn recorded(&mut self, me: InstanceId, record: &RecordOp, outcome: &Outcome, wrong: &mut Violations) {
+        self.check_owner(me, record.run, record.claim, "a record", wrong);
+        let payload = match (&record.effect, outcome) {
+            (Some(Effect::Spawn(spawn)), Outcome::Spawned(spawned)) => {
+                self.spawned(me, spawn, spawned.run, spawned.existed, wrong);
+                spawned.to_json().into()
+            }
+            (Some(Effect::Raise(raise)), Outcome::Raised(raised)) => {
+                self.raised(&raise.name, &raise.event_id, &raise.payload, *raised, wrong);
+                raised.as_json().into()
+            }
+            _ => record.payload.to_string(),
+        };
+        self.noted(record, payload, wrong);
+    }
+
+    /// A record stands, by whatever way it came.
+    pub fn noted(&mut self, record: &RecordOp, payload: String, wrong: &mut Violations) {
+        let id = self.id(record.run).to_owned();
+        let place = (record.run, record.key.clone());
+        if let Some(number) = record.takes {
+            self.taken(record.run, number, &record.key, wrong);
+        }
+        if record.state == RecordState::Pending {
+            self.failed.insert(place.clone(), record.attempts);
+        }
+        match self.finals.get_mut(&place) {
+            // Sent again, a message that nobody was there to take is judged anew; nobody has been told of it yet.
+            Some(known)
+                if record.op == OpKind::Raise
+                    && known.claim == record.claim
+                    && known.payload != Raised::Delivered { run: record.run, number: 0, mine: false }.as_json() =>
+            {
+                known.payload = payload;
+                return;
+            }
+            Some(known) if known.op != OpKind::Value || record.op != OpKind::Value => {
+                let same = known.claim == record.claim && known.payload == payload && known.state == record.state;
+                if !same {
+                    let key = &record.key;
+                    wrong.push(format!("the record {key} of {id} was {}, and is {payload} now", known.payload));
+                }
+                return;
+            }
+            _ => {}
+        }
+        if record.state == RecordState::Pending {
+            return;
+        }
+        if record.key.scope == Scope::Process && self.rows.get(&record.run).is_some_and(|row| row.cancelled) {
+            wrong.push(format!("{} of {id} was recorded after the cancellation", record.key));
+        }
+        let outcome = Final { op: record.op, state: record.state, payload, claim: record.claim };
+        self.finals.insert(place, outcome);
+    }
+
+    fn taken(&mut self, run: RunId, number: i64, key: &RecordKey, wrong: &mut Violations) {
+        let id = self.id(run).to_owned();
+        let messages = self.messages.entry(run).or_default();
+        let Some(message) = messages.get(&number) else {
+            wrong.push(format!("{key} of {id} takes message {number}, which there is not"));
+            return;
+        };
+        match &message.taken {
+            Some(other) if other == key => return,
+            Some(other) => wrong.push(format!("{key} of {id} takes message {number}, which {other} has taken")),
+            None => {}
+        }
+        let event = message.event.clone();
+        let earlier =
+            messages.iter().find(|(at, other)| **at < number && other.event == event && other.taken.is_none());
+        if let Some((earlier, _)) = earlier {
+            wrong.push(format!("{key} of {id} takes message {number}, and {earlier} comes first"));
+        }
+        if let Some(message) = messages.get_mut(&number) {
+            message.taken = Some(key.clone());
+        }
+    }
+
+    /// In how many mailboxes a message with this payload is, counted with repetitions.
+    pub fn copies(&self, payload: &str) -> usize {
+        self.messages.values().flat_map(BTreeMap::values).filter(|message| message.payload == payload).count()
+    }
+
+    /// How many messages of an event a process was sent.
+    pub fn sent(&self, id: &str, event: &str) -> u64 {
+        let messages = self.ids.get(id).and_then(|run| self.messages.get(run));
+        messages.map_or(0, |messages| messages.values().filter(|message| message.event == event).count() as u64)
+    }
+
+    /// The processes that have not ended.
+    pub fn unfinished(&self) -> BTreeSet<&str> {
+        self.rows.values().filter(|row| !row.status.is_finished()).map(|row| row.id.as_str()).collect()
+    }
+}
+
+/// The order in which kinds of operations take effect: that of the variants.
+fn rank(op: &Op) -> u8 {
+    match op {
+        Op::Spawn(_) => 0,
+        Op::Raise(_) => 1,
+        Op::Record(_) => 2,
+        Op::Await { .. } => 3,
+        Op::AcceptCancel { .. } => 4,
+        Op::Seen { .. } => 5,
+        Op::Finish(_) => 6,
+        Op::Park(_) => 7,
+        Op::Cancel { .. } => 8,
+        Op::Resume { .. } => 9,
+        Op::Delete { .. } => 10,
+        _ => 11,
+    }
+}

@@ -1,0 +1,20 @@
+//! Schedules from a seed, and an oracle that knows what may come of them. See `ARCHITECTURE.md`.
+#![allow(missing_docs)]
+
+pub mod draw;
+pub mod effects;
+pub mod interpret;
+pub mod judge;
+pub mod ledger;
+pub mod link;
+pub mod play;
+pub mod program;
+pub mod report;
+pub mod seed;
+pub mod tally;
+pub mod transaction;
+pub mod world;
+
+pub use play::{Played, play};
+pub use report::{Report, run, story};
+pub use tally::Tally;

@@ -1,0 +1,155 @@
+//! What a process does: a program, that one durable function interprets.
+
+/// How many events there are.
+pub const EVENTS: usize = 3;
+
+/// One process's program. Process `index` has the id `p<index>`.
+#[derive(Clone, Debug, Default)]
+pub struct Program {
+    /// What it does.
+    pub nodes: Vec<Node>,
+    /// What it does in its compensation, if it fails or is cancelled: steps.
+    pub compensation: Vec<Step>,
+    /// Another process starts it, if any.
+    pub child: bool,
+}
+
+/// One thing that a program does. Times are in milliseconds.
+#[derive(Clone, Debug)]
+pub enum Node {
+    Step(Step),
+    /// It is dropped after so long, if it has not ended, and done again under its name. One operation alone.
+    Dropped(Box<Node>, u64),
+    Transaction(Step),
+    /// A value that is made once, and overwritten so many times.
+    Value {
+        name: String,
+        sets: u64,
+    },
+    Delay {
+        name: String,
+        ms: u64,
+    },
+    Receive {
+        event: usize,
+        timeout: Option<u64>,
+    },
+    Raise {
+        to: usize,
+        event: usize,
+        key: String,
+    },
+    /// Starts a process; awaits its end, too.
+    Child {
+        child: usize,
+        awaited: bool,
+    },
+    Race {
+        name: String,
+        members: Vec<Member>,
+    },
+    /// Branches at the same time.
+    Both(Together, Vec<Vec<Node>>),
+    /// The same names with another key each time.
+    Loop {
+        times: u64,
+        body: Vec<Node>,
+    },
+}
+
+/// How branches are awaited.
+#[derive(Clone, Copy, Debug)]
+pub enum Together {
+    All,
+    Join,
+    Unordered,
+}
+
+/// A step, or a transactional one.
+#[derive(Clone, Debug)]
+pub struct Step {
+    pub name: String,
+    /// How many of its attempts fail.
+    pub fails: u32,
+    /// How many attempts it has.
+    pub attempts: u32,
+    /// Between two of them.
+    pub pause: u64,
+    /// How long its body takes.
+    pub takes: u64,
+    /// After which an attempt is given up.
+    pub timeout: Option<u64>,
+    /// Its failure ends the process.
+    pub fatal: bool,
+}
+
+/// One that takes part in a race.
+#[derive(Clone, Debug)]
+pub enum Member {
+    Step(Step),
+    Delay { name: String, ms: u64 },
+    Receive(usize),
+    Output(usize),
+}
+
+impl Program {
+    /// How many messages of each event it can take at most.
+    pub fn receives(&self) -> [u64; EVENTS] {
+        let mut count = [0; EVENTS];
+        receives(&self.nodes, 1, &mut count);
+        count
+    }
+
+    /// How many results it leaves if nothing ends it early.
+    pub fn results(&self) -> usize {
+        results(&self.nodes)
+    }
+
+    /// The steps whose bodies run as often as they fail and once more, if nothing goes wrong around them.
+    pub fn plain_steps(&self) -> Vec<(&Step, u64)> {
+        let mut steps = Vec::new();
+        plain(&self.nodes, 0, &mut steps);
+        steps
+    }
+}
+
+fn receives(nodes: &[Node], times: u64, count: &mut [u64; EVENTS]) {
+    for node in nodes {
+        match node {
+            Node::Receive { event, .. } => count[*event] += times,
+            Node::Race { members, .. } => {
+                for member in members {
+                    if let Member::Receive(event) = member {
+                        count[*event] += times;
+                    }
+                }
+            }
+            Node::Dropped(node, _) => receives(std::slice::from_ref(node), times, count),
+            Node::Both(_, branches) => branches.iter().for_each(|branch| receives(branch, times, count)),
+            Node::Loop { times: more, body } => receives(body, times * more, count),
+            _ => {}
+        }
+    }
+}
+
+fn results(nodes: &[Node]) -> usize {
+    let of = |node: &Node| match node {
+        Node::Value { .. } => 0,
+        Node::Child { awaited, .. } => 1 + usize::from(*awaited),
+        Node::Both(_, branches) => branches.iter().map(|branch| results(branch)).sum(),
+        Node::Loop { times, body } => *times as usize * results(body),
+        _ => 1,
+    };
+    nodes.iter().map(of).sum()
+}
+
+fn plain<'p>(nodes: &'p [Node], loops: u64, steps: &mut Vec<(&'p Step, u64)>) {
+    for node in nodes {
+        match node {
+            Node::Step(step) if step.timeout.is_none() => steps.push((step, loops)),
+            Node::Both(_, branches) => branches.iter().for_each(|branch| plain(branch, loops, steps)),
+            Node::Loop { times, body } => plain(body, *times, steps),
+            _ => {}
+        }
+    }
+}

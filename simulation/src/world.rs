@@ -1,0 +1,395 @@
+//! What all hosts of a seed share: the database, the service's accounts, and what befalls them.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use durable_core::memory::Memory;
+use durable_core::storage::{Batch, Heart, InstanceId, Outcome, RecordKey, Result, RunId, Storage};
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::future::{Future, pending};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::effects::Effects;
+use crate::ledger::Ledger;
+use crate::program::Program;
+use crate::seed::Seed;
+use crate::tally::{Fault, Place, Tally};
+
+/// See above.
+pub struct World {
+    pub memory: Memory,
+    pub programs: Vec<Program>,
+    /// Something was written.
+    pub wrote: Notify,
+    /// A host died.
+    pub died: Notify,
+    start: Instant,
+    inner: Mutex<Inner>,
+}
+
+/// What changes.
+pub struct Inner {
+    pub seed: Seed,
+    pub odds: Odds,
+    pub ledger: Ledger,
+    pub effects: Effects,
+    pub tally: Tally,
+    pub hosts: Vec<Machine>,
+    /// What transactional steps have written.
+    pub accounts: BTreeMap<(RunId, RecordKey), u64>,
+    /// Commits of transactions that are on their way.
+    pub commits: BTreeMap<RunId, u32>,
+    /// Nothing goes wrong any more.
+    pub calm: bool,
+    away: Option<Instant>,
+    deaths: u64,
+    /// What must not be.
+    pub wrong: Vec<String>,
+    pub trace: Option<Vec<String>>,
+}
+
+/// How likely what is.
+#[derive(Clone, Debug)]
+pub struct Odds {
+    /// So many calls in ten thousand go wrong.
+    pub fault: u64,
+    /// At most so many hosts die by a fault.
+    pub deaths: u64,
+    /// A call may take so many milliseconds each way.
+    pub latency: u64,
+    /// The storage can tell whether a program lives.
+    pub proof: bool,
+    /// The storage tells of writes.
+    pub hints: bool,
+    pub expiry: Duration,
+}
+
+/// One host's program and machine.
+#[derive(Default)]
+pub struct Machine {
+    pub alive: bool,
+    pub paused: Option<Instant>,
+    pub cut: Option<Instant>,
+    /// When the last heartbeat that was acknowledged was sent.
+    pub acknowledged: Option<Instant>,
+    pub hearts: BTreeMap<InstanceId, Box<dyn Heart>>,
+}
+
+/// What becomes of a call.
+pub struct Fate {
+    pub before: Option<Blow>,
+    pub arrival: Duration,
+    pub verdict: Verdict,
+    pub after: Option<Blow>,
+    pub answer: Duration,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum Verdict {
+    Fine,
+    Unavailable,
+    /// It happens, and nobody is told.
+    Lost,
+    /// It does not happen, and nobody is told.
+    Vanished,
+}
+
+#[derive(Clone, Copy)]
+pub enum Blow {
+    Kill,
+    Pause(Duration),
+}
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// What a future of the storage in memory comes to. It waits for nothing.
+pub fn at_once<T>(future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    let mut context = Context::from_waker(Waker::noop());
+    loop {
+        if let Poll::Ready(result) = future.as_mut().poll(&mut context) {
+            return result;
+        }
+    }
+}
+
+impl World {
+    pub fn new(mut seed: Seed, programs: Vec<Program>, odds: Odds, traced: bool) -> Self {
+        let beginning = DateTime::<Utc>::UNIX_EPOCH + TimeDelta::days(20_000);
+        let inner = Inner {
+            seed: seed.fork(),
+            odds,
+            ledger: Ledger::default(),
+            effects: Effects::default(),
+            tally: Tally::default(),
+            hosts: Vec::new(),
+            accounts: BTreeMap::new(),
+            commits: BTreeMap::new(),
+            calm: false,
+            away: None,
+            deaths: 0,
+            wrong: Vec::new(),
+            trace: traced.then(Vec::new),
+        };
+        Self {
+            memory: Memory::starting_at(beginning),
+            programs,
+            wrote: Notify::new(),
+            died: Notify::new(),
+            start: Instant::now(),
+            inner: Mutex::new(inner),
+        }
+    }
+
+    pub fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A line of the trace.
+    pub fn say(&self, what: impl FnOnce(&Inner) -> String) {
+        let mut inner = self.inner();
+        if inner.trace.is_none() {
+            return;
+        }
+        let line = format!("{:>8} {}", self.start.elapsed().as_millis(), what(&inner));
+        inner.trace.as_mut().into_iter().for_each(|trace| trace.push(line.clone()));
+    }
+
+    /// Something that must not be.
+    pub fn wrong(&self, what: impl Display) {
+        let what = what.to_string();
+        self.say(|_| format!("WRONG: {what}"));
+        self.inner().wrong.push(what);
+    }
+
+    /// Returns while the host runs: never if it is dead, later if it is paused.
+    pub async fn awake(&self, host: usize) {
+        loop {
+            let until = {
+                let machine = &self.inner().hosts[host];
+                match machine.paused {
+                    _ if !machine.alive => None,
+                    Some(until) if until > Instant::now() => Some(until),
+                    _ => return,
+                }
+            };
+            match until {
+                Some(until) => tokio::time::sleep_until(until).await,
+                None => pending().await,
+            }
+        }
+    }
+
+    /// What becomes of a call of a host's.
+    pub fn fate(&self, host: usize, before: &[Place], after: &[Place], writes: bool) -> Fate {
+        let mut inner = self.inner();
+        let inner = &mut *inner;
+        let (seed, odds) = (&mut inner.seed, &inner.odds);
+        let mut latency = || if odds.latency == 0 || seed.permille(500) { 0 } else { seed.below(odds.latency + 1) };
+        let (arrival, answer) = (ms(latency()), ms(latency()));
+        let mut fate = Fate { before: None, arrival, verdict: Verdict::Fine, after: None, answer };
+        if inner.calm {
+            return fate;
+        }
+        let now = Instant::now();
+        let gone = |until: Option<Instant>| until.is_some_and(|until| until > now);
+        if gone(inner.away) || gone(inner.hosts[host].cut) {
+            fate.verdict = if writes && seed.permille(100) { Verdict::Vanished } else { Verdict::Unavailable };
+            fate.arrival = ms(seed.ms(2_000));
+            return fate;
+        }
+        let common = [Place::Polling, Place::Beating];
+        let factor = if before.iter().any(|place| !common.contains(place)) { 4 } else { 1 };
+        if seed.below(10_000) >= odds.fault * factor {
+            return fate;
+        }
+        let (fault, places) = match seed.below(100) {
+            0..20 => (Fault::Before, before),
+            20..35 if writes => (Fault::Lost, after),
+            35..43 if writes => (Fault::Vanished, before),
+            43..58 if writes => (Fault::Late, after),
+            58..75 => (Fault::Delayed, before),
+            75..80 if inner.deaths < odds.deaths => (Fault::Killed, before),
+            80..85 if inner.deaths < odds.deaths => (Fault::Killed, after),
+            85..92 => (Fault::Paused, before),
+            92..100 => (Fault::Paused, after),
+            _ => (Fault::Before, before),
+        };
+        let first = std::ptr::eq(places, before) && !(std::ptr::eq(before, after) && seed.permille(500));
+        let blow = |blow: Blow, fate: &mut Fate| if first { fate.before = Some(blow) } else { fate.after = Some(blow) };
+        match fault {
+            Fault::Before => fate.verdict = Verdict::Unavailable,
+            Fault::Lost => fate.verdict = Verdict::Lost,
+            Fault::Vanished => fate.verdict = Verdict::Vanished,
+            Fault::Late => {
+                fate.verdict = Verdict::Lost;
+                fate.arrival = ms(seed.ms(20_000));
+            }
+            Fault::Killed => blow(Blow::Kill, &mut fate),
+            Fault::Paused => blow(Blow::Pause(pause(seed, odds)), &mut fate),
+            _ if seed.permille(500) => fate.arrival = ms(seed.ms(15_000)),
+            _ => fate.answer = ms(seed.ms(15_000)),
+        }
+        inner.tally.hit(fault, places);
+        fate
+    }
+
+    /// What befalls a host in the middle of its own code.
+    pub fn mishap(&self, host: usize, place: Place) {
+        let blow = {
+            let mut inner = self.inner();
+            let inner = &mut *inner;
+            let (seed, odds) = (&mut inner.seed, &inner.odds);
+            if inner.calm || seed.below(10_000) >= odds.fault * 4 {
+                return;
+            }
+            let dies = inner.deaths < odds.deaths && seed.permille(500);
+            let blow = if dies { Blow::Kill } else { Blow::Pause(pause(seed, odds)) };
+            inner.tally.hit(if dies { Fault::Killed } else { Fault::Paused }, &[place]);
+            blow
+        };
+        self.strike(host, Some(blow));
+    }
+
+    /// A blow falls.
+    pub fn strike(&self, host: usize, blow: Option<Blow>) {
+        match blow {
+            None => {}
+            Some(Blow::Pause(pause)) => {
+                self.say(|_| format!("host {host} is paused for {} ms", pause.as_millis()));
+                self.inner().hosts[host].paused = Some(Instant::now() + pause);
+            }
+            Some(Blow::Kill) => self.kill(host),
+        }
+    }
+
+    /// The host's program is dead.
+    pub fn kill(&self, host: usize) {
+        self.say(|_| format!("host {host} dies"));
+        let hearts = {
+            let mut inner = self.inner();
+            inner.deaths += 1;
+            let machine = &mut inner.hosts[host];
+            machine.alive = false;
+            let hearts = std::mem::take(&mut machine.hearts);
+            inner.effects.host_gone(host);
+            hearts
+        };
+        drop(hearts);
+        self.died.notify_one();
+    }
+
+    /// The host's program has ended in order.
+    pub fn ended(&self, host: usize) {
+        self.say(|_| format!("host {host} has shut down"));
+        let mut inner = self.inner();
+        inner.hosts[host].alive = false;
+        inner.effects.host_gone(host);
+    }
+
+    /// The host goes on pausing until then; a pause that is over.
+    pub fn pause(&self, host: usize) {
+        let blow = {
+            let mut inner = self.inner();
+            let inner = &mut *inner;
+            inner.tally.hit(Fault::Paused, &[]);
+            Blow::Pause(pause(&mut inner.seed, &inner.odds))
+        };
+        self.strike(host, Some(blow));
+    }
+
+    /// The host does not reach the storage for a while.
+    pub fn cut(&self, host: usize, time: Duration) {
+        self.say(|_| format!("host {host} is cut off for {} ms", time.as_millis()));
+        let mut inner = self.inner();
+        inner.tally.hit(Fault::Cut, &[]);
+        inner.hosts[host].cut = Some(Instant::now() + time);
+    }
+
+    /// Nobody reaches the storage for a while.
+    pub fn away(&self, time: Duration) {
+        self.say(|_| format!("the storage is away for {} ms", time.as_millis()));
+        let mut inner = self.inner();
+        inner.tally.hit(Fault::Away, &[]);
+        inner.away = Some(Instant::now() + time);
+    }
+
+    /// From now on nothing goes wrong.
+    pub fn calm(&self) {
+        self.say(|_| "nothing goes wrong any more".into());
+        let mut inner = self.inner();
+        inner.calm = true;
+        inner.away = None;
+        for machine in &mut inner.hosts {
+            machine.cut = None;
+            // Whoever waits for its end looks again then.
+            machine.paused = None;
+        }
+    }
+
+    /// Commits a batch, and follows it in the ledger.
+    pub fn commit(&self, host: usize, batch: &Batch) -> Result<Vec<Outcome>> {
+        let result = at_once(self.memory.commit(batch));
+        if self.inner().trace.is_some() {
+            let told = crate::link::told(&self.inner().ledger, host, batch, &result);
+            told.into_iter().for_each(|line| self.say(|_| line));
+        }
+        if let Ok(outcomes) = &result {
+            let wrong = self.inner().ledger.committed(batch, outcomes);
+            wrong.into_iter().for_each(|wrong| self.wrong(wrong));
+            self.wrote.notify_waiters();
+        }
+        result
+    }
+}
+
+fn pause(seed: &mut Seed, odds: &Odds) -> Duration {
+    let expiry = odds.expiry.as_millis() as u64;
+    // Mostly beyond the expiry.
+    ms(if seed.permille(300) { seed.ms(expiry) } else { seed.between(expiry, expiry * 3) })
+}
+
+/// A host's clocks and ids.
+#[derive(Debug)]
+pub struct Surroundings {
+    start: Instant,
+    offset: TimeDelta,
+    ids: Mutex<Seed>,
+}
+
+impl Surroundings {
+    pub fn new(offset: TimeDelta, seed: Seed) -> Arc<Self> {
+        Arc::new(Self { start: Instant::now(), offset, ids: Mutex::new(seed) })
+    }
+}
+
+impl durable_core::Surroundings for Surroundings {
+    fn now(&self) -> DateTime<Utc> {
+        let elapsed = TimeDelta::from_std(self.start.elapsed()).unwrap_or(TimeDelta::MAX);
+        DateTime::<Utc>::UNIX_EPOCH + TimeDelta::days(20_000) + elapsed + self.offset
+    }
+
+    fn since_boot(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn id(&self) -> Uuid {
+        let mut seed = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        let millis = self.now().timestamp_millis().max(0).unsigned_abs();
+        uuid::Builder::from_unix_timestamp_millis(millis, &random(&mut seed)).into_uuid()
+    }
+}
+
+fn random(seed: &mut Seed) -> [u8; 10] {
+    let mut bytes = [0; 10];
+    bytes[..8].copy_from_slice(&seed.number().to_le_bytes());
+    bytes[8..].copy_from_slice(&seed.number().to_le_bytes()[..2]);
+    bytes
+}

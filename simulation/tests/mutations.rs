@@ -1,0 +1,57 @@
+//! The check of the check: each rule, broken, is noticed within a bounded number of seeds. Run by `scripts/mutations`.
+#![cfg(durable_mutations)]
+#![allow(missing_docs)]
+
+use durable_core::mutation::{Rule, breaking};
+use durable_simulation::play;
+
+/// What is said about the first seed, among so many, at which the broken rule is noticed.
+fn noticed(rule: Rule, within: u64) {
+    breaking(Some(rule));
+    let noticed = (0..within).find_map(|seed| Some((seed, play(seed, false).wrong.into_iter().next()?)));
+    let (seed, wrong) = noticed.unwrap_or_else(|| panic!("{rule:?} was broken, and nobody noticed in {within} seeds"));
+    println!("{rule:?}: seed {seed}: {wrong}");
+}
+
+#[test]
+fn no_fence_in_the_batch() {
+    noticed(Rule::Fence, 500);
+}
+
+#[test]
+fn a_fence_that_is_read_before_the_lock() {
+    noticed(Rule::FenceUnderLock, 500);
+}
+
+#[test]
+fn a_park_without_the_signal_check() {
+    noticed(Rule::ParkChecksSignals, 500);
+}
+
+#[test]
+fn a_claim_without_the_owner_check() {
+    noticed(Rule::ClaimChecksOwner, 500);
+}
+
+#[test]
+fn a_retry_that_does_not_recognise_its_own_success() {
+    noticed(Rule::OwnSuccess, 500);
+}
+
+#[test]
+fn a_wake_before_the_commit() {
+    noticed(Rule::WakeAfterCommit, 500);
+}
+
+#[test]
+fn a_record_that_is_not_awaited() {
+    noticed(Rule::RecordAwaited, 500);
+}
+
+#[test]
+fn nothing_is_noticed_where_nothing_is_broken() {
+    breaking(None);
+    for seed in 0..100 {
+        assert_eq!(play(seed, false).wrong, Vec::<String>::new(), "seed {seed}");
+    }
+}
