@@ -188,7 +188,12 @@ pub(crate) async fn connect(options: &Options) -> sqlx::Result<PgConnection> {
     let mut connection = options.options.connect().await?;
     session::set(&mut connection, options.bounds, options.whose).await?;
     if let Some(prepares) = &options.prepares {
-        connection.execute(sqlx::raw_sql(AssertSqlSafe(prepares.to_string()))).await?;
+        // There already: a pooler's session after all, that was lent to another one of ours before.
+        const THERE: &str = "42P05";
+        match connection.execute(sqlx::raw_sql(AssertSqlSafe(prepares.to_string()))).await {
+            Err(error) if code(&error).as_deref() != Some(THERE) => return Err(error),
+            _ => {}
+        }
     }
     if options.whose == Whose::Service {
         // For the driver it is within a transaction from now on, so that one which the service begins within the engine's

@@ -132,7 +132,11 @@ impl Ending for PgEnding {
         let mut executes = prepared;
         loop {
             let inserts = statements.len();
-            statements.push(if executes { execute(instance, record) } else { insert(&schema, instance, record) });
+            statements.push(if executes {
+                execute(&schema, instance, record)
+            } else {
+                insert(&schema, instance, record)
+            });
             let commits = statements.len();
             statements.push("COMMIT".to_owned());
             statements.extend(cleared(bounds));
@@ -260,11 +264,12 @@ fn ending<const N: usize>(statements: [&str; N], bounds: Bounds) -> Vec<String> 
 pub(crate) fn prepare(schema: &Schema) -> String {
     let types = "uuid, uuid, bigint, smallint, text, text, text, text, json, integer";
     let writes = writes(schema, &std::array::from_fn(|nth| format!("${}", nth + 1)));
-    format!("SET search_path = pg_catalog, pg_temp; PREPARE durable_record ({types}) AS {writes}; RESET search_path")
+    let tag = schema.tag();
+    format!("SET search_path = pg_catalog, pg_temp; PREPARE \"{tag}\" ({types}) AS {writes}; RESET search_path")
 }
 
-fn execute(instance: InstanceId, record: &RecordOp) -> String {
-    format!("EXECUTE durable_record ({})", values(instance, record).join(", "))
+fn execute(schema: &Schema, instance: InstanceId, record: &RecordOp) -> String {
+    format!("EXECUTE \"{}\" ({})", schema.tag(), values(instance, record).join(", "))
 }
 
 pub(crate) fn insert(schema: &Schema, instance: InstanceId, record: &RecordOp) -> String {

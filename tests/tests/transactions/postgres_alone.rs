@@ -161,10 +161,12 @@ mod cases {
 
     pub(super) async fn a_closure_that_throws_statements_away() {
         let backend = bank().await;
-        for left in [900, 800, 700] {
-            assert_eq!(meets(&backend, "DEALLOCATE ALL", 1, true).await, (Ok(left), 1));
+        let searches = "CREATE TEMP TABLE steps (dummy text); SET search_path = pg_temp, public";
+        for (sql, left) in [("DEALLOCATE ALL", 900), ("DISCARD PLANS", 800), (searches, 700), ("DEALLOCATE ALL", 600)] {
+            assert_eq!(meets(&backend, sql, 1, true).await, (Ok(left), 1));
             assert_eq!(cents(&backend).await, left);
         }
+        assert_eq!(backend.number("SELECT count(*) FROM steps WHERE name = 'debit'").await, 4);
     }
 
     pub(super) async fn what_is_none_of_the_processs_business() {
