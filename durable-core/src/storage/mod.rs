@@ -21,7 +21,7 @@ pub use rows::{
     ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope, Status, Target,
 };
 
-pub use sorted::Sorted;
+pub use sorted::{Letter, Sorted, Start};
 pub use transaction::{Committed, Ending, Open, OutboxWriter, RolledBack, Slot, Transactional, Tx, source};
 
 use async_trait::async_trait;
