@@ -3,8 +3,8 @@
 
 use durable_core::storage::{Finish, Park, RecordOp, RunId, Start};
 
-use super::{FINISHED, Gate, Of, UNFINISHED};
-use crate::rows::{time_text, uuids};
+use super::{Gate, Of, UNFINISHED};
+use crate::rows::time_text;
 use crate::sql::Sql;
 
 // Plans are kept, also those that were made while a table was empty or an instance owned nothing, and then looked as
@@ -146,6 +146,13 @@ pub(super) fn record_rows(sql: &mut Sql, records: &[(usize, &RecordOp)]) -> Stri
         .named("j")
 }
 
+/// Whether the instance owns the run of a row `j` under its claim.
+fn owned(of: &Of<'_>, me: &str) -> String {
+    format!(
+        "(SELECT p.owner IS NOT DISTINCT FROM {me} AND p.claim = j.claim FROM {of}.processes p WHERE p.run = j.run)"
+    )
+}
+
 /// Messages that records consume.
 pub(super) fn taken(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], gate: &str) -> Option<String> {
     let each = || records.iter().filter_map(|(_, record)| Some((record.run.0, record.takes?, record.claim)));
@@ -157,25 +164,28 @@ pub(super) fn taken(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], 
         .column("number", each().map(|(_, number, _)| number))
         .column("claim", each().map(|(.., claim)| claim))
         .named("j");
+    let owned = owned(of, &me);
     Some(format!(
         "UPDATE {of}.events e SET taken_at = coalesce(e.taken_at, now()) FROM {j}
-         WHERE e.run = j.run AND e.number = j.number AND {gate}
-             AND (SELECT p.owner IS NOT DISTINCT FROM {me} AND p.claim = j.claim FROM {of}.processes p WHERE p.run = j.run)
-         RETURNING 1"
+         WHERE e.run = j.run AND e.number = j.number AND {gate} AND {owned} RETURNING 1"
     ))
 }
 
 /// Waiters whose record is there.
 pub(super) fn awaited(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], gate: &str) -> Option<String> {
-    let each = || records.iter().filter_map(|(_, record)| Some((record.awaited?.0, record.run.0)));
+    let each = || records.iter().filter_map(|(_, record)| Some((record.awaited?.0, record.run.0, record.claim)));
     each().next()?;
+    let me = sql.bind(of.instance);
     let j = sql
         .rows()
-        .column("target", each().map(|(target, _)| target))
-        .column("waiter", each().map(|(_, waiter)| waiter))
+        .column("target", each().map(|(target, ..)| target))
+        .column("run", each().map(|(_, run, _)| run))
+        .column("claim", each().map(|(.., claim)| claim))
         .named("j");
+    let owned = owned(of, &me);
     Some(format!(
-        "DELETE FROM {of}.waiters w USING {j} WHERE w.target = j.target AND w.waiter = j.waiter AND {gate} RETURNING 1"
+        "DELETE FROM {of}.waiters w USING {j} WHERE w.target = j.target AND w.waiter = j.run AND {gate} AND {owned}
+         RETURNING 1"
     ))
 }
 
@@ -233,9 +243,8 @@ pub(super) fn finished(sql: &mut Sql, of: &Of<'_>, finishes: &[(usize, &Finish)]
 }
 
 /// What those that end still await is nobody's any more.
-pub(super) fn unwaiting(sql: &mut Sql, of: &Of<'_>, ending: Vec<RunId>, gate: &str) -> String {
-    let runs = sql.bind(uuids(ending));
-    format!("DELETE FROM {of}.waiters w WHERE w.waiter = ANY ({runs}) AND {gate} RETURNING 1")
+pub(super) fn unwaiting(of: &Of<'_>, ended: &str, gate: &str) -> String {
+    format!("DELETE FROM {of}.waiters w WHERE w.waiter IN ({ended}) AND {gate} RETURNING 1")
 }
 
 /// Parks: whether every signal was seen is decided on the row, by its newest version if somebody else is changing it.
@@ -299,8 +308,17 @@ pub(super) fn woken(sql: &mut Sql, of: &Of<'_>, targets: &str) -> String {
     )
 }
 
-/// Those of the given runs that have ended.
-pub(super) fn ended(sql: &mut Sql, of: &Of<'_>, runs: Vec<RunId>) -> String {
-    let runs = sql.bind(uuids(runs));
-    format!("SELECT t.run FROM {of}.processes t WHERE t.run = ANY ({runs}) AND t.status IN {FINISHED}")
+/// The runs that these ends have ended, now or by an earlier attempt.
+pub(super) fn ended(sql: &mut Sql, of: &Of<'_>, finishes: &[(usize, &Finish)]) -> String {
+    let each = || finishes.iter().map(|(_, finish)| *finish).filter(|finish| finish.status.is_finished());
+    let j = sql
+        .rows()
+        .column("run", each().map(|finish| finish.run.0))
+        .column("claim", each().map(|finish| finish.claim))
+        .column("status", each().map(|finish| finish.status.as_str()))
+        .named("j");
+    format!(
+        "SELECT j.run FROM {j} WHERE (SELECT t.claim = j.claim AND t.status = j.status AND t.owner IS NULL
+             FROM {of}.processes t WHERE t.run = j.run)"
+    )
 }

@@ -128,7 +128,9 @@ pub(super) fn statement(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
         owned("parked", parts::parked(&mut sql, of, &sorted.parks, GATE));
     }
     if !sorted.finishes.is_empty() {
-        part("unwaiting", parts::unwaiting(&mut sql, of, sorted.ending(), GATE));
+        let ending = sql.bind(uuids(sorted.ending()));
+        let ended = format!("SELECT f.run FROM finished f WHERE f.run = ANY ({ending})");
+        part("unwaiting", parts::unwaiting(of, &ended, GATE));
     }
     if let [(_, (kind, limit))] = sorted.claims[..] {
         let [due, claimed] = parts::claimed(&mut sql, of, kind, limit, GATE);

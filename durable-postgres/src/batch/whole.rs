@@ -217,8 +217,9 @@ pub(super) fn start_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>
     let (current, existing) =
         (parts::current(of, &namespace, "j.effect_id"), parts::existing(of, "j.effect_token::uuid"));
     let join = format!("JOIN {of}.processes c ON c.run = coalesce({existing}, {current})");
-    let expression = "json_build_object('run', c.run, 'existed', c.run <> j.effect_token::uuid, 'kind', c.kind,
-        'digest', c.input_digest)";
+    // Without blanks, unlike json_build_object.
+    let expression = "(SELECT row_to_json(o) FROM (SELECT c.run, c.run <> j.effect_token::uuid AS existed, c.kind,
+        c.input_digest AS digest) o)";
     parts::recorded(sql, of, records, &Payload { expression, join: &join }, OPEN)
 }
 
@@ -253,12 +254,8 @@ async fn owned(connection: &mut PgConnection, of: &Of<'_>, sorted: &Sorted<'_>, 
     if !sorted.finishes.is_empty() {
         let rows = run_part(connection, |sql| parts::finished(sql, of, &sorted.finishes, OPEN)).await?;
         extend(&mut made, &rows)?;
-        let ending = sorted.ending();
-        run_part(connection, |sql| parts::unwaiting(sql, of, ending.clone(), OPEN)).await?;
-        let rows = run_part(connection, |sql| {
-            let ended = parts::ended(sql, of, ending);
-            parts::woken(sql, of, &ended)
-        });
+        run_part(connection, |sql| unwaiting(sql, of, sorted)).await?;
+        let rows = run_part(connection, |sql| woken(sql, of, sorted));
         wakes = read::mine(&rows.await?);
     }
     if !sorted.parks.is_empty() {
@@ -273,6 +270,16 @@ async fn owned(connection: &mut PgConnection, of: &Of<'_>, sorted: &Sorted<'_>, 
         }
     }
     Ok(())
+}
+
+pub(super) fn unwaiting(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> String {
+    let ended = parts::ended(sql, of, &sorted.finishes);
+    parts::unwaiting(of, &ended, OPEN)
+}
+
+pub(super) fn woken(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> String {
+    let ended = parts::ended(sql, of, &sorted.finishes);
+    parts::woken(sql, of, &ended)
 }
 
 fn extend(made: &mut HashSet<RunId>, rows: &[PgRow]) -> Result<()> {
@@ -308,14 +315,8 @@ pub(super) fn statements(of: &Of<'_>, sorted: &Sorted<'_>) -> Vec<(&'static str,
         ("accepted", made(&mut |sql| parts::accepted(sql, of, &sorted.accepts, OPEN))),
         ("seen", made(&mut |sql| parts::seen(sql, of, &sorted.seen, OPEN))),
         ("finished", made(&mut |sql| parts::finished(sql, of, &sorted.finishes, OPEN))),
-        ("unwaiting", made(&mut |sql| parts::unwaiting(sql, of, sorted.ending(), OPEN))),
-        (
-            "woken",
-            made(&mut |sql| {
-                let ended = parts::ended(sql, of, sorted.ending());
-                parts::woken(sql, of, &ended)
-            }),
-        ),
+        ("unwaiting", made(&mut |sql| unwaiting(sql, of, sorted))),
+        ("woken", made(&mut |sql| woken(sql, of, sorted))),
         ("parked", made(&mut |sql| parts::parked(sql, of, &sorted.parks, OPEN))),
         ("states", made(&mut |sql| read::states_text(sql, of, sorted.owned()))),
         ("claimed", made(&mut |sql| claims(sql, of, "kind", 10))),
