@@ -130,11 +130,15 @@ pub(crate) fn hex(id: Uuid) -> String {
     id.simple().to_string()
 }
 
-/// The hexadecimal digits of an id, in SQL. Not every server that speaks the protocol converts bytes to digits; all write
-/// out a `UNIQUEIDENTIFIER`, whose first three groups are turned around.
-pub(crate) fn digits(id: &str) -> String {
+/// An id as text, in SQL. Not every server that speaks the protocol converts bytes to digits; all write out a
+/// `UNIQUEIDENTIFIER`, whose first three groups are turned around.
+pub(crate) fn hyphenated(id: &str) -> String {
     let text = format!("CONVERT(NVARCHAR(36), CONVERT(UNIQUEIDENTIFIER, {id}))");
-    let parts = [(7, 2), (5, 2), (3, 2), (1, 2), (12, 2), (10, 2), (17, 2), (15, 2), (20, 4), (25, 12)];
-    let parts = parts.map(|(start, length)| format!("SUBSTRING({text}, {start}, {length})"));
-    format!("LOWER(CONCAT({}))", parts.join(", "))
+    let groups: [&[(u8, u8)]; 5] =
+        [&[(7, 2), (5, 2), (3, 2), (1, 2)], &[(12, 2), (10, 2)], &[(17, 2), (15, 2)], &[(20, 4)], &[(25, 12)]];
+    let groups = groups.map(|parts| {
+        let parts = parts.iter().map(|(start, length)| format!("SUBSTRING({text}, {start}, {length})"));
+        parts.collect::<Vec<_>>().join(", ")
+    });
+    format!("LOWER(CONCAT({}))", groups.join(", N'-', "))
 }

@@ -1,6 +1,6 @@
 use durable_core::storage::{Result, StorageError};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
-use sqlx::{ConnectOptions, Connection, Error, Executor, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Error, Executor, Row};
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::str::FromStr;
@@ -14,7 +14,7 @@ use crate::listen::Hints;
 use crate::names::Schema;
 use crate::session::{self, Bounds, Whose};
 use crate::store::Shared;
-use crate::{heart, migrate};
+use crate::{heart, migrate, transaction};
 
 /// How a PostgreSQL database is connected to, to be awaited. See [`Postgres::connect`].
 #[derive(Clone)]
@@ -138,7 +138,7 @@ impl Connect {
             migrate::migrate(&mut connection, &schema).await?;
         }
         session::set(&mut connection, self.bounds, Whose::Engine).await.map_err(reading)?;
-        let options = Options { options, bounds: self.bounds, whose: Whose::Engine };
+        let options = Options { options, bounds: self.bounds, whose: Whose::Engine, prepares: None };
         let mut second = connect(&options).await.map_err(reading)?;
         let locks = heart::locks_are_real(&mut connection, &mut second).await.map_err(reading)?;
         if !locks {
@@ -149,7 +149,8 @@ impl Connect {
         }
         // A transactional step's record stands in the text of the statement that writes it: that text is never logged.
         let silent = options.options.clone().disable_statement_logging();
-        let service = Options { options: silent, whose: Whose::Service, ..options };
+        let prepares = locks.then(|| transaction::prepare(&schema).into());
+        let service = Options { options: silent, whose: Whose::Service, prepares, ..options.clone() };
         let transactions = Connections::new(service, self.max_transactions);
         let connections = Connections::new(options, self.max_connections);
         connections.keep([connection, second]);
@@ -180,12 +181,22 @@ pub(crate) struct Options {
     pub(crate) options: PgConnectOptions,
     pub(crate) bounds: Bounds,
     pub(crate) whose: Whose,
+    /// What each session is made ready with, where it is one session from its beginning to its end.
+    pub(crate) prepares: Option<Arc<str>>,
 }
 
 /// A session.
 pub(crate) async fn connect(options: &Options) -> sqlx::Result<PgConnection> {
     let mut connection = options.options.connect().await?;
     session::set(&mut connection, options.bounds, options.whose).await?;
+    if let Some(prepares) = &options.prepares {
+        // There already: a pooler's session after all, that was lent to another one of ours before.
+        const THERE: &str = "42P05";
+        match connection.execute(sqlx::raw_sql(AssertSqlSafe(prepares.to_string()))).await {
+            Err(error) if code(&error).as_deref() != Some(THERE) => return Err(error),
+            _ => {}
+        }
+    }
     if options.whose == Whose::Service {
         // For the driver it is within a transaction from now on, so that one which the service begins within the engine's
         // is a savepoint, and its commit not the engine's.

@@ -38,7 +38,7 @@ pub(crate) struct Hints {
 impl Hints {
     pub(crate) fn new(schema: &Schema, enabled: bool) -> Self {
         Self {
-            channel: schema.channel(),
+            channel: schema.tag(),
             enabled,
             heard: watch::Sender::new(1),
             listening: Mutex::default(),

@@ -30,11 +30,12 @@ impl Schema {
         &self.name
     }
 
-    /// Where hints about changes of this schema go: a channel's name is cut off like any other.
-    pub(crate) fn channel(&self) -> String {
-        let channel = format!("durable_{}", self.name);
-        if channel.len() <= Self::LONGEST {
-            return channel;
+    /// What is this schema's own in a database, or in a session, is called this: the channel where hints about changes go,
+    /// a prepared statement. Such a name is cut off like any other.
+    pub(crate) fn tag(&self) -> String {
+        let tag = format!("durable_{}", self.name);
+        if tag.len() <= Self::LONGEST {
+            return tag;
         }
         format!("durable_{}", uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, self.name.as_bytes()).simple())
     }
@@ -55,15 +56,15 @@ mod tests {
         for name in ["durable", "_a1", "Orders_2", &"x".repeat(63)] {
             let schema = Schema::new(name).unwrap();
             assert_eq!(schema.to_string(), format!("\"{name}\""));
-            assert!(schema.channel().len() <= 63);
+            assert!(schema.tag().len() <= 63);
         }
         for name in ["", "1a", "a-b", "a\"b", "a.b", "é", "pg_x", "a b", &"x".repeat(64)] {
             let error = Schema::new(name).unwrap_err().to_string();
             assert!(error.contains("cannot be the schema's name"), "{error}");
         }
         assert_ne!(
-            Schema::new(&"x".repeat(60)).unwrap().channel(),
-            Schema::new(&"x".repeat(61)).unwrap().channel(),
+            Schema::new(&"x".repeat(60)).unwrap().tag(),
+            Schema::new(&"x".repeat(61)).unwrap().tag(),
             "cut off they would be the same"
         );
     }

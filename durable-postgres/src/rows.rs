@@ -16,6 +16,11 @@ pub(crate) fn get<'r, T: Decode<'r, Postgres> + Type<Postgres>>(row: &'r PgRow, 
     row.try_get(column).map_err(StorageError::schema)
 }
 
+/// Runs as they are bound.
+pub(crate) fn uuids(runs: Vec<RunId>) -> Vec<Uuid> {
+    runs.into_iter().map(|run| run.0).collect()
+}
+
 fn bad(column: &str, text: &str) -> StorageError {
     StorageError::schema(format!("{column} holds {text:?}, which this version does not know"))
 }

@@ -2,7 +2,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::{
     Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, Result, RunId, Storage, StorageError,
+    Record, RecordKey, Result, RunId, Sorted, Storage, StorageError,
 };
 use sqlx::postgres::PgRow;
 use std::time::Duration;
@@ -84,7 +84,7 @@ impl Storage for Postgres {
         };
         let outcomes = match commit(false).await {
             // Or something waits in the inbox, which goes first. What is wrong there is not the batch's fault.
-            Err(StorageError::Fenced) if batch.ops.iter().any(batch::names_an_id) => {
+            Err(StorageError::Fenced) if Sorted::new(&batch.ops).names_an_id() => {
                 self.sweep(&batch.namespace).await.map_err(|error| StorageError::unavailable(error.to_string()))?;
                 commit(true).await?
             }

@@ -87,7 +87,8 @@ impl Transactional for Postgres {
         }
         let (tx, slot) = Tx::new(lent.connection);
         let (schema, bounds) = (self.0.schema.clone(), self.0.transactions.options().bounds);
-        Ok(Open { tx, ending: Box::new(PgEnding { slot, home: lent.home, schema, bounds }) })
+        let prepared = self.0.transactions.options().prepares.is_some();
+        Ok(Open { tx, ending: Box::new(PgEnding { slot, home: lent.home, schema, bounds, prepared }) })
     }
 
     async fn settled(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
@@ -105,6 +106,8 @@ struct PgEnding {
     home: Home,
     schema: Schema,
     bounds: Bounds,
+    /// The session has the statement that writes the record.
+    prepared: bool,
 }
 
 /// Fails if the transaction is not there, or aborted.
@@ -112,43 +115,62 @@ const FOUND: &str = "RELEASE SAVEPOINT durable_transaction";
 const NO_SUCH_SAVEPOINT: &str = "3B001";
 const NO_TRANSACTION: &str = "25P01";
 const ABORTED: &str = "25P02";
+const NO_SUCH_STATEMENT: &str = "26000";
 /// A division by zero.
 const NOTHING_WRITTEN: &str = "22012";
+/// Undoes a record that failed.
+const BACK: &str = "ROLLBACK TO SAVEPOINT durable_record";
 
 #[async_trait]
 impl Ending for PgEnding {
     async fn commit(self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
-        let Self { slot, home, schema, bounds } = *self;
+        let Self { slot, home, schema, bounds, prepared } = *self;
         let Some(mut connection) = slot.take() else { return Ok(Committed::Escaped) };
         let mut statements = vec![FOUND.to_owned()];
         statements.extend(regained(bounds));
         statements.push("SAVEPOINT durable_record".to_owned());
-        let inserts = statements.len();
-        statements.extend([insert(&schema, instance, record), "COMMIT".to_owned()]);
-        let commits = statements.len() - 1;
-        statements.extend(cleared(bounds));
-        let Err((done, error)) = run_all(&mut connection, statements).await else {
-            home.keep(connection);
-            return Ok(Committed::Recorded);
-        };
-        match code(&error).as_deref() {
-            // The connection is not as the next one needs it, and goes.
-            _ if done > commits => Ok(Committed::Recorded),
-            Some(NO_SUCH_SAVEPOINT | NO_TRANSACTION) if done == 0 => Ok(Committed::Escaped),
-            Some(ABORTED) if done == 0 => Ok(Committed::Aborted),
-            Some(NOTHING_WRITTEN) if done == inserts => {
-                let why = why(&mut connection, &schema, instance, record).await?;
-                if run_all(&mut connection, ending(["ROLLBACK"], bounds)).await.is_ok() {
+        let mut executes = prepared;
+        loop {
+            let inserts = statements.len();
+            statements.push(if executes {
+                execute(&schema, instance, record)
+            } else {
+                insert(&schema, instance, record)
+            });
+            let commits = statements.len();
+            statements.push("COMMIT".to_owned());
+            statements.extend(cleared(bounds));
+            let Err((done, error)) = run_all(&mut connection, statements).await else {
+                if executes == prepared {
                     home.keep(connection);
                 }
-                Ok(why)
-            }
-            Some(_) if done < commits => Err(reading(error)),
-            // If it is the connection that is lost, the server may yet come to the commit.
-            _ => match sort(error, true) {
-                StorageError::Refused(why) => Ok(Committed::Refused(why.to_string())),
-                error => Err(error),
-            },
+                return Ok(Committed::Recorded);
+            };
+            return match code(&error).as_deref() {
+                // The connection is not as the next one needs it, and goes.
+                _ if done > commits => Ok(Committed::Recorded),
+                Some(NO_SUCH_SAVEPOINT | NO_TRANSACTION) if done == 0 => Ok(Committed::Escaped),
+                Some(ABORTED) if done == 0 => Ok(Committed::Aborted),
+                Some(NO_SUCH_STATEMENT) if executes && done == inserts => {
+                    // The closure has thrown it away.
+                    executes = false;
+                    statements = vec![BACK.to_owned()];
+                    continue;
+                }
+                Some(NOTHING_WRITTEN) if done == inserts => {
+                    let why = why(&mut connection, &schema, instance, record).await?;
+                    if run_all(&mut connection, ending(["ROLLBACK"], bounds)).await.is_ok() {
+                        home.keep(connection);
+                    }
+                    Ok(why)
+                }
+                Some(_) if done < commits => Err(reading(error)),
+                // If it is the connection that is lost, the server may yet come to the commit.
+                _ => match sort(error, true) {
+                    StorageError::Refused(why) => Ok(Committed::Refused(why.to_string())),
+                    error => Err(error),
+                },
+            };
         }
     }
 
@@ -200,7 +222,7 @@ async fn run_all(
 
 /// What the closure has set must not decide where the record goes, and who writes it. Nor may it take the bounds off what
 /// is locked from here on, nor lessen what a commit promises.
-fn regained(bounds: Bounds) -> [String; 8] {
+fn regained(bounds: Bounds) -> [String; 10] {
     let ms = |time: Duration| time.as_millis().max(1);
     [
         "RESET SESSION AUTHORIZATION".to_owned(),
@@ -211,6 +233,9 @@ fn regained(bounds: Bounds) -> [String; 8] {
         format!("SET LOCAL idle_in_transaction_session_timeout = {}", ms(bounds.idle_in_transaction)),
         format!("SET LOCAL lock_timeout = {}", ms(bounds.lock)),
         format!("SET LOCAL statement_timeout = {}", ms(bounds.statement)),
+        // As in the engine's own sessions.
+        "SET LOCAL plan_cache_mode = force_generic_plan".to_owned(),
+        "SET LOCAL enable_seqscan = off".to_owned(),
     ]
 }
 
@@ -234,15 +259,45 @@ fn ending<const N: usize>(statements: [&str; N], bounds: Bounds) -> Vec<String> 
     statements.into_iter().map(str::to_owned).chain(cleared(bounds)).collect()
 }
 
+/// Makes a session ready to [`execute`]: planning the statement takes longer than all else that the engine does there. Under
+/// the `search_path` that it is run with, as another one would have it planned anew.
+pub(crate) fn prepare(schema: &Schema) -> String {
+    let types = "uuid, uuid, bigint, smallint, text, text, text, text, json, integer";
+    let writes = writes(schema, &std::array::from_fn(|nth| format!("${}", nth + 1)));
+    let tag = schema.tag();
+    format!("SET search_path = pg_catalog, pg_temp; PREPARE \"{tag}\" ({types}) AS {writes}; RESET search_path")
+}
+
+fn execute(schema: &Schema, instance: InstanceId, record: &RecordOp) -> String {
+    format!("EXECUTE \"{}\" ({})", schema.tag(), values(instance, record).join(", "))
+}
+
+pub(crate) fn insert(schema: &Schema, instance: InstanceId, record: &RecordOp) -> String {
+    writes(schema, &values(instance, record))
+}
+
+fn values(instance: InstanceId, record: &RecordOp) -> [String; 10] {
+    let RecordOp { run, claim, key, op, state, payload, attempts, .. } = record;
+    [
+        uuid(instance.0),
+        uuid(run.0),
+        claim.to_string(),
+        (key.scope as i16).to_string(),
+        literal(&key.name),
+        literal(&key.key),
+        literal(op.as_str()),
+        literal(state.as_str()),
+        format!("{}::pg_catalog.json", literal(payload)),
+        attempts.to_string(),
+    ]
+}
+
 /// Writes the record, or fails with [`NOTHING_WRITTEN`].
 ///
 /// Its locks are held until the commit: on the fence, against a take-over; on the process's row, against the cancellation
 /// being recorded, and for whoever must know whether this commit is still on its way.
-pub(crate) fn insert(schema: &Schema, instance: InstanceId, record: &RecordOp) -> String {
-    let RecordOp { run, claim, key, op, state, payload, attempts, .. } = record;
-    let (me, run) = (uuid(instance.0), uuid(run.0));
-    let (scope, name, key) = (key.scope as i16, literal(&key.name), literal(&key.key));
-    let (op, state, payload) = (literal(op.as_str()), literal(state.as_str()), literal(payload));
+fn writes(schema: &Schema, values: &[String; 10]) -> String {
+    let [me, run, claim, scope, name, key, op, state, payload, attempts] = values;
     format!(
         "WITH fence AS MATERIALIZED (SELECT 1 FROM {schema}.fences WHERE instance = {me} AND fenced_at IS NULL FOR SHARE),
          owned AS MATERIALIZED (SELECT p.run, p.claim FROM {schema}.processes p
@@ -250,7 +305,7 @@ pub(crate) fn insert(schema: &Schema, instance: InstanceId, record: &RecordOp) -
                  AND ({scope} = 1 OR p.cancelled_at IS NULL) AND EXISTS (SELECT 1 FROM fence) FOR SHARE),
          written AS (INSERT INTO {schema}.steps AS s (run, scope, name, key, op, state, payload, attempts, claim,
                  recorded_at)
-             SELECT o.run, {scope}, {name}, {key}, {op}, {state}, {payload}::json, {attempts}, o.claim, now() FROM owned o
+             SELECT o.run, {scope}, {name}, {key}, {op}, {state}, {payload}, {attempts}, o.claim, now() FROM owned o
              ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
                  payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,
                  recorded_at = excluded.recorded_at
@@ -267,7 +322,7 @@ async fn why(
     instance: InstanceId,
     record: &RecordOp,
 ) -> Result<Committed> {
-    connection.execute("ROLLBACK TO SAVEPOINT durable_record").await.map_err(reading)?;
+    connection.execute(BACK).await.map_err(reading)?;
     let rows = reason(schema, instance, record).run(connection, Commits::No).await?;
     let row = rows.first().ok_or_else(|| StorageError::schema("no answer"))?;
     let (state, alive, owned) = (get::<Option<String>>(row, 0)?, get::<bool>(row, 1)?, get::<bool>(row, 2)?);

@@ -636,8 +636,8 @@ async fn a_timed_receive_that_was_dropped_leaves_no_deadline<B: Backend>() {
         let drop_one = async |n: u32| {
             tokio::select! {
                 biased;
-                _ = std::future::IntoFuture::into_future(proc.event(PAID).timeout(100 * MS)) => unreachable!(),
                 _ = std::future::IntoFuture::into_future(proc.delay(("soon", n), 20 * MS)) => {}
+                _ = std::future::IntoFuture::into_future(proc.event(PAID).timeout(100 * MS)) => unreachable!(),
             }
         };
         drop_one(0).await;

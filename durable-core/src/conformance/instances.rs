@@ -1,7 +1,7 @@
 //! Instances: who may write, who lives, who takes over.
 
 use super::Subject;
-use super::scene::{Actor, KIND, NAMESPACE, spawn};
+use super::scene::{Actor, KIND, NAMESPACE, new_instance, spawn};
 use crate::storage::{InstanceId, LockState, Op, Outcome, Peer, Poll, RunId, Spawn, Status, Storage, StorageError};
 
 /// Another instance as this one sees it.
@@ -36,6 +36,28 @@ pub async fn a_fence_stops_batches<S: Subject>(subject: &S) {
     assert!(other.load(run).await.records.is_empty());
     let unknown = Actor { id: InstanceId::new(), heart: None, ..Actor::new(&storage).await };
     assert!(matches!(unknown.commit(vec![Op::Spawn(spawn("x"))]).await, Err(StorageError::Fenced)), "never enlisted");
+}
+
+/// Whose answer was lost asks again: it is the instance that it was.
+pub async fn enlisting_again<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let (mut actor, other) = (Actor::new(&storage).await, Actor::new(&storage).await);
+    let again = async |actor: &mut Actor<'_, S::Storage>| {
+        actor.heart = None;
+        actor.heart = Some(storage.enlist(&new_instance(actor.id)).await.unwrap().0);
+    };
+    storage.refence(actor.id, 2).await.unwrap();
+    let before = seen(&other, actor.id).await.unwrap();
+    again(&mut actor).await;
+    let peer = seen(&other, actor.id).await.unwrap();
+    assert_eq!((peer.heartbeat_at, peer.fenced), (before.heartbeat_at, false));
+    assert!(matches!(actor.commit(vec![]).await, Err(StorageError::Fenced)), "its generation is what it was");
+    actor.generation = 2;
+    actor.commit(vec![]).await.unwrap();
+    assert!(storage.fence(&peer).await.unwrap());
+    again(&mut actor).await;
+    assert!(matches!(actor.commit(vec![]).await, Err(StorageError::Fenced)), "and so is its fence");
+    assert!(seen(&other, actor.id).await.unwrap().fenced);
 }
 
 /// A commit that is still on its way when its answer is given up cannot arrive any more.

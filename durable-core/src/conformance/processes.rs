@@ -96,10 +96,33 @@ pub async fn an_end_wakes_those_that_await_it<S: Subject>(subject: &S) {
     let poll = Poll { instance: other.id, namespace: NAMESPACE.into(), kinds: vec![KIND.into()], watched: vec![] };
     assert_eq!(storage.poll(&poll).await.unwrap().signalled, [(there, 1)]);
     assert_eq!(actor.claim(9).await.iter().map(|c| c.run).collect::<Vec<_>>(), [parked]);
-    // With the record the waiting is over.
+    // With the record the waiting is over; with one that is not written it is not.
+    let lost = crate::storage::RecordOp { awaited: Some(target), ..record(there, 2, key("o", "")) };
+    assert_eq!(other.one(Op::Record(lost)).await, Outcome::Lost);
+    assert_eq!(actor.load(there).await.targets.len(), 1);
     let op = crate::storage::RecordOp { awaited: Some(target), ..record(here, 1, key("o", "")) };
     actor.one(Op::Record(op)).await;
     assert!(actor.load(here).await.targets.is_empty());
+}
+
+/// Of a run that another instance owns, or under another claim: it goes on, awaits what it awaited, and nobody is woken.
+pub async fn an_end_that_is_lost_changes_nothing<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let (actor, other) = (Actor::new(&storage).await, Actor::new(&storage).await);
+    let (target, waiter) = (actor.start("target").await, actor.start("waiter").await);
+    let wait = Op::Await { run: waiter, id: "target".into(), target: None };
+    assert_eq!(actor.one(wait).await, Outcome::Awaits(Some((target, None))));
+    let before = actor.load(waiter).await.process;
+    for run in [target, waiter] {
+        assert_eq!(other.finish(run, 1, Status::Completed).await, Outcome::Lost);
+        assert_eq!(actor.finish(run, 2, Status::Completed).await, Outcome::Lost);
+    }
+    assert_eq!(actor.load(waiter).await.process, before);
+    let ended = actor.finish(target, 1, Status::Failed).await;
+    assert_eq!(ended, Outcome::Finished { wakes: vec![waiter] });
+    assert_eq!(actor.finish(target, 1, Status::Completed).await, Outcome::Lost);
+    assert_eq!(actor.load(waiter).await.process.signals, 1);
+    assert_eq!(actor.finish(target, 1, Status::Failed).await, ended, "the same again wakes those that still wait");
 }
 
 /// A start and the record of it: both, with what the id has in the record; or neither.
@@ -119,7 +142,7 @@ pub async fn a_durable_start_and_its_record<S: Subject>(subject: &S) {
         for _ in 0..2 {
             assert_eq!(owner.one(Op::Record(start.clone())).await, Outcome::Spawned(expected.clone()));
             let payload = storage.record(parent, &start.key).await.unwrap().unwrap().payload;
-            assert_eq!(serde_json::from_str::<Spawned>(&payload).unwrap(), expected);
+            assert_eq!(payload, expected.to_json());
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Records: written once, by the owner, all or nothing, byte for byte.
 
 use super::Subject;
-use super::scene::{Actor, finish, key, left_by, raise, record, spawn};
+use super::scene::{Actor, finish, key, left_by, raise, record, spawn, with_effect};
 use crate::limits;
 use crate::storage::{
-    Op, OpKind, Outcome, RecordKey, RecordOp, RecordState, RunId, Scope, Spawn, Status, Storage, StorageError,
+    Effect, Op, OpKind, Outcome, RecordKey, RecordOp, RecordState, RunId, Scope, Spawn, Status, Storage, StorageError,
 };
 
 /// What was committed is read, alone and with its run.
@@ -75,6 +75,9 @@ pub async fn the_same_batch_again_changes_nothing<S: Subject>(subject: &S) {
         Op::Spawn(Spawn { take: true, ..spawn("new") }),
         Op::Raise(raise("a", "m2")),
         Op::Record(RecordOp { takes: Some(1), ..record(a, 1, key("r", "")) }),
+        Op::Record(record(b, 1, key("r", ""))),
+        Op::Record(with_effect(b, OpKind::Raise, Effect::Raise(raise("a", "m3")))),
+        Op::Record(with_effect(c, OpKind::Spawn, Effect::Spawn(spawn("child")))),
         Op::Await { run: a, id: "c".into(), target: None },
         Op::Finish(finish(b, 1, Status::Completed)),
         Op::Park(crate::storage::Park { run: c, claim: 1, wake_at: None, seen: None, waiting_for: None }),

@@ -50,15 +50,15 @@ struct Event {
 impl Db {
     pub(super) fn enlist(&mut self, new: &NewInstance, now: DateTime<Utc>) -> Arc<()> {
         let alive = Arc::new(());
-        let instance = Instance {
+        let instance = self.instances.entry(new.id).or_insert_with(|| Instance {
             namespace: new.namespace.clone(),
             kinds: new.kinds.clone(),
             heartbeat_at: now,
-            alive: Arc::downgrade(&alive),
+            alive: Weak::new(),
             generation: 0,
             fenced: false,
-        };
-        self.instances.insert(new.id, instance);
+        });
+        instance.alive = Arc::downgrade(&alive);
         alive
     }
 
@@ -132,22 +132,28 @@ impl Db {
         self.current.get(&(namespace.into(), id.into())).copied()
     }
 
-    fn spawn(&mut self, me: InstanceId, namespace: &str, spawn: &Spawn, now: DateTime<Utc>) -> Spawned {
-        let answer = |process: &Process| Spawned {
+    /// What a start's id has: the run that was asked for, if it is there, else the current one.
+    fn spawned(&self, namespace: &str, spawn: &Spawn) -> Option<Spawned> {
+        let current = || self.processes.get(&self.current_run(namespace, &spawn.id)?);
+        self.processes.get(&spawn.run).or_else(current).map(|process| Spawned {
             run: process.row.run,
             existed: process.row.run != spawn.run,
             kind: process.row.kind.clone(),
             digest: process.digest.clone(),
+        })
+    }
+
+    fn spawn(&mut self, me: InstanceId, namespace: &str, spawn: &Spawn, now: DateTime<Utc>) -> Spawned {
+        let makes_way = |there: &Spawned| {
+            there.existed
+                && spawn.restart_finished
+                && there.kind == spawn.kind
+                && self.processes.get(&there.run).is_some_and(|process| process.row.status.is_finished())
         };
-        if let Some(mine) = self.processes.get(&spawn.run) {
-            return answer(mine);
-        }
-        let restarts =
-            |there: &Process| spawn.restart_finished && there.row.status.is_finished() && there.row.kind == spawn.kind;
-        if let Some(existing) = self.current_run(namespace, &spawn.id).and_then(|run| self.processes.get(&run))
-            && !restarts(existing)
+        if let Some(there) = self.spawned(namespace, spawn)
+            && !makes_way(&there)
         {
-            return answer(existing);
+            return there;
         }
         let row = ProcessRow {
             run: spawn.run,
@@ -171,36 +177,53 @@ impl Db {
             finished_at: None,
         };
         let process = Process { namespace: namespace.into(), row, digest: spawn.digest.clone(), signalled: false };
-        let spawned = answer(&process);
         self.processes.insert(spawn.run, process);
         self.current.insert((namespace.into(), spawn.id.clone()), spawn.run);
-        spawned
+        Spawned { run: spawn.run, existed: false, kind: spawn.kind.clone(), digest: spawn.digest.clone() }
     }
 
-    fn raise(&mut self, me: InstanceId, namespace: &str, raise: &Raise, now: DateTime<Utc>) -> Raised {
+    /// What became of a message.
+    fn raised(&self, me: InstanceId, namespace: &str, raise: &Raise) -> Raised {
         let Some(run) = self.current_run(namespace, &raise.id) else { return Raised::NotFound };
         let mine = self.processes.get(&run).is_some_and(|process| process.row.owner == Some(me));
         let events = self.events.range((run, 0)..=(run, i64::MAX));
         #[cfg(durable_mutations)]
         let events = events.take(if is_broken(Rule::OwnSuccess) { 0 } else { usize::MAX });
-        if let Some((&(_, number), _)) = events.into_iter().find(|(_, event)| event.id == raise.event_id) {
-            return Raised::Delivered { run, number, mine };
+        match events.into_iter().find(|(_, event)| event.id == raise.event_id) {
+            Some((&(_, number), _)) => Raised::Delivered { run, number, mine },
+            None => Raised::Finished,
         }
-        let Some(process) = self.processes.get_mut(&run).filter(|process| !process.row.status.is_finished()) else {
-            return Raised::Finished;
-        };
+    }
+
+    fn raise(&mut self, me: InstanceId, namespace: &str, raise: &Raise, now: DateTime<Utc>) -> Raised {
+        let raised = self.raised(me, namespace, raise);
+        if raised != Raised::Finished {
+            return raised;
+        }
+        let unfinished = |process: &&mut Process| !process.row.status.is_finished();
+        let run = self.current_run(namespace, &raise.id);
+        let Some(process) = run.and_then(|run| self.processes.get_mut(&run)).filter(unfinished) else { return raised };
         process.signal(me, now);
-        let number = process.row.signals;
+        let (run, number, mine) = (process.row.run, process.row.signals, process.row.owner == Some(me));
         let row = EventRow { number, name: raise.name.clone(), payload: raise.payload.clone() };
         self.events.insert((run, number), Event { row, id: raise.event_id.clone(), taken: false });
         Raised::Delivered { run, number, mine }
     }
 
     fn write(&mut self, me: InstanceId, namespace: &str, op: &RecordOp, now: DateTime<Utc>) -> Outcome {
-        if self.owned_process(me, op.run, op.claim).is_none() {
-            return Outcome::Lost;
-        }
         let place = (op.run, op.key.clone());
+        if self.owned_process(me, op.run, op.claim).is_none() {
+            let as_sent = |there: &Record| there.claim == op.claim && there.state == op.state;
+            return match (self.records.get(&place).is_some_and(as_sent), &op.effect) {
+                (false, _) => Outcome::Lost,
+                // An earlier attempt, in whose batch the run was given up or ended.
+                (true, None) => Outcome::Recorded,
+                (true, Some(Effect::Raise(raise))) => Outcome::Raised(self.raised(me, namespace, raise)),
+                (true, Some(Effect::Spawn(spawn))) => {
+                    self.spawned(namespace, spawn).map_or(Outcome::Lost, Outcome::Spawned)
+                }
+            };
+        }
         if let Some(there) = self.records.get(&place)
             && there.state != RecordState::Pending
             && there.op != OpKind::Value
@@ -263,7 +286,13 @@ impl Db {
             let mine_before = self.processes.get(&finish.run).is_some_and(|process| {
                 process.row.owner.is_none() && process.row.claim == finish.claim && process.row.status == finish.status
             });
-            return if mine_before { Outcome::Finished { wakes: Vec::new() } } else { Outcome::Lost };
+            return match mine_before {
+                true if finish.status.is_finished() => {
+                    Outcome::Finished { wakes: self.wake_waiters(me, finish.run, now) }
+                }
+                true => Outcome::Finished { wakes: Vec::new() },
+                false => Outcome::Lost,
+            };
         };
         let row = &mut process.row;
         row.status = finish.status;
@@ -565,8 +594,8 @@ impl Process {
 /// The order in which kinds of operations take effect.
 fn rank(op: &Op) -> u8 {
     match op {
-        Op::Spawn(_) => 0,
-        Op::Raise(_) => 1,
+        Op::Spawn(_) | Op::Record(RecordOp { effect: Some(Effect::Spawn(_)), .. }) => 0,
+        Op::Raise(_) | Op::Record(RecordOp { effect: Some(Effect::Raise(_)), .. }) => 1,
         Op::Record(_) => 2,
         Op::Await { .. } => 3,
         Op::AcceptCancel { .. } => 4,

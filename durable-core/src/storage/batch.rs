@@ -23,7 +23,7 @@ pub struct Batch {
     /// The namespace of every process named by its id.
     pub namespace: Box<str>,
     /// What is written. They take effect kind by kind in the order of the variants of [`Op`], and in this order
-    /// within a kind.
+    /// within a kind; the effects of records with the starts and messages. None is about a run that another one starts.
     pub ops: Vec<Op>,
     /// What the storage has made of it beforehand.
     pub prepared: Prepared,
@@ -68,9 +68,10 @@ pub enum Op {
     /// Puts a message into a process's mailbox and wakes it → [`Outcome::Raised`].
     Raise(Raise),
     /// Writes a record of a run that the instance owns under this claim → [`Outcome::Recorded`],
-    /// [`Outcome::Spawned`] or [`Outcome::Raised`] by its effect, or [`Outcome::Lost`].
+    /// [`Outcome::Spawned`] or [`Outcome::Raised`] by its effect, or [`Outcome::Lost`]. The engine has read the run's
+    /// records: it sends none with an effect, or that takes a message, for a key where one of an earlier claim is final.
     Record(RecordOp),
-    /// Registers that `run` awaits `target`, or tells how that ended → [`Outcome::Awaits`].
+    /// Registers that `run`, which is the instance's, awaits `target`, or tells how that ended → [`Outcome::Awaits`].
     Await {
         /// The run that waits.
         run: RunId,
@@ -116,7 +117,8 @@ pub enum Op {
         /// The process.
         id: Box<str>,
     },
-    /// Claims due processes of a kind → [`Outcome::Claimed`].
+    /// Claims due processes of a kind → [`Outcome::Claimed`]. What becomes due by the same batch may be left to a later
+    /// claim.
     Claim {
         /// The kind.
         kind: Box<str>,

@@ -21,7 +21,7 @@ pub use rows::{
     ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope, Status, Target,
 };
 
-pub use sorted::Sorted;
+pub use sorted::{Letter, Sorted, Start};
 pub use transaction::{Committed, Ending, Open, OutboxWriter, RolledBack, Slot, Transactional, Tx, source};
 
 use async_trait::async_trait;
@@ -65,8 +65,8 @@ pub trait Storage: Send + Sync + 'static {
     /// operating system or the server releases when the program dies), the lock **before** the row can be seen by
     /// others. Called on the runtime that will beat. Dropping the heart lets go of the proof of life.
     ///
-    /// Atomic. Idempotent for one [`InstanceId`]. After a crash the row stays until another instance has taken over.
-    /// Returns the database's time as well.
+    /// Atomic. Idempotent for one [`InstanceId`], whose former heart is dropped by then: one that is known stays as it
+    /// is. After a crash the row stays until another instance has taken over. Returns the database's time as well.
     async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)>;
 
     /// Sets the instance's write generation to `generation` if it is lower, after every batch of a lower generation
@@ -85,7 +85,8 @@ pub trait Storage: Send + Sync + 'static {
     /// statement that starts after its lock is granted.
     ///
     /// Atomic. Idempotent by the tokens in the operations: the same batch again changes nothing and answers the same,
-    /// except that [`Op::Claim`] claims more, and that a message which reached nobody is judged anew. An operation that
+    /// except that [`Op::Claim`] claims more, that a message which reached nobody is judged anew, and that an end wakes
+    /// again those that still await it. An operation that
     /// the database refuses for good fails the whole batch with [`StorageError::Refused`]; the engine splits it until
     /// the culprit is found.
     ///

@@ -4,16 +4,22 @@ use super::rows::RunId;
 /// A run, and the claim under which it writes.
 type From = (RunId, i64);
 
+/// A start, and the run whose record it belongs to if a process makes it.
+pub type Start<'b> = (&'b Spawn, Option<From>);
+
+/// A message, likewise.
+pub type Letter<'b> = (&'b Raise, Option<From>);
+
 /// The operations of a batch by kind, each with its place in the batch.
 ///
 /// For storages that write a kind at a time. Starts are in the order of their ids, so that no two batches wait for each
 /// other's.
 #[derive(Debug, Default)]
 pub struct Sorted<'b> {
-    /// Starts, of people and of processes; the latter with the run whose record each belongs to.
-    pub spawns: Vec<(usize, (&'b Spawn, Option<From>))>,
+    /// Starts, of people and of processes.
+    pub spawns: Vec<(usize, Start<'b>)>,
     /// Messages, likewise.
-    pub raises: Vec<(usize, (&'b Raise, Option<From>))>,
+    pub raises: Vec<(usize, Letter<'b>)>,
     /// Records without an effect.
     pub records: Vec<(usize, &'b RecordOp)>,
     /// Records that start something.

@@ -2,7 +2,7 @@
 
 use durable_core::storage::Sorted;
 
-use super::{FINISHED, Of, UNFINISHED, WAKE, answers};
+use super::{Of, UNFINISHED, WAKE, answers};
 use crate::json::{self, Column, Table};
 use crate::rows::time_text;
 use crate::sql::Sql;
@@ -93,13 +93,15 @@ fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
         "status = j.status, [output] = j.[output], reason = j.reason, unasked = j.unasked, owner = NULL, wake_at = NULL,
         waiting_for = NULL, signalled = 0, status_at = @now, finished_at = CASE WHEN j.ended = 1 THEN @now END";
     change(sql, of, &j, set, "");
-    let ending = sorted.ending();
-    if ending.is_empty() {
+    if sorted.ending().is_empty() {
         return;
     }
-    let j = json::runs(sql, ending);
-    sql.push(format!("DELETE w FROM {of}.waiters AS w JOIN {j} ON w.waiter = j.run"));
-    let ended = format!("SELECT t.run FROM {j} JOIN {of}.processes AS t ON t.run = j.run WHERE t.status IN {FINISHED}");
+    // Now or by an earlier attempt.
+    let ended = format!(
+        "SELECT t.run FROM {j} JOIN {of}.processes AS t ON t.run = j.run AND t.claim = j.claim AND t.status = j.status
+         WHERE j.ended = 1 AND t.owner IS NULL"
+    );
+    sql.push(format!("DELETE w FROM {of}.waiters AS w WHERE w.waiter IN ({ended})"));
     wake(sql, of, &ended, answers::WOKEN);
 }
 

@@ -2,7 +2,7 @@ use durable_core::storage::{Effect, Raised, RecordOp, RunId, Sorted};
 
 use super::{Of, answers, current};
 use crate::json::{Column, Table};
-use crate::sql::{Sql, digits, hex};
+use crate::sql::{Sql, hex, hyphenated};
 
 const COLUMNS: &[(&str, Column)] = &[
     ("ord", Column::Number),
@@ -32,7 +32,7 @@ pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
             "CONCAT(N'{{\"run\":\"', {}, N'\",\"existed\":', CASE WHEN c.run = CONVERT(BINARY(16), j.effect_token, 2)
                  THEN N'false' ELSE N'true' END, N',\"kind\":\"', STRING_ESCAPE(c.kind, N'json'), N'\",\"digest\":\"',
                  c.input_digest, N'\"}}')",
-            digits("c.run")
+            hyphenated("c.run")
         ),
         join: format!(
             "JOIN {of}.processes AS c ON c.run = COALESCE((SELECT q.run FROM {of}.processes AS q
@@ -95,13 +95,11 @@ fn put(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], payload: &Pay
     let j = table.named(sql, "j");
     let Payload { expression, join } = payload;
     let place = "s.run = j.run AND s.scope = j.scope AND s.name = j.name AND s.[key] = j.[key]";
-    let owns = format!(
-        "EXISTS (SELECT 1 FROM {of}.processes AS p WHERE p.run = j.run AND p.owner = @me AND p.claim = j.claim)"
-    );
+    let owned = owned(of);
     sql.push(format!(
         "INSERT INTO {of}.steps (run, scope, name, [key], op, state, payload, attempts, claim, recorded_at)
          SELECT j.run, j.scope, j.name, j.[key], j.op, j.state, {expression}, j.attempts, j.claim, @now
-         FROM {j} {join} WHERE {owns} AND NOT EXISTS (SELECT 1 FROM {of}.steps AS s WHERE {place})"
+         FROM {j} {join} WHERE {owned} AND NOT EXISTS (SELECT 1 FROM {of}.steps AS s WHERE {place})"
     ));
     let (count, lost) = (sql.count(records.len()), answers::LOST);
     sql.push(format!(
@@ -110,11 +108,16 @@ fn put(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], payload: &Pay
              UPDATE s SET op = j.op, state = j.state, payload = {expression}, attempts = j.attempts, claim = j.claim,
                      recorded_at = @now
                  FROM {of}.steps AS s JOIN {j} ON {place} {join}
-                 WHERE {owns} AND (s.state = N'pending' OR s.op = N'value' OR s.claim = j.claim);
+                 WHERE {owned} AND (s.state = N'pending' OR s.op = N'value' OR s.claim = j.claim);
              INSERT INTO @out (part, ord) SELECT {lost}, j.ord FROM {j} WHERE NOT EXISTS (SELECT 1 FROM {of}.steps AS s
                  WHERE {place} AND s.claim = j.claim AND s.state = j.state);
          END"
     ));
+}
+
+/// Whether the instance owns the run of a row `j` under its claim.
+fn owned(of: &Of<'_>) -> String {
+    format!("EXISTS (SELECT 1 FROM {of}.processes AS p WHERE p.run = j.run AND p.owner = @me AND p.claim = j.claim)")
 }
 
 /// Messages that records consume.
@@ -125,22 +128,24 @@ fn taken(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     }
     let mut table = Table::new(&[("run", Column::Id), ("number", Column::Number), ("claim", Column::Number)]);
     each().for_each(|(run, number, claim)| table.row([run.into(), number.into(), claim.into()]));
-    let j = table.named(sql, "j");
+    let (j, owned) = (table.named(sql, "j"), owned(of));
     sql.push(format!(
         "UPDATE e SET taken_at = COALESCE(e.taken_at, @now) FROM {of}.events AS e JOIN {j}
              ON e.run = j.run AND e.number = j.number
-         WHERE EXISTS (SELECT 1 FROM {of}.processes AS p WHERE p.run = j.run AND p.owner = @me AND p.claim = j.claim)"
+         WHERE {owned}"
     ));
 }
 
 /// Waiters whose record is there.
 fn awaited(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
-    let each = || sorted.all_records().filter_map(|(_, record)| Some((record.awaited?, record.run)));
+    let each = || sorted.all_records().filter_map(|(_, record)| Some((record.awaited?, record.run, record.claim)));
     if each().next().is_none() {
         return;
     }
-    let mut table = Table::new(&[("target", Column::Id), ("waiter", Column::Id)]);
-    each().for_each(|(target, waiter)| table.row([target.into(), waiter.into()]));
-    let j = table.named(sql, "j");
-    sql.push(format!("DELETE w FROM {of}.waiters AS w JOIN {j} ON w.target = j.target AND w.waiter = j.waiter"));
+    let mut table = Table::new(&[("target", Column::Id), ("run", Column::Id), ("claim", Column::Number)]);
+    each().for_each(|(target, run, claim)| table.row([target.into(), run.into(), claim.into()]));
+    let (j, owned) = (table.named(sql, "j"), owned(of));
+    sql.push(format!(
+        "DELETE w FROM {of}.waiters AS w JOIN {j} ON w.target = j.target AND w.waiter = j.run WHERE {owned}"
+    ));
 }

@@ -1,13 +1,13 @@
 //! What transactions of the service's have put into the inbox, moved on: starts become processes, messages go into
 //! mailboxes, by the statements of a batch, in the order in which they were put in.
 
-use durable_core::storage::{Op, Outcome, Raise, Raised, Result, RunId, Spawn, StorageError};
+use durable_core::storage::{Op, Outcome, Raise, Raised, Result, RunId, Sorted, Spawn, StorageError};
 use sqlx::Executor;
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::HashSet;
 use uuid::Uuid;
 
-use super::{Gate, Of, sort, whole};
+use super::{Gate, Of, whole};
 use crate::errors::{self, reading};
 use crate::names::Schema;
 use crate::rows::{boxed, get};
@@ -118,7 +118,7 @@ async fn move_on(
         return Ok((0, Vec::new()));
     }
     let of = Of { schema, instance: Uuid::nil(), generation: 0, namespace, gate: Gate::Open };
-    let outcomes = whole::write(connection, &of, &ops, &sort(&ops)).await?;
+    let outcomes = whole::write(connection, &of, &ops, &Sorted::new(&ops)).await?;
     let dropped = ops.iter().zip(&outcomes).filter_map(|(op, outcome)| too_late(op, outcome)).collect();
     let mut sql = Sql::default();
     let numbers = sql.bind(numbers);

@@ -1,21 +1,14 @@
 //! Messages and awaits: what one process does to another.
 
-use durable_core::storage::{Effect, Op, Outcome, Raise, Raised, RecordOp, Result, RunId, StorageError};
+use durable_core::storage::{Effect, Letter, Outcome, Raised, RecordOp, Result, Sorted, StorageError};
 use sqlx::postgres::PgConnection;
 use std::collections::HashMap;
-use uuid::Uuid;
 
-use super::parts::{Sorted, current, number, starter_owns, wake};
+use super::parts::{current, number, starter_owns, wake};
 use super::read::{by_place, place};
 use super::{Of, UNFINISHED};
 use crate::rows::{get, maybe_json, run, status};
 use crate::sql::{Commits, Sql};
-
-/// A message, and the run and claim whose record it belongs to if it is a durable one.
-pub(super) struct Letter<'b> {
-    pub(super) raise: &'b Raise,
-    pub(super) from: Option<(Uuid, i64)>,
-}
 
 /// The id of the process that a record's effect is about.
 pub(super) fn effect_id(record: &RecordOp) -> Option<&str> {
@@ -34,14 +27,14 @@ pub(super) fn effect_token(record: &RecordOp) -> Option<String> {
 }
 
 fn letters(sql: &mut Sql, raises: &[(usize, Letter<'_>)]) -> String {
-    let each = || raises.iter().map(|(_, letter)| letter.raise);
+    let each = || raises.iter().map(|(_, (raise, _))| *raise);
     sql.rows()
         .column("id", each().map(|raise| &*raise.id))
         .column("name", each().map(|raise| &*raise.name))
         .column("event_id", each().map(|raise| &*raise.event_id))
         .column("payload", each().map(|raise| &*raise.payload))
-        .column("from_run", raises.iter().map(|(_, letter)| letter.from.map(|(run, _)| run)))
-        .column("from_claim", raises.iter().map(|(_, letter)| letter.from.map(|(_, claim)| claim)))
+        .column("from_run", raises.iter().map(|(_, (_, from))| from.map(|(run, _)| run.0)))
+        .column("from_claim", raises.iter().map(|(_, (_, from))| from.map(|(_, claim)| claim)))
         .named("j")
 }
 
@@ -105,7 +98,7 @@ pub(super) fn outcomes(
     let mut found: HashMap<usize, Outcome> = HashMap::new();
     for row in rows {
         let nth = place(row)?;
-        let from = raises.get(nth).is_some_and(|(_, letter)| letter.from.is_some());
+        let from = raises.get(nth).is_some_and(|(_, (_, from))| from.is_some());
         let raised = match (get::<Option<i64>>(row, 2)?, get::<bool>(row, 4)?) {
             (Some(number), _) => Raised::Delivered { run: run(row, 1)?, number, mine: get(row, 3)? },
             // Its run took the place of another while this batch waited for that one's row. Again, from the start.
@@ -157,25 +150,4 @@ pub(super) fn awaits_text(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> St
              SELECT t.run, t.waiter FROM target t WHERE t.status IN {UNFINISHED} ORDER BY 1, 2 ON CONFLICT DO NOTHING)
          SELECT ord, run, status, output FROM target"
     )
-}
-
-/// The ids that a batch's messages, awaits and orders are about, and the runs that it awaits: their rows are locked.
-pub(super) fn others<'b>(ops: &'b [Op]) -> (Vec<&'b str>, Vec<RunId>) {
-    let mut ids: Vec<&'b str> = Vec::new();
-    let mut runs = Vec::new();
-    for op in ops {
-        match op {
-            Op::Raise(raise) => ids.push(&raise.id),
-            Op::Spawn(spawn) if spawn.restart_finished => ids.push(&spawn.id),
-            Op::Record(RecordOp { effect: Some(Effect::Raise(raise)), .. }) => ids.push(&raise.id),
-            Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. }) if spawn.restart_finished => {
-                ids.push(&spawn.id);
-            }
-            Op::Await { target: Some(target), .. } => runs.push(*target),
-            Op::Await { id, .. } => ids.push(id),
-            Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } => ids.push(id),
-            _ => {}
-        }
-    }
-    (ids, runs)
 }

@@ -9,7 +9,7 @@ mod read;
 mod single;
 mod whole;
 
-use durable_core::storage::{Batch, Effect, Op, Outcome, RecordOp, Result, StorageError};
+use durable_core::storage::{Batch, Outcome, Result, Sorted, StorageError};
 use sqlx::postgres::PgConnection;
 use std::fmt;
 use uuid::Uuid;
@@ -18,7 +18,6 @@ use crate::names::Schema;
 #[cfg(test)]
 pub(crate) use inbox::waiting;
 pub(crate) use inbox::{last, sweep};
-use parts::{Sorted, Start};
 
 pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
 /// Both lists are used positively: a status that this version does not know is neither.
@@ -50,21 +49,21 @@ impl fmt::Display for Of<'_> {
     }
 }
 
-fn of<'b>(schema: &'b Schema, batch: &'b Batch, swept: bool) -> Of<'b> {
+fn of<'b>(schema: &'b Schema, batch: &'b Batch, sorted: &Sorted<'_>, swept: bool) -> Of<'b> {
     Of {
         schema,
         instance: batch.fence.instance.0,
         generation: batch.fence.generation,
         namespace: &batch.namespace,
-        gate: if !swept && batch.ops.iter().any(names_an_id) { Gate::Inbox } else { Gate::Fence },
+        gate: if !swept && sorted.names_an_id() { Gate::Inbox } else { Gate::Fence },
     }
 }
 
 /// Makes a batch ready to be sent, if it is one statement.
 pub(crate) fn prepare(schema: &Schema, batch: &Batch) {
-    let sorted = sort(&batch.ops);
+    let sorted = Sorted::new(&batch.ops);
     if single::fits(&sorted) {
-        batch.prepared.put(single::statement(&of(schema, batch, false), &sorted));
+        batch.prepared.put(single::statement(&of(schema, batch, &sorted, false), &sorted));
     }
 }
 
@@ -76,8 +75,8 @@ pub(crate) async fn commit(
     batch: &Batch,
     swept: bool,
 ) -> Result<Vec<Outcome>> {
-    let of = of(schema, batch, swept);
-    let sorted = sort(&batch.ops);
+    let sorted = Sorted::new(&batch.ops);
+    let of = of(schema, batch, &sorted, swept);
     let answer = if single::fits(&sorted) {
         single::commit(connection, &of, &batch.ops, &sorted, &batch.prepared).await?
     } else {
@@ -95,65 +94,6 @@ pub(crate) async fn commit(
     }
 }
 
-/// Whether it is about a process by its id: one that is about to be put there must be there first.
-pub(crate) fn names_an_id(op: &Op) -> bool {
-    match op {
-        Op::Record(record) => record.effect.is_some(),
-        Op::Spawn(_) | Op::Raise(_) | Op::Await { .. } | Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. } => {
-            true
-        }
-        _ => false,
-    }
-}
-
-fn sort(ops: &[Op]) -> Sorted<'_> {
-    let mut sorted = Sorted {
-        spawns: Vec::new(),
-        raises: Vec::new(),
-        records: Vec::new(),
-        all_records: Vec::new(),
-        awaits: Vec::new(),
-        accepts: Vec::new(),
-        seen: Vec::new(),
-        finishes: Vec::new(),
-        parks: Vec::new(),
-        orders: Vec::new(),
-        claims: Vec::new(),
-    };
-    for (at, op) in ops.iter().enumerate() {
-        match op {
-            Op::Spawn(spawn) => sorted.spawns.push((at, Start { spawn, from: None })),
-            Op::Raise(raise) => sorted.raises.push((at, mail::Letter { raise, from: None })),
-            Op::Record(record) => {
-                let from = Some((record.run.0, record.claim));
-                match &record.effect {
-                    Some(Effect::Spawn(spawn)) => sorted.spawns.push((at, Start { spawn, from })),
-                    Some(Effect::Raise(raise)) => sorted.raises.push((at, mail::Letter { raise, from })),
-                    None => sorted.records.push((at, record)),
-                }
-                sorted.all_records.push((at, record));
-            }
-            Op::Await { run, id, target } => sorted.awaits.push((at, (*run, id, *target))),
-            Op::AcceptCancel { run, claim } => sorted.accepts.push((at, (*run, *claim))),
-            Op::Seen { run, claim, signals } => sorted.seen.push((at, (*run, *claim, *signals))),
-            Op::Finish(finish) => sorted.finishes.push((at, finish)),
-            Op::Park(park) => sorted.parks.push((at, park)),
-            Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. } => sorted.orders.push((at, op)),
-            Op::Claim { kind, limit } => sorted.claims.push((at, (kind, *limit))),
-            // One that this version does not know stays without an outcome.
-            _ => {}
-        }
-    }
-    sorted.spawns.sort_by_key(|(_, start)| &start.spawn.id);
-    sorted
-}
-
-/// Records with an effect of one kind.
-fn with_effect<'b>(sorted: &Sorted<'b>, of_kind: impl Fn(&Effect) -> bool) -> Vec<(usize, &'b RecordOp)> {
-    let has = |(_, record): &&(usize, &RecordOp)| record.effect.as_ref().is_some_and(&of_kind);
-    sorted.all_records.iter().filter(has).copied().collect()
-}
-
 /// Every statement that a batch is made of.
 #[cfg(test)]
 pub(crate) fn statements(schema: &Schema, batch: &Batch) -> Vec<(&'static str, crate::sql::Sql)> {
@@ -164,9 +104,9 @@ pub(crate) fn statements(schema: &Schema, batch: &Batch) -> Vec<(&'static str, c
         namespace: &batch.namespace,
         gate: Gate::Inbox,
     };
-    let sorted = sort(&batch.ops);
+    let sorted = Sorted::new(&batch.ops);
     if single::fits(&sorted) {
         return vec![("a batch in one", single::statement(&of, &sorted).sql)];
     }
-    whole::statements(&of, &batch.ops, &sorted)
+    whole::statements(&of, &sorted)
 }

@@ -1,53 +1,11 @@
 //! The parts that a batch is made of, each one statement: alone within a transaction, or together with others as
 //! `WITH` queries of one statement. Each is given the condition on which it writes, its gate.
 
-use durable_core::storage::{Finish, Op, Park, RecordOp, RunId, Spawn};
-use uuid::Uuid;
+use durable_core::storage::{Finish, Park, RecordOp, RunId, Start};
 
-use super::{FINISHED, Gate, Of, UNFINISHED};
+use super::{Gate, Of, UNFINISHED};
 use crate::rows::time_text;
 use crate::sql::Sql;
-
-/// The operations of a batch by kind, each with its place; those that change or insert rows that others may want too,
-/// in the order of these rows' keys, so that no two batches wait for each other.
-pub(super) struct Sorted<'b> {
-    pub(super) spawns: Vec<(usize, Start<'b>)>,
-    pub(super) raises: Vec<(usize, super::mail::Letter<'b>)>,
-    /// Those without an effect.
-    pub(super) records: Vec<(usize, &'b RecordOp)>,
-    /// All of them.
-    pub(super) all_records: Vec<(usize, &'b RecordOp)>,
-    pub(super) awaits: Vec<(usize, (RunId, &'b str, Option<RunId>))>,
-    pub(super) accepts: Vec<(usize, (RunId, i64))>,
-    pub(super) seen: Vec<(usize, (RunId, i64, i64))>,
-    pub(super) finishes: Vec<(usize, &'b Finish)>,
-    pub(super) parks: Vec<(usize, &'b Park)>,
-    /// Cancel, resume, delete.
-    pub(super) orders: Vec<(usize, &'b Op)>,
-    pub(super) claims: Vec<(usize, (&'b str, usize))>,
-}
-
-/// A start, and the run and claim whose record it belongs to if it is a durable one.
-pub(super) struct Start<'b> {
-    pub(super) spawn: &'b Spawn,
-    pub(super) from: Option<(Uuid, i64)>,
-}
-
-impl Sorted<'_> {
-    /// The runs whose rows the owner changes.
-    pub(super) fn owned(&self) -> Vec<Uuid> {
-        let runs = self.accepts.iter().map(|(_, (run, _))| run.0);
-        let runs = runs.chain(self.seen.iter().map(|(_, (run, ..))| run.0));
-        let runs = runs.chain(self.finishes.iter().map(|(_, finish)| finish.run.0));
-        runs.chain(self.parks.iter().map(|(_, park)| park.run.0)).collect()
-    }
-
-    /// The runs that end for good: others may await them.
-    pub(super) fn ending(&self) -> Vec<Uuid> {
-        let ends = self.finishes.iter().filter(|(_, finish)| finish.status.is_finished());
-        ends.map(|(_, finish)| finish.run.0).collect()
-    }
-}
 
 // Plans are kept, also those that were made while a table was empty or an instance owned nothing, and then looked as
 // good as any. So the statements leave little to choose: a row is found by its run, and a run by a query that gives one
@@ -91,7 +49,7 @@ pub(super) fn spawned(sql: &mut Sql, of: &Of<'_>, spawns: &[(usize, Start<'_>)],
 
 /// The rows of [`spawned`].
 pub(super) fn starts(sql: &mut Sql, spawns: &[(usize, Start<'_>)]) -> String {
-    let each = || spawns.iter().map(|(_, start)| start.spawn);
+    let each = || spawns.iter().map(|(_, (spawn, _))| *spawn);
     sql.rows()
         .column("run", each().map(|spawn| spawn.run.0))
         .column("id", each().map(|spawn| &*spawn.id))
@@ -100,8 +58,8 @@ pub(super) fn starts(sql: &mut Sql, spawns: &[(usize, Start<'_>)]) -> String {
         .column("digest", each().map(|spawn| &*spawn.digest))
         .column("take", each().map(|spawn| spawn.take))
         .column("restart", each().map(|spawn| spawn.restart_finished))
-        .column("from_run", spawns.iter().map(|(_, start)| start.from.map(|(run, _)| run)))
-        .column("from_claim", spawns.iter().map(|(_, start)| start.from.map(|(_, claim)| claim)))
+        .column("from_run", spawns.iter().map(|(_, (_, from))| from.map(|(run, _)| run.0)))
+        .column("from_claim", spawns.iter().map(|(_, (_, from))| from.map(|(_, claim)| claim)))
         .named("j")
 }
 
@@ -188,6 +146,13 @@ pub(super) fn record_rows(sql: &mut Sql, records: &[(usize, &RecordOp)]) -> Stri
         .named("j")
 }
 
+/// Whether the instance owns the run of a row `j` under its claim.
+fn owned(of: &Of<'_>, me: &str) -> String {
+    format!(
+        "(SELECT p.owner IS NOT DISTINCT FROM {me} AND p.claim = j.claim FROM {of}.processes p WHERE p.run = j.run)"
+    )
+}
+
 /// Messages that records consume.
 pub(super) fn taken(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], gate: &str) -> Option<String> {
     let each = || records.iter().filter_map(|(_, record)| Some((record.run.0, record.takes?, record.claim)));
@@ -199,25 +164,28 @@ pub(super) fn taken(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], 
         .column("number", each().map(|(_, number, _)| number))
         .column("claim", each().map(|(.., claim)| claim))
         .named("j");
+    let owned = owned(of, &me);
     Some(format!(
         "UPDATE {of}.events e SET taken_at = coalesce(e.taken_at, now()) FROM {j}
-         WHERE e.run = j.run AND e.number = j.number AND {gate}
-             AND (SELECT p.owner IS NOT DISTINCT FROM {me} AND p.claim = j.claim FROM {of}.processes p WHERE p.run = j.run)
-         RETURNING 1"
+         WHERE e.run = j.run AND e.number = j.number AND {gate} AND {owned} RETURNING 1"
     ))
 }
 
 /// Waiters whose record is there.
 pub(super) fn awaited(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], gate: &str) -> Option<String> {
-    let each = || records.iter().filter_map(|(_, record)| Some((record.awaited?.0, record.run.0)));
+    let each = || records.iter().filter_map(|(_, record)| Some((record.awaited?.0, record.run.0, record.claim)));
     each().next()?;
+    let me = sql.bind(of.instance);
     let j = sql
         .rows()
-        .column("target", each().map(|(target, _)| target))
-        .column("waiter", each().map(|(_, waiter)| waiter))
+        .column("target", each().map(|(target, ..)| target))
+        .column("run", each().map(|(_, run, _)| run))
+        .column("claim", each().map(|(.., claim)| claim))
         .named("j");
+    let owned = owned(of, &me);
     Some(format!(
-        "DELETE FROM {of}.waiters w USING {j} WHERE w.target = j.target AND w.waiter = j.waiter AND {gate} RETURNING 1"
+        "DELETE FROM {of}.waiters w USING {j} WHERE w.target = j.target AND w.waiter = j.run AND {gate} AND {owned}
+         RETURNING 1"
     ))
 }
 
@@ -237,14 +205,14 @@ pub(super) fn accepted(sql: &mut Sql, of: &Of<'_>, accepts: &[(usize, (RunId, i6
 }
 
 /// Signals that owners have read.
-pub(super) fn seen(sql: &mut Sql, of: &Of<'_>, seen: &[(usize, (RunId, i64, i64))], gate: &str) -> String {
+pub(super) fn seen(sql: &mut Sql, of: &Of<'_>, seen: &[(usize, ((RunId, i64), i64))], gate: &str) -> String {
     let me = sql.bind(of.instance);
     let each = || seen.iter().map(|(_, seen)| *seen);
     let j = sql
         .rows()
-        .column("run", each().map(|(run, ..)| run.0))
-        .column("claim", each().map(|(_, claim, _)| claim))
-        .column("signals", each().map(|(.., signals)| signals))
+        .column("run", each().map(|((run, _), _)| run.0))
+        .column("claim", each().map(|((_, claim), _)| claim))
+        .column("signals", each().map(|(_, signals)| signals))
         .named("j");
     format!(
         "UPDATE {of}.processes p SET signalled = p.signalled AND p.signals <> j.signals
@@ -275,9 +243,8 @@ pub(super) fn finished(sql: &mut Sql, of: &Of<'_>, finishes: &[(usize, &Finish)]
 }
 
 /// What those that end still await is nobody's any more.
-pub(super) fn unwaiting(sql: &mut Sql, of: &Of<'_>, ending: Vec<Uuid>, gate: &str) -> String {
-    let runs = sql.bind(ending);
-    format!("DELETE FROM {of}.waiters w WHERE w.waiter = ANY ({runs}) AND {gate} RETURNING 1")
+pub(super) fn unwaiting(of: &Of<'_>, ended: &str, gate: &str) -> String {
+    format!("DELETE FROM {of}.waiters w WHERE w.waiter IN ({ended}) AND {gate} RETURNING 1")
 }
 
 /// Parks: whether every signal was seen is decided on the row, by its newest version if somebody else is changing it.
@@ -341,8 +308,17 @@ pub(super) fn woken(sql: &mut Sql, of: &Of<'_>, targets: &str) -> String {
     )
 }
 
-/// Those of the given runs that have ended.
-pub(super) fn ended(sql: &mut Sql, of: &Of<'_>, runs: Vec<Uuid>) -> String {
-    let runs = sql.bind(runs);
-    format!("SELECT t.run FROM {of}.processes t WHERE t.run = ANY ({runs}) AND t.status IN {FINISHED}")
+/// The runs that these ends have ended, now or by an earlier attempt.
+pub(super) fn ended(sql: &mut Sql, of: &Of<'_>, finishes: &[(usize, &Finish)]) -> String {
+    let each = || finishes.iter().map(|(_, finish)| *finish).filter(|finish| finish.status.is_finished());
+    let j = sql
+        .rows()
+        .column("run", each().map(|finish| finish.run.0))
+        .column("claim", each().map(|finish| finish.claim))
+        .column("status", each().map(|finish| finish.status.as_str()))
+        .named("j");
+    format!(
+        "SELECT j.run FROM {j} WHERE (SELECT t.claim = j.claim AND t.status = j.status AND t.owner IS NULL
+             FROM {of}.processes t WHERE t.run = j.run)"
+    )
 }

@@ -1,13 +1,12 @@
 //! What became of operations, where it is not what was wanted.
 
-use durable_core::storage::{Finish, Op, Outcome, RecordOp, Result, RunId, Spawned, StorageError};
+use durable_core::storage::{Finish, Op, Outcome, RecordOp, Result, RunId, Sorted, Spawned, Start, StorageError};
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::{HashMap, HashSet};
-use uuid::Uuid;
 
 use super::Of;
-use super::parts::{self, Sorted, Start, record_rows, starts};
-use crate::rows::{boxed, get, run};
+use super::parts::{self, record_rows, starts};
+use crate::rows::{boxed, get, run, uuids};
 use crate::sql::{Commits, Sql};
 
 /// The place, from 0, of the row of the batch that a row answers.
@@ -23,8 +22,8 @@ pub(super) fn by_place(rows: &[PgRow], outcome: impl Fn(&PgRow) -> Result<Outcom
 }
 
 /// The outcome of a start that went as it should.
-pub(super) fn new(start: &Start<'_>) -> Outcome {
-    let (run, kind, digest) = (start.spawn.run, start.spawn.kind.clone(), start.spawn.digest.clone());
+pub(super) fn new((spawn, _): &Start<'_>) -> Outcome {
+    let (run, kind, digest) = (spawn.run, spawn.kind.clone(), spawn.digest.clone());
     Outcome::Spawned(Spawned { run, existed: false, kind, digest })
 }
 
@@ -88,7 +87,7 @@ struct State {
     mine: bool,
 }
 
-async fn states(connection: &mut PgConnection, of: &Of<'_>, runs: Vec<Uuid>) -> Result<HashMap<RunId, State>> {
+async fn states(connection: &mut PgConnection, of: &Of<'_>, runs: Vec<RunId>) -> Result<HashMap<RunId, State>> {
     let mut sql = Sql::default();
     sql.text = states_text(&mut sql, of, runs);
     let state = |row: &PgRow| {
@@ -98,8 +97,8 @@ async fn states(connection: &mut PgConnection, of: &Of<'_>, runs: Vec<Uuid>) -> 
     sql.run(connection, Commits::No).await?.iter().map(state).collect()
 }
 
-pub(super) fn states_text(sql: &mut Sql, of: &Of<'_>, runs: Vec<Uuid>) -> String {
-    let (me, runs) = (sql.bind(of.instance), sql.bind(runs));
+pub(super) fn states_text(sql: &mut Sql, of: &Of<'_>, runs: Vec<RunId>) -> String {
+    let (me, runs) = (sql.bind(of.instance), sql.bind(uuids(runs)));
     format!(
         "SELECT p.run, p.status, p.claim, p.calm_claim, p.signals, p.owner IS NOT NULL,
              p.owner IS NOT NULL AND p.owner = {me}
@@ -116,13 +115,13 @@ pub(super) async fn owned(
     made: &HashSet<RunId>,
     note: &mut impl FnMut(usize, Outcome),
 ) -> Result<()> {
-    let missing: Vec<Uuid> = sorted.owned().into_iter().filter(|run| !made.contains(&RunId(*run))).collect();
+    let missing: Vec<RunId> = sorted.owned().into_iter().filter(|run| !made.contains(run)).collect();
     let states = if missing.is_empty() { HashMap::new() } else { states(connection, of, missing).await? };
     let plain = |run: &RunId| if made.contains(run) { Outcome::Recorded } else { Outcome::Lost };
     for (at, (run, _)) in &sorted.accepts {
         note(*at, plain(run));
     }
-    for (at, (run, ..)) in &sorted.seen {
+    for (at, ((run, _), _)) in &sorted.seen {
         note(*at, plain(run));
     }
     for (at, finish) in &sorted.finishes {

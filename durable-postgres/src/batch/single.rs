@@ -18,19 +18,19 @@
 //! orders. Nor does it tell why a message was not put in: then the whole batch is written once more, as a transaction
 //! that finds everything else done.
 
-use durable_core::storage::{Claimed, Op, Outcome, Prepared, Raised, Result, RunId, StorageError};
+use durable_core::storage::{Claimed, Op, Outcome, Prepared, Raised, Result, RunId, Sorted, StorageError};
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::HashSet;
 use uuid::Uuid;
 
-use super::parts::{self, Payload, Sorted};
+use super::parts::{self, Payload};
 use super::{Of, mail, read};
-use crate::rows::get;
+use crate::rows::{get, uuids};
 use crate::sql::{Commits, Sql};
 
 pub(super) fn fits(sorted: &Sorted<'_>) -> bool {
-    let plain_starts = sorted.spawns.iter().all(|(_, start)| start.from.is_none() && !start.spawn.restart_finished);
-    let plain_raises = sorted.raises.iter().all(|(_, letter)| letter.from.is_none());
+    let plain_starts = sorted.spawns.iter().all(|(_, (spawn, from))| from.is_none() && !spawn.restart_finished);
+    let plain_raises = sorted.raises.iter().all(|(_, (_, from))| from.is_none());
     let others_rows = sorted.owned().is_empty() && sorted.claims.is_empty();
     plain_starts
         && plain_raises
@@ -81,7 +81,7 @@ pub(super) fn statement(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
     } else if owned.is_empty() {
         with.push("clear AS MATERIALIZED (SELECT 1 FROM fence)".to_owned());
     } else {
-        let (owned, ending) = (sql.bind(owned), sql.bind(sorted.ending()));
+        let (owned, ending) = (sql.bind(uuids(owned)), sql.bind(uuids(sorted.ending())));
         with.push(format!(
             "held AS MATERIALIZED (SELECT run, awaited FROM {of}.processes WHERE run = ANY ({owned})
                  AND EXISTS (SELECT 1 FROM fence) ORDER BY run FOR NO KEY UPDATE)"
@@ -128,7 +128,9 @@ pub(super) fn statement(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
         owned("parked", parts::parked(&mut sql, of, &sorted.parks, GATE));
     }
     if !sorted.finishes.is_empty() {
-        part("unwaiting", parts::unwaiting(&mut sql, of, sorted.ending(), GATE));
+        let ending = sql.bind(uuids(sorted.ending()));
+        let ended = format!("SELECT f.run FROM finished f WHERE f.run = ANY ({ending})");
+        part("unwaiting", parts::unwaiting(of, &ended, GATE));
     }
     if let [(_, (kind, limit))] = sorted.claims[..] {
         let [due, claimed] = parts::claimed(&mut sql, of, kind, limit, GATE);

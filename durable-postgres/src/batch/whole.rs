@@ -1,15 +1,15 @@
 //! A batch as a transaction: the same parts, a statement each, in the order of the variants of `Op`. Each has a snapshot
 //! of its own, which is taken when all rows that it goes by are locked.
 
-use durable_core::storage::{Claimed, Effect, Op, Outcome, Raised, RecordOp, Result, RunId, StorageError};
+use durable_core::storage::{Claimed, Op, Outcome, Raised, RecordOp, Result, RunId, Sorted, StorageError};
 use sqlx::Executor;
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::HashSet;
 
-use super::parts::{self, Payload, Sorted};
-use super::{FINISHED, Of, mail, orders, read, with_effect};
+use super::parts::{self, Payload};
+use super::{FINISHED, Of, mail, orders, read};
 use crate::errors::{reading, sort};
-use crate::rows::{get, run};
+use crate::rows::{get, run, uuids};
 use crate::sql::{Commits, Sql};
 
 /// The fence is held from the first statement to the commit, so the later ones need not ask for it.
@@ -44,14 +44,14 @@ async fn run_part(connection: &mut PgConnection, part: impl FnOnce(&mut Sql) -> 
 
 /// Locks the fence, and then every row of a process that the batch will touch, as far as they can be told beforehand,
 /// in their order: so that batches wait for each other in that order, and not in a circle.
-pub(super) fn lock(sql: &mut Sql, of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) -> String {
+pub(super) fn lock(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> String {
     let fence = parts::fence(sql, of);
-    let (ids, targets) = mail::others(ops);
+    let (ids, targets) = sorted.others();
     let (namespace, ids) = (sql.bind(of.namespace), sql.bind(ids));
     let current = parts::current(of, &namespace, "i.id");
     let mut runs = sorted.owned();
-    runs.extend(targets.iter().map(|run| run.0));
-    let (runs, ending) = (sql.bind(runs), sql.bind(sorted.ending()));
+    runs.extend(targets);
+    let (runs, ending) = (sql.bind(uuids(runs)), sql.bind(uuids(sorted.ending())));
     format!(
         "WITH fence AS MATERIALIZED ({fence}),
          wanted AS MATERIALIZED (SELECT unnest({runs}) AS run
@@ -70,7 +70,7 @@ pub(super) async fn write(
     ops: &[Op],
     sorted: &Sorted<'_>,
 ) -> Result<Vec<Outcome>> {
-    let locked = run_part(connection, |sql| lock(sql, of, ops, sorted)).await?;
+    let locked = run_part(connection, |sql| lock(sql, of, sorted)).await?;
     if !locked.first().map(|row| get(row, 0)).transpose()?.unwrap_or(false) {
         return Err(StorageError::Fenced);
     }
@@ -111,7 +111,7 @@ async fn spawns(
     if sorted.spawns.is_empty() {
         return Ok(());
     }
-    if sorted.spawns.iter().any(|(_, start)| start.spawn.restart_finished) {
+    if sorted.spawns.iter().any(|(_, (spawn, _))| spawn.restart_finished) {
         run_part(connection, |sql| restarted(sql, of, sorted)).await?;
     }
     let written = run_part(connection, |sql| parts::spawned(sql, of, &sorted.spawns, OPEN)).await?;
@@ -121,8 +121,8 @@ async fn spawns(
         }
     } else {
         let mut existing = read::existing(connection, of, &sorted.spawns).await?;
-        for (nth, (at, start)) in sorted.spawns.iter().enumerate() {
-            outcomes[*at] = Some(match (existing.remove(&nth), start.from) {
+        for (nth, (at, (_, from))) in sorted.spawns.iter().enumerate() {
+            outcomes[*at] = Some(match (existing.remove(&nth), from) {
                 (Some(outcome), _) => outcome,
                 // Its record is not written, which is told below.
                 (None, Some(_)) => Outcome::Lost,
@@ -170,14 +170,13 @@ async fn records(
     sorted: &Sorted<'_>,
     outcomes: &mut Outcomes,
 ) -> Result<()> {
-    let starts = with_effect(sorted, |effect| matches!(effect, Effect::Spawn(_)));
-    write_records(connection, of, &starts, outcomes, start_records).await?;
-    let raises = with_effect(sorted, |effect| matches!(effect, Effect::Raise(_)));
-    write_records(connection, of, &raises, outcomes, raise_records).await?;
+    write_records(connection, of, &sorted.start_records, outcomes, start_records).await?;
+    write_records(connection, of, &sorted.raise_records, outcomes, raise_records).await?;
     write_records(connection, of, &sorted.records, outcomes, plain_records).await?;
+    let all: Vec<_> = sorted.all_records().copied().collect();
     for part in [parts::taken, parts::awaited] {
         let mut sql = Sql::default();
-        if let Some(text) = part(&mut sql, of, &sorted.all_records, OPEN) {
+        if let Some(text) = part(&mut sql, of, &all, OPEN) {
             sql.text = text;
             sql.run(connection, Commits::No).await?;
         }
@@ -218,8 +217,9 @@ pub(super) fn start_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>
     let (current, existing) =
         (parts::current(of, &namespace, "j.effect_id"), parts::existing(of, "j.effect_token::uuid"));
     let join = format!("JOIN {of}.processes c ON c.run = coalesce({existing}, {current})");
-    let expression = "json_build_object('run', c.run, 'existed', c.run <> j.effect_token::uuid, 'kind', c.kind,
-        'digest', c.input_digest)";
+    // Without blanks, unlike json_build_object.
+    let expression = "(SELECT row_to_json(o) FROM (SELECT c.run, c.run <> j.effect_token::uuid AS existed, c.kind,
+        c.input_digest AS digest) o)";
     parts::recorded(sql, of, records, &Payload { expression, join: &join }, OPEN)
 }
 
@@ -254,12 +254,8 @@ async fn owned(connection: &mut PgConnection, of: &Of<'_>, sorted: &Sorted<'_>, 
     if !sorted.finishes.is_empty() {
         let rows = run_part(connection, |sql| parts::finished(sql, of, &sorted.finishes, OPEN)).await?;
         extend(&mut made, &rows)?;
-        let ending = sorted.ending();
-        run_part(connection, |sql| parts::unwaiting(sql, of, ending.clone(), OPEN)).await?;
-        let rows = run_part(connection, |sql| {
-            let ended = parts::ended(sql, of, ending);
-            parts::woken(sql, of, &ended)
-        });
+        run_part(connection, |sql| unwaiting(sql, of, sorted)).await?;
+        let rows = run_part(connection, |sql| woken(sql, of, sorted));
         wakes = read::mine(&rows.await?);
     }
     if !sorted.parks.is_empty() {
@@ -276,6 +272,16 @@ async fn owned(connection: &mut PgConnection, of: &Of<'_>, sorted: &Sorted<'_>, 
     Ok(())
 }
 
+pub(super) fn unwaiting(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> String {
+    let ended = parts::ended(sql, of, &sorted.finishes);
+    parts::unwaiting(of, &ended, OPEN)
+}
+
+pub(super) fn woken(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> String {
+    let ended = parts::ended(sql, of, &sorted.finishes);
+    parts::woken(sql, of, &ended)
+}
+
 fn extend(made: &mut HashSet<RunId>, rows: &[PgRow]) -> Result<()> {
     for row in rows {
         made.insert(run(row, 0)?);
@@ -285,39 +291,32 @@ fn extend(made: &mut HashSet<RunId>, rows: &[PgRow]) -> Result<()> {
 
 /// Every statement of such a batch.
 #[cfg(test)]
-pub(super) fn statements(of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) -> Vec<(&'static str, Sql)> {
+pub(super) fn statements(of: &Of<'_>, sorted: &Sorted<'_>) -> Vec<(&'static str, Sql)> {
     let made = |part: &mut dyn FnMut(&mut Sql) -> String| {
         let mut sql = Sql::default();
         sql.text = part(&mut sql);
         sql
     };
-    let starts = with_effect(sorted, |effect| matches!(effect, Effect::Spawn(_)));
-    let raises = with_effect(sorted, |effect| matches!(effect, Effect::Raise(_)));
+    let all: Vec<_> = sorted.all_records().copied().collect();
     let mut statements = vec![
-        ("lock", made(&mut |sql| lock(sql, of, ops, sorted))),
+        ("lock", made(&mut |sql| lock(sql, of, sorted))),
         ("restarted", made(&mut |sql| restarted(sql, of, sorted))),
         ("spawned", made(&mut |sql| parts::spawned(sql, of, &sorted.spawns, OPEN))),
         ("existing", made(&mut |sql| read::existing_text(sql, of, &sorted.spawns))),
         ("put", made(&mut |sql| mail::put_text(sql, of, &sorted.raises, OPEN))),
         ("delivered", made(&mut |sql| mail::delivered(sql, of, &sorted.raises))),
-        ("start records", made(&mut |sql| start_records(sql, of, &starts))),
-        ("raise records", made(&mut |sql| raise_records(sql, of, &raises))),
+        ("start records", made(&mut |sql| start_records(sql, of, &sorted.start_records))),
+        ("raise records", made(&mut |sql| raise_records(sql, of, &sorted.raise_records))),
         ("records", made(&mut |sql| plain_records(sql, of, &sorted.records))),
         ("lost", made(&mut |sql| read::lost_text(sql, of, &sorted.records))),
-        ("taken", made(&mut |sql| parts::taken(sql, of, &sorted.all_records, OPEN).unwrap())),
-        ("awaited", made(&mut |sql| parts::awaited(sql, of, &sorted.all_records, OPEN).unwrap())),
+        ("taken", made(&mut |sql| parts::taken(sql, of, &all, OPEN).unwrap())),
+        ("awaited", made(&mut |sql| parts::awaited(sql, of, &all, OPEN).unwrap())),
         ("awaits", made(&mut |sql| mail::awaits_text(sql, of, sorted))),
         ("accepted", made(&mut |sql| parts::accepted(sql, of, &sorted.accepts, OPEN))),
         ("seen", made(&mut |sql| parts::seen(sql, of, &sorted.seen, OPEN))),
         ("finished", made(&mut |sql| parts::finished(sql, of, &sorted.finishes, OPEN))),
-        ("unwaiting", made(&mut |sql| parts::unwaiting(sql, of, sorted.ending(), OPEN))),
-        (
-            "woken",
-            made(&mut |sql| {
-                let ended = parts::ended(sql, of, sorted.ending());
-                parts::woken(sql, of, &ended)
-            }),
-        ),
+        ("unwaiting", made(&mut |sql| unwaiting(sql, of, sorted))),
+        ("woken", made(&mut |sql| woken(sql, of, sorted))),
         ("parked", made(&mut |sql| parts::parked(sql, of, &sorted.parks, OPEN))),
         ("states", made(&mut |sql| read::states_text(sql, of, sorted.owned()))),
         ("claimed", made(&mut |sql| claims(sql, of, "kind", 10))),

@@ -92,6 +92,14 @@ impl Plan<'_> {
         for set in rows.sets() {
             let [instance, generation] = self.fence_args();
             let [status, reason, unasked, claim] = HEAD.map(|name| set.bound(name));
+            // Those that have ended so, now or by an earlier attempt.
+            let ended = format!(
+                "SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
+                 WHERE p.status IN {FINISHED} AND p.status = {} AND p.claim = {} AND +p.owner IS NULL",
+                status.0, claim.0
+            );
+            let by: Vec<Arg> =
+                [Some(set.rows.clone()), status.1.clone(), claim.1.clone()].into_iter().flatten().collect();
             let own = [Some(instance.clone()), Some(instance.clone()), Some(generation.clone())];
             let args = [status.1, reason.1, unasked.1, Some(set.rows.clone()), claim.1].into_iter().chain(own);
             let (values, claim) = (format!("{}, j.value->>1, {}, {}", status.0, reason.0, unasked.0), claim.0);
@@ -107,18 +115,10 @@ impl Plan<'_> {
                 args.flatten(),
             );
             self.script.add(
-                &format!(
-                    "DELETE FROM durable_waiters WHERE {FENCED} AND {ANYBODY} AND waiter IN (
-                         SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
-                         WHERE p.status IN {FINISHED})"
-                ),
-                [instance, generation, set.rows.clone()],
+                &format!("DELETE FROM durable_waiters WHERE {FENCED} AND {ANYBODY} AND waiter IN ({ended})"),
+                [instance, generation].into_iter().chain(by.iter().cloned()),
             );
-            let targets = format!(
-                "SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
-                 WHERE p.status IN {FINISHED}"
-            );
-            let wakes = self.wake_waiters(&targets, vec![set.rows]);
+            let wakes = self.wake_waiters(&ended, by);
             self.parts.push(Part::Finishes { at: set.at, finished, wakes });
         }
     }

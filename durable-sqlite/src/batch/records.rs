@@ -18,7 +18,7 @@ impl Plan<'_> {
                 takes.push(cells![run, number, claim]);
             }
             if let Some(target) = record.awaited {
-                awaited.push(cells![target.0, run]);
+                awaited.push(cells![run, target.0, claim]);
             }
             if record.effect.is_none() {
                 push_record(&mut rows, index, record, cells![&record.payload, None::<i64>]);
@@ -29,20 +29,16 @@ impl Plan<'_> {
         if !takes.is_empty() {
             self.script.add(
                 &format!(
-                    "UPDATE durable_events SET taken_at = {NOW} WHERE {FENCED} AND taken_at IS NULL AND (run, number) IN (
-                         SELECT j.value->>0, j.value->>1 FROM jsonb_each(?) j CROSS JOIN durable_processes p
-                             ON p.run = j.value->>0 AND +p.owner IS ? AND p.claim = j.value->>2)"
+                    "UPDATE durable_events SET taken_at = {NOW} WHERE {FENCED} AND taken_at IS NULL
+                         AND (run, number) IN ({OWNED})"
                 ),
                 [instance.clone(), generation.clone(), takes.arg(), instance.clone()],
             );
         }
         if !awaited.is_empty() {
             self.script.add(
-                &format!(
-                    "DELETE FROM durable_waiters WHERE {FENCED}
-                         AND (target, waiter) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))"
-                ),
-                [instance, generation, awaited.arg()],
+                &format!("DELETE FROM durable_waiters WHERE {FENCED} AND (waiter, target) IN ({OWNED})"),
+                [instance.clone(), generation, awaited.arg(), instance],
             );
         }
     }
@@ -78,6 +74,10 @@ impl Plan<'_> {
         }
     }
 }
+
+/// Those of the rows run, something of it, claim that are the instance's.
+const OWNED: &str = "SELECT j.value->>0, j.value->>1 FROM jsonb_each(?) j CROSS JOIN durable_processes p
+    ON p.run = j.value->>0 AND +p.owner IS ? AND p.claim = j.value->>2";
 
 const HEAD: [&str; 5] = ["scope", "op", "state", "attempts", "claim"];
 

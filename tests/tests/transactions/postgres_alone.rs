@@ -91,6 +91,7 @@ macro_rules! tests {
 tests!(
     a_round_trip_to_begin_and_one_to_end,
     what_is_recorded_whatever_a_text_means,
+    a_closure_that_throws_statements_away,
     what_is_none_of_the_processs_business,
     what_the_database_refuses_is_its_error,
     a_statement_that_failed_unnoticed,
@@ -156,6 +157,16 @@ mod cases {
         let recorded = backend.texts("SELECT name || key || payload::text FROM steps").await;
         assert_eq!(recorded, [format!("{HOSTILE}{HOSTILE}{}", serde_json::to_string(HOSTILE).unwrap())]);
         assert_eq!(cents(&backend).await, 1000);
+    }
+
+    pub(super) async fn a_closure_that_throws_statements_away() {
+        let backend = bank().await;
+        let searches = "CREATE TEMP TABLE steps (dummy text); SET search_path = pg_temp, public";
+        for (sql, left) in [("DEALLOCATE ALL", 900), ("DISCARD PLANS", 800), (searches, 700), ("DEALLOCATE ALL", 600)] {
+            assert_eq!(meets(&backend, sql, 1, true).await, (Ok(left), 1));
+            assert_eq!(cents(&backend).await, left);
+        }
+        assert_eq!(backend.number("SELECT count(*) FROM steps WHERE name = 'debit'").await, 4);
     }
 
     pub(super) async fn what_is_none_of_the_processs_business() {
@@ -262,7 +273,7 @@ mod cases {
         other.execute("BEGIN").await.unwrap();
         other.execute(backend.sql("UPDATE {s}.fences SET fenced_at = now()")).await.unwrap();
         go.send_replace(true);
-        until("the commit waits for the fence", async || is_waiting(&backend, "INSERT INTO").await).await;
+        until("the commit waits for the fence", async || is_waiting(&backend, "SAVEPOINT durable_record").await).await;
         other.execute("COMMIT").await.unwrap();
         // It goes on under a new epoch, once the old one's processes are handed back.
         let handle = host.get("d").of(DEBIT);
