@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use crate::Sqlite;
-use crate::errors::reading;
+use crate::errors::{is_busy, named, reading};
 use crate::lend::Single;
 use crate::life::Lives;
 use crate::migrate;
-use crate::store::{Shared, Watcher, is_busy};
+use crate::store::{Shared, Watcher};
 
 /// How a SQLite database is opened, to be awaited. See [`Sqlite::open`].
 #[derive(Clone, Debug)]
@@ -125,11 +125,8 @@ impl Open {
                 path.display()
             )));
         }
-        if self.verify_only {
-            migrate::verify(&mut writer).await?;
-        } else {
-            migrate::migrate(&mut writer).await?;
-        }
+        if self.verify_only { migrate::verify(&mut writer).await } else { migrate::migrate(&mut writer).await }
+            .map_err(|error| named(&path, error))?;
         let readers = SqlitePoolOptions::new()
             .max_connections(self.readers)
             .acquire_timeout(Duration::from_secs(10))
@@ -207,9 +204,6 @@ fn explain(path: &Path, error: sqlx::Error) -> StorageError {
         Some(READ_ONLY) => StorageError::unavailable(format!(
             "{shown} cannot be written ({error}); the file and its folder must be writable for SQLite's journal"
         )),
-        _ => match reading(error) {
-            StorageError::Schema(message) => StorageError::schema(format!("{shown}: {message}")),
-            other => other,
-        },
+        _ => named(path, reading(error)),
     }
 }

@@ -1,10 +1,11 @@
 use durable_core::storage::{Result, StorageError};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::connect::connect;
-use crate::errors::reading;
+use crate::errors::{is_busy, named, reading};
 
 /// A connection for one user at a time, in the order in which they come; opened when it is first needed.
 #[derive(Default)]
@@ -14,6 +15,7 @@ pub(crate) struct Single(Arc<Mutex<Option<SqliteConnection>>>);
 /// its user: a transaction that a dropped future has left open goes with it, and the next one opens a new connection.
 pub(crate) struct Lent {
     home: Turn,
+    file: PathBuf,
     pub(crate) connection: SqliteConnection,
     /// It was opened for this.
     pub(crate) fresh: bool,
@@ -33,12 +35,13 @@ impl Single {
     }
 
     pub(crate) async fn lend(&self, options: &SqliteConnectOptions) -> Result<Lent> {
+        let file = options.get_filename();
         let mut home = self.turn().await;
         let (connection, fresh) = match home.take() {
             Some(connection) => (connection, false),
-            None => (connect(options).await.map_err(reading)?, true),
+            None => (connect(options).await.map_err(|error| named(file, reading(error)))?, true),
         };
-        Ok(Lent { home, connection, fresh })
+        Ok(Lent { home, file: file.to_owned(), connection, fresh })
     }
 }
 
@@ -48,12 +51,18 @@ impl Lent {
         (self.home, self.connection)
     }
 
-    /// Gives the connection back, unless its user does not know what it has done.
+    /// Gives the connection back, unless its user does not know what it has done, or what went wrong may be its own: one
+    /// that was opened while the file could not be written can only read, for ever. An error tells the file.
     pub(crate) fn done<T>(self, result: Result<T>) -> Result<T> {
-        let Self { mut home, connection, .. } = self;
-        if !matches!(result, Err(StorageError::Unknown(_))) {
+        let Self { mut home, file, connection, .. } = self;
+        let sound = match &result {
+            Ok(_) | Err(StorageError::Fenced | StorageError::Refused(_)) => true,
+            Err(StorageError::Unavailable(why)) => is_busy(&**why),
+            Err(_) => false,
+        };
+        if sound {
             *home = Some(connection);
         }
-        result
+        result.map_err(|error| named(&file, error))
     }
 }

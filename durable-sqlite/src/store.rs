@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 use crate::Sqlite;
 use crate::batch;
 use crate::connect::connect;
-use crate::errors::reading;
+use crate::errors::{is_busy, named, reading};
 use crate::lend::Single;
 use crate::life::{Life, Lives};
 use crate::rows::{self, boxed, get, id, time};
@@ -91,14 +91,18 @@ impl Shared {
         }
     }
 
+    pub(crate) fn named(&self, error: StorageError) -> StorageError {
+        named(self.options.get_filename(), error)
+    }
+
     /// Runs statements that read one snapshot.
     async fn read(&self, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
-        read(&self.readers, statements).await
+        read(&self.readers, statements).await.map_err(|error| self.named(error))
     }
 
     /// Runs a statement that may go through many rows.
     async fn browse(&self, statement: (String, Vec<Arg>)) -> Result<Vec<Answer>> {
-        read(&self.browsers, [statement]).await
+        read(&self.browsers, [statement]).await.map_err(|error| self.named(error))
     }
 }
 
@@ -137,12 +141,6 @@ pub(crate) async fn patiently(script: impl Fn() -> Script, connection: &mut Sqli
     }
 }
 
-/// Whether somebody else holds a lock.
-pub(crate) fn is_busy(why: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
-    const BUSY: i32 = 5;
-    why.downcast_ref::<sqlx::Error>().and_then(crate::errors::code).is_some_and(|code| code & 0xff == BUSY)
-}
-
 #[async_trait]
 impl Storage for Sqlite {
     fn name(&self) -> &'static str {
@@ -155,7 +153,7 @@ impl Storage for Sqlite {
 
     async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
         let life = self.0.lives.begin(instance.id)?;
-        let mut connection = connect(&self.0.options).await.map_err(reading)?;
+        let mut connection = connect(&self.0.options).await.map_err(|error| self.0.named(reading(error)))?;
         let of = instance.id.to_string();
         let kinds = json!(instance.kinds).to_string();
         let script = || {
@@ -176,7 +174,7 @@ impl Storage for Sqlite {
             script.add("COMMIT", []);
             script
         };
-        let answers = patiently(script, &mut connection).await?;
+        let answers = patiently(script, &mut connection).await.map_err(|error| self.0.named(error))?;
         let now = now_in(&answers)?;
         let heart =
             SqliteHeart { shared: self.0.clone(), connection: Single::new(connection), instance: of, _life: life };

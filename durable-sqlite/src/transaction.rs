@@ -13,11 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::Sqlite;
-use crate::errors::{passes, reading};
+use crate::errors::{is_busy, passes, reading};
 use crate::lend::Turn;
 use crate::rows::get;
 use crate::script::{NOW, Script};
-use crate::store::{all, is_busy, patiently};
+use crate::store::{all, patiently};
 
 /// `proc.transaction(…)`: steps whose SQL commits with their record.
 pub trait Transactions {
@@ -98,7 +98,7 @@ impl Transactional for Sqlite {
                 return lent.done(Err(StorageError::Unavailable(why)));
             }
             // It may be what an earlier closure has left on the connection, which goes.
-            Err(error) => return Err(error),
+            Err(error) => return Err(self.0.named(error)),
         }
         let gone = Arc::new(AtomicBool::new(false));
         // A statement that still runs when the transaction is given up would keep everybody from writing.

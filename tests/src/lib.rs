@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod crash;
+pub mod disk;
 pub mod faulty;
 pub mod ops;
 pub mod proxy;
@@ -9,6 +10,7 @@ pub mod proxy;
 use durable_core::storage::Storage;
 use durable_core::{Handle, Host, HostBuilder, Info, Status};
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -73,22 +75,29 @@ impl Backend for InMemory {
     }
 }
 
-/// A SQLite file in a folder of its own.
+/// A SQLite file, in a folder of its own unless it is told which.
 pub struct SqliteFile {
-    folder: tempfile::TempDir,
+    folder: PathBuf,
+    _own: Option<tempfile::TempDir>,
 }
 
 impl SqliteFile {
+    /// The one in this folder.
+    pub fn within(folder: &Path) -> Self {
+        Self { folder: folder.to_owned(), _own: None }
+    }
+
     /// The file.
     pub fn path(&self) -> String {
-        self.folder.path().join("test.db").to_str().unwrap().to_owned()
+        self.folder.join("test.db").to_str().unwrap().to_owned()
     }
 }
 
 impl Backend for SqliteFile {
     type Storage = Sqlite;
     async fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+        let own = tempfile::tempdir().unwrap();
+        Self { folder: own.path().to_owned(), _own: Some(own) }
     }
     async fn storage(&self) -> Sqlite {
         Sqlite::open(self.path()).await.unwrap()

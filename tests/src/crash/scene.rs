@@ -41,6 +41,13 @@ impl<B: Shared> Scene<B> {
         Self { worker, backend, folder, processes, pace, forgets: None, defaults: false }
     }
 
+    /// The same on another database, which goes on from what the workers have written so far.
+    pub fn copied_to<C: Shared>(&self, backend: C) -> Scene<C> {
+        let copy = Scene::on(backend, self.worker, self.processes, self.pace);
+        std::fs::copy(self.journal(), copy.journal()).unwrap();
+        copy
+    }
+
     fn journal(&self) -> PathBuf {
         self.folder.path().join("journal")
     }
