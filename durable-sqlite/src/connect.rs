@@ -105,6 +105,7 @@ impl Open {
     async fn open_once(&self) -> Result<Sqlite> {
         let options = self.options()?;
         let path = options.get_filename().to_owned();
+        is_whole(&path)?;
         let explain = |error: sqlx::Error| explain(&path, error);
         // The file is only ever opened by SQLite: closing it by other means would drop SQLite's own locks on it.
         let mut writer = connect(&options).await.map_err(explain)?;
@@ -184,6 +185,20 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// Refuses a database that is gone while its journal is there: SQLite would take it for a new one, and delete the journal.
+fn is_whole(path: &Path) -> Result<()> {
+    let is_empty = |path: &Path| std::fs::metadata(path).map_or(true, |file| file.len() == 0);
+    let journal = with_suffix(path, "-wal");
+    if !is_empty(path) || is_empty(&journal) {
+        return Ok(());
+    }
+    let (path, journal) = (path.display(), journal.display());
+    Err(StorageError::schema(format!(
+        "{path} is empty or gone, but its journal {journal} is there: it was deleted or damaged; restore a backup, or \
+         remove the journal as well if a new database is what you want"
+    )))
 }
 
 /// Whether it has `jsonb_each`, through which batches travel.

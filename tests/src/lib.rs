@@ -87,6 +87,16 @@ impl SqliteFile {
         Self { folder: folder.to_owned(), _own: None }
     }
 
+    /// Waits until nobody has it open, and it has everything itself.
+    pub async fn closed(&self) {
+        until("the file is closed", async || {
+            // Of two that close it at the same time neither may be the last one.
+            self.execute("PRAGMA wal_checkpoint").await;
+            !Path::new(&(self.path() + "-wal")).exists()
+        })
+        .await;
+    }
+
     /// The file.
     pub fn path(&self) -> String {
         self.folder.join("test.db").to_str().unwrap().to_owned()

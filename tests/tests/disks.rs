@@ -118,7 +118,7 @@ fn a_read_only_file_system() {
         until("it is parked", async || host.in_memory() == 0).await;
         host.shutdown(Duration::from_secs(5)).await;
         drop((handle, host));
-        until("the file is closed", async || !disk.folder().join("test.db-wal").exists()).await;
+        backend.closed().await;
         disk.read_only(true);
         let error = Sqlite::open(backend.path()).await.unwrap_err();
         assert!(matches!(error, StorageError::Unavailable(_)), "{error:?}");
