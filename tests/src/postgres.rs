@@ -28,7 +28,15 @@ impl PostgresSchema {
 
     /// One in another database.
     pub fn on(url: &str) -> Self {
-        let name = format!("test_{}", durable_core::RunId::new().0.simple());
+        Self::named(url, format!("test_{}", durable_core::RunId::new().0.simple()))
+    }
+
+    /// The same in a copy of its database.
+    pub fn moved_to(&self, url: &str) -> Self {
+        Self::named(url, self.name.clone())
+    }
+
+    fn named(url: &str, name: String) -> Self {
         // So that the sessions of one test can be told from those of others.
         let and = if url.contains('?') { '&' } else { '?' };
         // And the service's own tables stand beside the storage's.
