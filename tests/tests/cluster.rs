@@ -95,7 +95,7 @@ fn a_server_that_crashes() {
 #[test]
 fn a_server_that_crashes_under_load() {
     Server::run(async |server| {
-        let (processes, pace, crashes) = if long() { (5000, 2500, 35) } else { (200, 300, 5) };
+        let (processes, pace, crashes) = if long() { (5000, 14_000, 35) } else { (200, 300, 5) };
         let schema = PostgresSchema::on(server.url());
         let scene = Scene::on(schema, WORKER, processes, Duration::from_millis(pace));
         let mut tasks = Vec::new();
