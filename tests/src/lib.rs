@@ -5,6 +5,7 @@ pub mod crash;
 pub mod disk;
 pub mod faulty;
 pub mod ops;
+pub mod orphans;
 pub mod proxy;
 
 use durable_core::storage::Storage;
@@ -42,6 +43,10 @@ pub trait Sql: Backend {
     const PROCESSES: &'static str;
     /// The table of records.
     const STEPS: &'static str;
+    /// What is not so, in SQL.
+    const FALSE: &'static str;
+    /// Whether what the service's transactions put in waits in a table of its own.
+    const INBOX: bool;
     /// SQL that gives the engine's names another meaning for whoever does not name the place as well.
     const HIDE: &'static [&'static str];
     /// What a careless closure leaves on its connection.
@@ -117,6 +122,8 @@ impl Backend for SqliteFile {
 impl Sql for SqliteFile {
     const PROCESSES: &'static str = "durable_processes";
     const STEPS: &'static str = "durable_steps";
+    const FALSE: &'static str = "0";
+    const INBOX: bool = false;
     const HIDE: &'static [&'static str] = &[
         "CREATE TEMP TABLE IF NOT EXISTS durable_steps (dummy TEXT)",
         "CREATE TEMP TABLE IF NOT EXISTS durable_processes (dummy TEXT)",

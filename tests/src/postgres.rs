@@ -87,6 +87,8 @@ impl Backend for PostgresSchema {
 impl Sql for PostgresSchema {
     const PROCESSES: &'static str = "processes";
     const STEPS: &'static str = "steps";
+    const FALSE: &'static str = "false";
+    const INBOX: bool = true;
     const HIDE: &'static [&'static str] = &[
         "CREATE TEMP TABLE IF NOT EXISTS steps (dummy text)",
         "CREATE OR REPLACE FUNCTION pg_temp.now() RETURNS timestamptz LANGUAGE sql AS 'SELECT NULL::timestamptz'",
