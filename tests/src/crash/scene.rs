@@ -11,6 +11,7 @@ use super::journal::{self, Line, What};
 use super::shared::{Shared, read};
 use super::worker::{Orders, Worker, run};
 use super::workload::STEPS;
+use crate::orphans::orphans;
 
 /// Longer than anything may take.
 pub const LONG: Duration = Duration::from_secs(200);
@@ -91,6 +92,7 @@ impl<B: Shared> Scene<B> {
         if processes.len() != self.processes as usize {
             wrong.push(format!("{} processes instead of {}", processes.len(), self.processes));
         }
+        wrong.extend(orphans(&self.backend).await);
         wrong
     }
 
