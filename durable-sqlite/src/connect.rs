@@ -12,6 +12,7 @@ use tokio::sync::Mutex;
 
 use crate::Sqlite;
 use crate::errors::{is_busy, named, reading};
+use crate::files::Files;
 use crate::lend::Single;
 use crate::life::Lives;
 use crate::migrate;
@@ -141,7 +142,7 @@ impl Open {
         let watcher = connect(&options).await.map_err(explain)?;
         Ok(Sqlite(Arc::new(Shared {
             lives: Lives::beside(&path),
-            wal: with_suffix(&path, "-wal"),
+            files: Arc::new(Files::opened(&path, with_suffix(&path, "-wal"))),
             options,
             writer: Single::new(writer),
             transactor: Single::default(),

@@ -6,6 +6,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::connect::connect;
 use crate::errors::{is_busy, named, reading};
+use crate::files::Files;
 
 /// A connection for one user at a time, in the order in which they come; opened when it is first needed.
 #[derive(Default)]
@@ -16,6 +17,7 @@ pub(crate) struct Single(Arc<Mutex<Option<SqliteConnection>>>);
 pub(crate) struct Lent {
     home: Turn,
     file: PathBuf,
+    files: Arc<Files>,
     pub(crate) connection: SqliteConnection,
     /// It was opened for this.
     pub(crate) fresh: bool,
@@ -34,14 +36,16 @@ impl Single {
         self.0.clone().lock_owned().await
     }
 
-    pub(crate) async fn lend(&self, options: &SqliteConnectOptions) -> Result<Lent> {
+    pub(crate) async fn lend(&self, options: &SqliteConnectOptions, files: &Arc<Files>) -> Result<Lent> {
         let file = options.get_filename();
         let mut home = self.turn().await;
+        // None is opened then: its journal would be another one than that of those which are open.
+        files.admit(home.as_mut()).await?;
         let (connection, fresh) = match home.take() {
             Some(connection) => (connection, false),
             None => (connect(options).await.map_err(|error| named(file, reading(error)))?, true),
         };
-        Ok(Lent { home, file: file.to_owned(), connection, fresh })
+        Ok(Lent { home, file: file.to_owned(), files: files.clone(), connection, fresh })
     }
 }
 
@@ -54,7 +58,7 @@ impl Lent {
     /// Gives the connection back, unless its user does not know what it has done, or what went wrong may be its own: one
     /// that was opened while the file could not be written can only read, for ever. An error tells the file.
     pub(crate) fn done<T>(self, result: Result<T>) -> Result<T> {
-        let Self { mut home, file, connection, .. } = self;
+        let Self { mut home, file, files, connection, .. } = self;
         let sound = match &result {
             Ok(_) | Err(StorageError::Fenced | StorageError::Refused(_)) => true,
             Err(StorageError::Unavailable(why)) => is_busy(&**why),
@@ -63,6 +67,8 @@ impl Lent {
         if sound {
             *home = Some(connection);
         }
+        // It may be in a file that is gone, from which the connection saves it when it is lent next.
+        let result = result.and_then(|done| files.check().map(|()| done).map_err(StorageError::unknown));
         result.map_err(|error| named(&file, error))
     }
 }

@@ -77,7 +77,7 @@ impl Transactional for Sqlite {
         // In the order of all who write in this program, so that neither batches nor transactions starve.
         let turn = self.0.writer.turn().await;
         self.0.let_hearts_pass().await;
-        let mut lent = self.0.transactor.lend(&self.0.options.clone().foreign_keys(true)).await?;
+        let mut lent = self.0.transactor.lend(&self.0.options.clone().foreign_keys(true), &self.0.files).await?;
         if lent.fresh {
             // For the driver it is within a transaction from now on, so that one which the service begins within the
             // engine's is a savepoint, and its commit not the engine's.

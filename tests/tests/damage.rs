@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use durable_core::*;
+use durable_tests::crash::scene::{LONG, Scene};
+use durable_tests::crash::worker::Worker;
 use durable_tests::*;
 use serde::{Deserialize, Serialize};
 use std::fs::OpenOptions;
@@ -10,6 +12,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+const WORKER: &str = env!("CARGO_BIN_EXE_worker");
 const GO: Event<u32> = Event::new("Go");
 const IT: Definition<Input, u32> = Definition::new("it");
 const MANY: u32 = 150;
@@ -205,6 +208,46 @@ fn a_file_that_is_gone_and_has_left_its_journal() {
             }
             assert_eq!(std::fs::read(left.path() + "-wal").unwrap(), journal);
             assert_eq!(Path::new(&left.path()).exists(), !gone);
+        }
+    });
+}
+
+/// A journal that is deleted beneath programs which write: what they had is saved, nothing more is recorded, and after they
+/// have been killed and started again nothing is missing.
+#[test]
+fn a_journal_that_is_deleted_beneath_programs() {
+    run(async {
+        for programs in [1, 2] {
+            let scene = Scene::<SqliteFile>::new(WORKER, 150, Duration::from_millis(40)).await;
+            let mut workers: Vec<Worker> = (0..programs).map(|_| scene.start(None)).collect();
+            scene.until_begun(200).await;
+            std::fs::remove_file(scene.backend.path() + "-wal").unwrap();
+            let mut begun = 0;
+            while begun != scene.begun() {
+                begun = scene.begun();
+                tokio::time::sleep(Duration::from_millis(600)).await;
+            }
+            assert!(workers.iter_mut().all(|worker| worker.ended().is_none()), "they went on");
+            drop(workers);
+            assert!(scene.start(None).wait(LONG), "a worker failed");
+            scene.check().await;
+        }
+    });
+}
+
+/// Whoever asks is told of it. The same of the database itself.
+#[test]
+fn a_file_that_is_deleted_beneath_a_program() {
+    run(async {
+        let effects = Effects::default();
+        for (suffix, todo) in [("-wal", "start them again"), ("", "restore it")] {
+            let backend = SqliteFile::new().await;
+            let host = host(&backend, &effects).await;
+            host.spawn(IT, "one", &Input { number: 1, ballast: String::new() }).await.unwrap();
+            let gone = backend.path() + suffix;
+            std::fs::remove_file(&gone).unwrap();
+            let error = host.get("one").raise(GO, &1).await.unwrap_err().to_string();
+            assert!(error.contains(&gone) && error.contains(todo), "{error}");
         }
     });
 }
