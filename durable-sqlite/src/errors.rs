@@ -18,6 +18,7 @@ pub(crate) fn sort(error: Error, committing: bool) -> StorageError {
     const CONSTRAINT: i32 = 19;
     const MISMATCH: i32 = 20;
     const NOT_A_DB: i32 = 26;
+    const SHORT_READ: i32 = 522;
     let Some(code) = code(&error) else {
         return match &error {
             Error::PoolTimedOut | Error::PoolClosed => StorageError::unavailable(error),
@@ -29,12 +30,12 @@ pub(crate) fn sort(error: Error, committing: bool) -> StorageError {
         };
     };
     match code & 0xff {
+        // It ends where there should be more of it.
+        _ if code == SHORT_READ && committing => StorageError::unknown(damaged(&error)),
+        _ if code == SHORT_READ => StorageError::unavailable(damaged(&error)),
         BUSY | LOCKED | FULL | READ_ONLY | CANT_OPEN => StorageError::unavailable(error),
         CONSTRAINT | TOO_BIG | MISMATCH => StorageError::refused(error),
-        CORRUPT => StorageError::unavailable(format!(
-            "the database file is damaged ({error}); stop the service and restore a backup, or what `sqlite3`'s .recover \
-             still reads"
-        )),
+        CORRUPT => StorageError::unavailable(damaged(&error)),
         NOT_A_DB => StorageError::schema(format!(
             "the file is not a SQLite database ({error}); if it was one, it is damaged: stop the service and restore a \
              backup"
@@ -43,6 +44,13 @@ pub(crate) fn sort(error: Error, committing: bool) -> StorageError {
         // A table that somebody has dropped, no memory, a file that cannot be read: it may pass.
         _ => StorageError::unavailable(error),
     }
+}
+
+fn damaged(error: &Error) -> String {
+    format!(
+        "the database file is damaged ({error}); stop the service and restore a backup, or what `sqlite3`'s .recover still \
+         reads"
+    )
 }
 
 /// An error of a call that writes nothing by itself.
