@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use crate::Sqlite;
-use crate::errors::reading;
+use crate::errors::{is_busy, named, reading};
+use crate::files::Files;
 use crate::lend::Single;
 use crate::life::Lives;
 use crate::migrate;
-use crate::store::{Shared, Watcher, is_busy};
+use crate::store::{Shared, Watcher};
 
 /// How a SQLite database is opened, to be awaited. See [`Sqlite::open`].
 #[derive(Clone)]
@@ -105,6 +106,7 @@ impl Open {
     async fn open_once(&self) -> Result<Sqlite> {
         let options = self.options()?;
         let path = options.get_filename().to_owned();
+        is_whole(&path)?;
         let explain = |error: sqlx::Error| explain(&path, error);
         // The file is only ever opened by SQLite: closing it by other means would drop SQLite's own locks on it.
         let mut writer = connect(&options).await.map_err(explain)?;
@@ -125,11 +127,8 @@ impl Open {
                 path.display()
             )));
         }
-        if self.verify_only {
-            migrate::verify(&mut writer).await?;
-        } else {
-            migrate::migrate(&mut writer).await?;
-        }
+        if self.verify_only { migrate::verify(&mut writer).await } else { migrate::migrate(&mut writer).await }
+            .map_err(|error| named(&path, error))?;
         let readers = SqlitePoolOptions::new()
             .max_connections(self.readers)
             .acquire_timeout(Duration::from_secs(10))
@@ -143,7 +142,7 @@ impl Open {
         let watcher = connect(&options).await.map_err(explain)?;
         Ok(Sqlite(Arc::new(Shared {
             lives: Lives::beside(&path),
-            wal: with_suffix(&path, "-wal"),
+            files: Arc::new(Files::opened(&path, with_suffix(&path, "-wal"))),
             options,
             writer: Single::new(writer),
             transactor: Single::default(),
@@ -196,6 +195,20 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
+/// Refuses a database that is gone while its journal is there: SQLite would take it for a new one, and delete the journal.
+fn is_whole(path: &Path) -> Result<()> {
+    let is_empty = |path: &Path| std::fs::metadata(path).map_or(true, |file| file.len() == 0);
+    let journal = with_suffix(path, "-wal");
+    if !is_empty(path) || is_empty(&journal) {
+        return Ok(());
+    }
+    let (path, journal) = (path.display(), journal.display());
+    Err(StorageError::schema(format!(
+        "{path} is empty or gone, but its journal {journal} is there: it was deleted or damaged; restore a backup, or \
+         remove the journal as well if a new database is what you want"
+    )))
+}
+
 /// Whether it has `jsonb_each`, through which batches travel.
 fn is_recent(version: &str) -> bool {
     let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
@@ -214,9 +227,6 @@ fn explain(path: &Path, error: sqlx::Error) -> StorageError {
         Some(READ_ONLY) => StorageError::unavailable(format!(
             "{shown} cannot be written ({error}); the file and its folder must be writable for SQLite's journal"
         )),
-        _ => match reading(error) {
-            StorageError::Schema(message) => StorageError::schema(format!("{shown}: {message}")),
-            other => other,
-        },
+        _ => named(path, reading(error)),
     }
 }

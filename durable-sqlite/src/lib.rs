@@ -32,12 +32,15 @@
 //!
 //! # Only SQLite may open the file
 //! Do not open or copy the database file by other means in a program that also has it open through this crate: on
-//! Unix, closing any descriptor of a file drops all of the process's locks on it, SQLite's among them.
+//! Unix, closing any descriptor of a file drops all of the process's locks on it, SQLite's among them. And as long as any
+//! program runs, do not delete, move or replace it, nor its journal (`-wal`): nothing is recorded from then on, and whoever
+//! asks is told.
 
 mod batch;
 mod cells;
 mod connect;
 mod errors;
+mod files;
 mod lend;
 mod life;
 mod migrate;
@@ -69,7 +72,8 @@ impl Sqlite {
     ///
     /// # Errors
     /// No such folder, no right to write, a disk that is full: `Unavailable`. A file that is not a SQLite database, one
-    /// from a newer version of the service, or an address that is not SQLite's: `Schema`. Nothing is changed then.
+    /// from a newer version of the service, one that is gone or empty although its journal is there, or an address that
+    /// is not SQLite's: `Schema`. Nothing is changed then.
     pub fn open(path_or_url: impl Into<String>) -> Open {
         Open::new(path_or_url.into())
     }

@@ -8,7 +8,7 @@ use serde_json::json;
 use sqlx::SqlitePool;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteRow};
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -17,7 +17,8 @@ use tokio::sync::Mutex;
 use crate::Sqlite;
 use crate::batch;
 use crate::connect::connect;
-use crate::errors::reading;
+use crate::errors::{is_busy, named, reading};
+use crate::files::Files;
 use crate::lend::Single;
 use crate::life::{Life, Lives};
 use crate::rows::{self, boxed, get, id, time};
@@ -35,7 +36,7 @@ pub(crate) struct Shared {
     /// For lists and counts, which may take long: they must not keep the engine from reading.
     pub(crate) browsers: SqlitePool,
     pub(crate) watcher: Mutex<Watcher>,
-    pub(crate) wal: PathBuf,
+    pub(crate) files: Arc<Files>,
     pub(crate) lives: Lives,
     /// How many heartbeats of this program wait for the write lock: batches let them pass. Shared because a heartbeat has a
     /// connection and a thread of its own.
@@ -78,7 +79,7 @@ impl Shared {
     /// Runs a script that writes. A lock that another program holds is waited for, in short tries: SQLite's own waiting
     /// sleeps longer and longer and is not fair.
     async fn write(&self, script: impl Fn() -> Script) -> Result<Vec<Answer>> {
-        let mut lent = self.writer.lend(&self.options).await?;
+        let mut lent = self.writer.lend(&self.options, &self.files).await?;
         self.let_hearts_pass().await;
         let result = patiently(script, &mut lent.connection).await;
         lent.done(result)
@@ -91,14 +92,18 @@ impl Shared {
         }
     }
 
+    pub(crate) fn named(&self, error: StorageError) -> StorageError {
+        named(self.options.get_filename(), error)
+    }
+
     /// Runs statements that read one snapshot.
     async fn read(&self, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
-        read(&self.readers, statements).await
+        read(&self.readers, statements).await.map_err(|error| self.named(error))
     }
 
     /// Runs a statement that may go through many rows.
     async fn browse(&self, statement: (String, Vec<Arg>)) -> Result<Vec<Answer>> {
-        read(&self.browsers, [statement]).await
+        read(&self.browsers, [statement]).await.map_err(|error| self.named(error))
     }
 }
 
@@ -137,12 +142,6 @@ pub(crate) async fn patiently(script: impl Fn() -> Script, connection: &mut Sqli
     }
 }
 
-/// Whether somebody else holds a lock.
-pub(crate) fn is_busy(why: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
-    const BUSY: i32 = 5;
-    why.downcast_ref::<sqlx::Error>().and_then(crate::errors::code).is_some_and(|code| code & 0xff == BUSY)
-}
-
 #[async_trait]
 impl Storage for Sqlite {
     fn name(&self) -> &'static str {
@@ -155,7 +154,8 @@ impl Storage for Sqlite {
 
     async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
         let life = self.0.lives.begin(instance.id)?;
-        let mut connection = connect(&self.0.options).await.map_err(reading)?;
+        self.0.files.admit(None).await?;
+        let mut connection = connect(&self.0.options).await.map_err(|error| self.0.named(reading(error)))?;
         let of = instance.id.to_string();
         let kinds = json!(instance.kinds).to_string();
         let script = || {
@@ -176,7 +176,7 @@ impl Storage for Sqlite {
             script.add("COMMIT", []);
             script
         };
-        let answers = patiently(script, &mut connection).await?;
+        let answers = patiently(script, &mut connection).await.map_err(|error| self.0.named(error))?;
         let now = now_in(&answers)?;
         let heart =
             SqliteHeart { shared: self.0.clone(), connection: Single::new(connection), instance: of, _life: life };
@@ -203,7 +203,7 @@ impl Storage for Sqlite {
     }
 
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
-        let mut lent = self.0.writer.lend(&self.0.options).await?;
+        let mut lent = self.0.writer.lend(&self.0.options, &self.0.files).await?;
         self.0.let_hearts_pass().await;
         let since = Instant::now();
         loop {
@@ -314,7 +314,7 @@ impl Storage for Sqlite {
         let end = tokio::time::Instant::now() + at_most;
         loop {
             let now = tokio::time::Instant::now();
-            let version = self.0.watcher.lock().await.look(&self.0.wal).await;
+            let version = self.0.watcher.lock().await.look(self.0.files.journal()).await;
             if now >= end || std::mem::replace(cursor, version) != version {
                 return;
             }
@@ -616,7 +616,7 @@ impl Heart for SqliteHeart {
             );
             script
         };
-        let mut lent = self.connection.lend(&self.shared.options).await?;
+        let mut lent = self.connection.lend(&self.shared.options, &self.shared.files).await?;
         let waiting = Waiting::begin(&self.shared.hearts_waiting);
         let result = patiently(script, &mut lent.connection).await;
         drop(waiting);

@@ -13,11 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::Sqlite;
-use crate::errors::{passes, reading};
+use crate::errors::{is_busy, passes, reading};
 use crate::lend::Turn;
 use crate::rows::get;
 use crate::script::{NOW, Script};
-use crate::store::{all, is_busy, patiently};
+use crate::store::{all, patiently};
 
 /// `proc.transaction(…)`: steps whose SQL commits with their record.
 pub trait Transactions {
@@ -77,7 +77,7 @@ impl Transactional for Sqlite {
         // In the order of all who write in this program, so that neither batches nor transactions starve.
         let turn = self.0.writer.turn().await;
         self.0.let_hearts_pass().await;
-        let mut lent = self.0.transactor.lend(&self.0.options.clone().foreign_keys(true)).await?;
+        let mut lent = self.0.transactor.lend(&self.0.options.clone().foreign_keys(true), &self.0.files).await?;
         if lent.fresh {
             // For the driver it is within a transaction from now on, so that one which the service begins within the
             // engine's is a savepoint, and its commit not the engine's.
@@ -98,7 +98,7 @@ impl Transactional for Sqlite {
                 return lent.done(Err(StorageError::Unavailable(why)));
             }
             // It may be what an earlier closure has left on the connection, which goes.
-            Err(error) => return Err(error),
+            Err(error) => return Err(self.0.named(error)),
         }
         let gone = Arc::new(AtomicBool::new(false));
         // A statement that still runs when the transaction is given up would keep everybody from writing.

@@ -2,14 +2,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod crash;
+pub mod disk;
 pub mod faulty;
 pub mod ops;
+pub mod orphans;
 pub mod proxy;
 pub mod rights;
 
 use durable_core::storage::Storage;
 use durable_core::{Handle, Host, HostBuilder, Info, Status};
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,6 +44,10 @@ pub trait Sql: Backend {
     const PROCESSES: &'static str;
     /// The table of records.
     const STEPS: &'static str;
+    /// What is not so, in SQL.
+    const FALSE: &'static str;
+    /// Whether what the service's transactions put in waits in a table of its own.
+    const INBOX: bool;
     /// SQL that gives the engine's names another meaning for whoever does not name the place as well.
     const HIDE: &'static [&'static str];
     /// What a careless closure leaves on its connection.
@@ -74,22 +81,39 @@ impl Backend for InMemory {
     }
 }
 
-/// A SQLite file in a folder of its own.
+/// A SQLite file, in a folder of its own unless it is told which.
 pub struct SqliteFile {
-    folder: tempfile::TempDir,
+    folder: PathBuf,
+    _own: Option<tempfile::TempDir>,
 }
 
 impl SqliteFile {
+    /// The one in this folder.
+    pub fn within(folder: &Path) -> Self {
+        Self { folder: folder.to_owned(), _own: None }
+    }
+
+    /// Waits until nobody has it open, and it has everything itself.
+    pub async fn closed(&self) {
+        until("the file is closed", async || {
+            // Of two that close it at the same time neither may be the last one.
+            self.execute("PRAGMA wal_checkpoint").await;
+            !Path::new(&(self.path() + "-wal")).exists()
+        })
+        .await;
+    }
+
     /// The file.
     pub fn path(&self) -> String {
-        self.folder.path().join("test.db").to_str().unwrap().to_owned()
+        self.folder.join("test.db").to_str().unwrap().to_owned()
     }
 }
 
 impl Backend for SqliteFile {
     type Storage = Sqlite;
     async fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+        let own = tempfile::tempdir().unwrap();
+        Self { folder: own.path().to_owned(), _own: Some(own) }
     }
     async fn storage(&self) -> Sqlite {
         Sqlite::open(self.path()).await.unwrap()
@@ -99,6 +123,8 @@ impl Backend for SqliteFile {
 impl Sql for SqliteFile {
     const PROCESSES: &'static str = "durable_processes";
     const STEPS: &'static str = "durable_steps";
+    const FALSE: &'static str = "0";
+    const INBOX: bool = false;
     const HIDE: &'static [&'static str] = &[
         "CREATE TEMP TABLE IF NOT EXISTS durable_steps (dummy TEXT)",
         "CREATE TEMP TABLE IF NOT EXISTS durable_processes (dummy TEXT)",

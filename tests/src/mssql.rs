@@ -182,6 +182,8 @@ impl Backend for MssqlSchema {
 impl Sql for MssqlSchema {
     const PROCESSES: &'static str = "processes";
     const STEPS: &'static str = "steps";
+    const FALSE: &'static str = "0";
+    const INBOX: bool = true;
     const HIDE: &'static [&'static str] = &["CREATE TABLE #steps (dummy INT)", "USE tempdb"];
     const LEAVE: &'static [&'static str] = &["SET LANGUAGE French", "SET DATEFIRST 3", "SET TEXTSIZE 10"];
     const CANCELS: &'static str =

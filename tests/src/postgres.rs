@@ -28,7 +28,15 @@ impl PostgresSchema {
 
     /// One in another database.
     pub fn on(url: &str) -> Self {
-        let name = format!("test_{}", durable_core::RunId::new().0.simple());
+        Self::named(url, format!("test_{}", durable_core::RunId::new().0.simple()))
+    }
+
+    /// The same in a copy of its database.
+    pub fn moved_to(&self, url: &str) -> Self {
+        Self::named(url, self.name.clone())
+    }
+
+    fn named(url: &str, name: String) -> Self {
         // So that the sessions of one test can be told from those of others.
         let and = if url.contains('?') { '&' } else { '?' };
         // And the service's own tables stand beside the storage's.
@@ -79,6 +87,8 @@ impl Backend for PostgresSchema {
 impl Sql for PostgresSchema {
     const PROCESSES: &'static str = "processes";
     const STEPS: &'static str = "steps";
+    const FALSE: &'static str = "false";
+    const INBOX: bool = true;
     const HIDE: &'static [&'static str] = &[
         "CREATE TEMP TABLE IF NOT EXISTS steps (dummy text)",
         "CREATE OR REPLACE FUNCTION pg_temp.now() RETURNS timestamptz LANGUAGE sql AS 'SELECT NULL::timestamptz'",

@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+use crate::crash::scene::Random;
 use crate::crash::shared::Shared;
 
 /// How the network is.
@@ -51,6 +52,9 @@ struct Wires {
     network: watch::Sender<Network>,
     /// So many bytes are answered to the next thing that is sent, then its connection is cut.
     next_answer: Mutex<Option<usize>>,
+    /// The longest life of a connection, in bytes either way, and where the length of each comes from.
+    lives: Mutex<Option<(u64, Random)>>,
+    server: Mutex<String>,
     answered: AtomicUsize,
     round_trips: AtomicUsize,
     lost: AtomicUsize,
@@ -69,13 +73,24 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let wires = Arc::new(Wires::default());
         let proxy = Self { url: address(listener.local_addr().unwrap()), wires: wires.clone() };
-        let server = server.to_owned();
+        proxy.lead_to(server);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(connection(client, server.clone(), wires.clone()));
+                tokio::spawn(connection(client, wires.clone()));
             }
         });
         proxy
+    }
+
+    /// New connections go to the server at `host:port`.
+    pub fn lead_to(&self, server: &str) {
+        server.clone_into(&mut self.wires.server.lock().unwrap());
+    }
+
+    /// New connections are cut after fewer bytes than this, both ways together: in the middle of whatever is under way.
+    /// With `None` they live for ever.
+    pub fn cut_within(&self, bytes: Option<u64>, seed: u64) {
+        *self.wires.lives.lock().unwrap() = bytes.map(|bytes| (bytes, Random(seed)));
     }
 
     /// Changes how the network is.
@@ -109,7 +124,22 @@ impl Proxy {
     }
 }
 
-async fn connection(client: TcpStream, server: String, wires: Arc<Wires>) {
+async fn connection(client: TcpStream, wires: Arc<Wires>) {
+    let server = wires.server.lock().unwrap().clone();
+    let life = wires.lives.lock().unwrap().as_mut().map(|(most, random)| {
+        // Of any order of magnitude.
+        let most = *most >> random.below(9);
+        random.below(most) as usize
+    });
+    let life = Mutex::new(life);
+    let lives = |length: usize| match &mut *life.lock().unwrap() {
+        Some(left) if *left < length => Passes::Part(*left),
+        Some(left) => {
+            *left -= length;
+            Passes::All
+        }
+        None => Passes::All,
+    };
     let Ok(server) = TcpStream::connect(server).await else { return };
     for end in [&client, &server] {
         let _ = end.set_nodelay(true);
@@ -122,14 +152,14 @@ async fn connection(client: TcpStream, server: String, wires: Arc<Wires>) {
     // How much of an answer may still pass here.
     let left = Mutex::new(None);
     let waits = AtomicBool::new(false);
-    let asks = |_: usize| {
+    let asks = |length: usize| {
         if !waits.swap(true, Ordering::SeqCst) {
             wires.round_trips.fetch_add(1, Ordering::SeqCst);
         }
         if let Some(after) = wires.next_answer.lock().unwrap().take() {
             *left.lock().unwrap() = Some(after);
         }
-        Passes::All
+        lives(length)
     };
     let answers = |length: usize| {
         waits.store(false, Ordering::SeqCst);
@@ -142,7 +172,7 @@ async fn connection(client: TcpStream, server: String, wires: Arc<Wires>) {
                 *left = Some(part - length);
                 Passes::All
             }
-            None => Passes::All,
+            None => lives(length),
         }
     };
     tokio::select! {

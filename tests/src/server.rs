@@ -1,3 +1,5 @@
+use sqlx::postgres::PgConnection;
+use sqlx::{Connection, Executor};
 use std::path::PathBuf;
 use std::process::Output;
 
@@ -15,13 +17,37 @@ impl Server {
         let there = std::process::Command::new(SCRIPT).arg("programs").output();
         match there.map_err(|error| error.to_string()).and_then(said) {
             Ok(_) => crate::run(async {
-                let folder = std::env::temp_dir().join(format!("durable-{}", uuid::Uuid::now_v7().simple()));
-                let mut server = Self { folder, url: String::new() };
-                server.url = server.script("start").await;
-                test(server).await;
+                test(Self::started(&["start"]).await).await;
             }),
             Err(why) => crate::not_run("a PostgreSQL server of the test's own", &why),
         }
+    }
+
+    async fn started(how: &[&str]) -> Self {
+        let folder = std::env::temp_dir().join(format!("durable-{}", uuid::Uuid::now_v7().simple()));
+        let mut server = Self { folder, url: String::new() };
+        server.url = server.script(how).await;
+        server
+    }
+
+    /// Another one, which has whatever somebody was told is committed here, and can take over.
+    pub async fn standby(&self) -> Self {
+        let standby = Self::started(&["standby", &self.url]).await;
+        let mut connection = PgConnection::connect(&self.url).await.unwrap();
+        connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'").await.unwrap();
+        connection.execute("SELECT pg_reload_conf()").await.unwrap();
+        let follows = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'";
+        let follows = async || sqlx::query_scalar::<_, i64>(follows).fetch_one(&mut connection).await.unwrap() == 1;
+        crate::until("it follows", follows).await;
+        standby
+    }
+
+    /// Makes a standby one that is written to, and waits for nobody.
+    pub async fn promote(&self) {
+        self.script(&["promote"]).await;
+        let mut connection = PgConnection::connect(&self.url).await.unwrap();
+        connection.execute("ALTER SYSTEM RESET synchronous_standby_names").await.unwrap();
+        connection.execute("SELECT pg_reload_conf()").await.unwrap();
     }
 
     /// Its address.
@@ -36,13 +62,19 @@ impl Server {
 
     /// Stops it at once, without a word to anybody, and starts it again.
     pub async fn crash_and_start(&self) {
-        self.script("crash").await;
-        self.script("start").await;
+        self.crash().await;
+        self.script(&["start"]).await;
     }
 
-    async fn script(&self, what: &str) -> String {
-        let output = tokio::process::Command::new(SCRIPT).arg(what).arg(&self.folder).output().await.unwrap();
-        said(output).unwrap()
+    /// Stops it at once, without a word to anybody.
+    pub async fn crash(&self) {
+        self.script(&["crash"]).await;
+    }
+
+    /// What the script says when it is told to do this with the server's folder.
+    async fn script(&self, what: &[&str]) -> String {
+        let mut command = tokio::process::Command::new(SCRIPT);
+        said(command.arg(what[0]).arg(&self.folder).args(&what[1..]).output().await.unwrap()).unwrap()
     }
 }
 

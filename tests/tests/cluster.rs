@@ -6,9 +6,10 @@ use durable_core::*;
 use durable_tests::crash::check::check;
 use durable_tests::crash::deadly::Fuse;
 use durable_tests::crash::journal::{self, Journal, What};
-use durable_tests::crash::scene::{LONG, Scene};
+use durable_tests::crash::scene::{LONG, Random, Scene};
 use durable_tests::crash::shared::{Shared, read};
 use durable_tests::crash::workload::{self, Bench};
+use durable_tests::proxy::Proxied;
 use durable_tests::*;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -90,27 +91,70 @@ fn a_server_that_crashes() {
     });
 }
 
-/// The same with short times and many more processes: every batch is in danger.
+/// The same with short times and many more processes: every batch is in danger. In the long form, for two minutes.
 #[test]
 fn a_server_that_crashes_under_load() {
     Server::run(async |server| {
-        let scene = Scene::on(PostgresSchema::on(server.url()), WORKER, 200, Duration::from_millis(300));
+        let (processes, pace, crashes) = if long() { (5000, 14_000, 35) } else { (200, 300, 5) };
+        let schema = PostgresSchema::on(server.url());
+        let scene = Scene::on(schema, WORKER, processes, Duration::from_millis(pace));
         let mut tasks = Vec::new();
         for number in 1..=3 {
             tasks.push(scene.start_here(scene.backend.storage().await, number));
         }
         scene.until_begun(100).await;
-        let mut crashes = 0;
-        while crashes < 5 && !tasks.iter().all(JoinHandle::is_finished) {
+        let mut random = Random(1);
+        let mut crashed = 0;
+        while crashed < crashes && !tasks.iter().all(JoinHandle::is_finished) {
             server.crash_and_start().await;
-            crashes += 1;
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            crashed += 1;
+            let pause = if long() { 1000 + random.below(4000) } else { 200 };
+            tokio::time::sleep(Duration::from_millis(pause)).await;
         }
         ended(tasks).await;
-        assert!(crashes > 2, "they ended after {crashes} crashes");
+        println!("{crashed} crashes");
+        assert!(crashed > 2, "they ended after {crashed} crashes");
         scene.check().await;
         assert!(!server.log().contains("deadlock detected"));
     });
+}
+
+/// The server dies, and another one that has all that it had told takes its place, at another address.
+#[test]
+fn a_server_whose_place_another_one_takes() {
+    Server::run(async |first| {
+        let schema = PostgresSchema::on(first.url());
+        let (processes, pace, rounds) = if long() { (1000, 2000, 5) } else { (150, 400, 1) };
+        let scene = Scene::on(schema, WORKER, processes, Duration::from_millis(pace));
+        let mut standby = Some(first.standby().await);
+        let proxy = scene.backend.proxy().await;
+        let mut tasks = Vec::new();
+        for number in 1..=3 {
+            tasks.push(scene.start_here(scene.backend.through(&proxy).await, number));
+        }
+        let mut servers = vec![first];
+        for round in 1..=rounds {
+            let old = servers.last().unwrap();
+            let new = match standby.take() {
+                Some(standby) => standby,
+                None => old.standby().await,
+            };
+            scene.until_begun(round * 150).await;
+            old.crash().await;
+            new.promote().await;
+            proxy.lead_to(place(new.url()));
+            servers.push(new);
+            assert!(!tasks.iter().all(JoinHandle::is_finished), "they ended before");
+        }
+        ended(tasks).await;
+        let scene = scene.copied_to(scene.backend.moved_to(servers.last().unwrap().url()));
+        scene.check().await;
+    });
+}
+
+/// `host:port` of an address.
+fn place(url: &str) -> &str {
+    url.split_once('@').and_then(|(_, rest)| rest.split_once('/')).unwrap().0
 }
 
 // --- Clocks --------------------------------------------------------------------------------------------------------

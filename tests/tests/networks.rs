@@ -33,6 +33,7 @@ on_each_server!(
     answers_of_a_small_batch_cut_everywhere,
     answers_of_a_batch_about_others_cut_everywhere,
     bad_networks,
+    connections_cut_at_any_byte,
     an_instance_that_is_cut_off,
 );
 
@@ -161,6 +162,36 @@ async fn a_bad_network<B: Proxied>(seed: u64) {
 async fn bad_networks<B: Proxied>() {
     for seed in 0..if long() { 20 } else { 2 } {
         a_bad_network::<B>(seed).await;
+    }
+}
+
+/// Connections that end after any number of bytes, in the middle of what is sent or of what is answered.
+async fn connections_cut_at_any_byte<B: Proxied>() {
+    for seed in 0..if long() { 20 } else { 2 } {
+        let scene = Scene::<B>::new(WORKER, 120, Duration::from_millis(60)).await;
+        scene.backend.storage().await;
+        let (mut proxies, mut tasks) = (Vec::new(), Vec::new());
+        for number in 1..=3 {
+            let proxy = scene.backend.proxy().await;
+            tasks.push(scene.start_here(scene.backend.through(&proxy).await, number));
+            // Those that are there already live on until they are cut.
+            // The records of all processes, in one answer, still pass now and then.
+            proxy.cut_within(Some(1 << 20), seed * 10 + u64::from(number));
+            proxy.cut();
+            proxies.push(proxy);
+        }
+        let lost = || proxies.iter().map(Proxy::lost).sum::<usize>();
+        while lost() < 40 && !tasks.iter().all(JoinHandle::is_finished) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        for proxy in &proxies {
+            proxy.cut_within(None, seed);
+            proxy.cut();
+        }
+        println!("seed {seed}: {} connections cut", lost());
+        assert!(lost() >= 5, "seed {seed}: they ended after {} cuts", lost());
+        ended(tasks).await;
+        scene.check().await;
     }
 }
 

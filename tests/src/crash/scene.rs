@@ -11,6 +11,7 @@ use super::journal::{self, Line, What};
 use super::shared::{Shared, read};
 use super::worker::{Orders, Worker, run};
 use super::workload::STEPS;
+use crate::orphans::orphans;
 
 /// Longer than anything may take.
 pub const LONG: Duration = Duration::from_secs(200);
@@ -39,6 +40,13 @@ impl<B: Shared> Scene<B> {
     pub fn on(backend: B, worker: &'static str, processes: u32, pace: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         Self { worker, backend, folder, processes, pace, forgets: None, defaults: false }
+    }
+
+    /// The same on another database, which goes on from what the workers have written so far.
+    pub fn copied_to<C: Shared>(&self, backend: C) -> Scene<C> {
+        let copy = Scene::on(backend, self.worker, self.processes, self.pace);
+        std::fs::copy(self.journal(), copy.journal()).unwrap();
+        copy
     }
 
     fn journal(&self) -> PathBuf {
@@ -84,6 +92,7 @@ impl<B: Shared> Scene<B> {
         if processes.len() != self.processes as usize {
             wrong.push(format!("{} processes instead of {}", processes.len(), self.processes));
         }
+        wrong.extend(orphans(&self.backend).await);
         wrong
     }
 

@@ -82,6 +82,19 @@ impl Worker {
     pub fn signal(&self, name: &str) {
         signal(self.0.id(), name);
     }
+    /// Stops it, and waits until none of its threads runs any more. It may have ended.
+    pub fn stop(&self) {
+        self.signal("STOP");
+        let stopped = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            // Behind the name, which may have anything in it.
+            stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 'Z', 'X']))
+        };
+        let tasks = format!("/proc/{}/task", self.id());
+        while !std::fs::read_dir(&tasks).unwrap().map_while(Result::ok).all(stopped) {
+            std::thread::yield_now();
+        }
+    }
     /// Whether it has ended, and whether well.
     pub fn ended(&mut self) -> Option<bool> {
         self.0.try_wait().unwrap().map(|status| status.success())
