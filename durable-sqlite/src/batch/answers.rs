@@ -5,7 +5,7 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use std::collections::{HashMap, HashSet};
 
 use crate::cells::{Rows, cells};
-use crate::rows::{boxed, get, run, status};
+use crate::rows::{boxed, get, run, standing};
 use crate::script::{Answer, Script};
 
 /// What an answer is for: the places of the operations, in the order of their rows.
@@ -66,9 +66,9 @@ pub(super) async fn read(
             }
             Part::Awaits { at, answers: statement } => {
                 let targets = by_key(&rows(statement).rows, |row| {
-                    let status = status(get(row, 2)?)?;
+                    let (run, status) = standing(row, 1, 2)?;
                     let output = get::<Option<&str>>(row, 3)?.map(boxed);
-                    Ok(Outcome::Awaits(Some((run(row, 1)?, status.is_finished().then_some((status, output))))))
+                    Ok(Outcome::Awaits(Some((run, status.is_finished().then_some((status, output))))))
                 })?;
                 answer(&mut outcomes, at, targets, |_| Outcome::Awaits(None));
             }
@@ -107,7 +107,7 @@ pub(super) async fn read(
             }
             Part::Asked { at, before, wakes } => {
                 let before: Result<Option<(RunId, Status)>> =
-                    rows(before).rows.first().map(|row| Ok((run(row, 0)?, status(get(row, 1)?)?))).transpose();
+                    rows(before).rows.first().map(|row| standing(row, 0, 1)).transpose();
                 let wakes = wakes.into_iter().flat_map(|statement| mine(&rows(statement).rows)).collect();
                 outcomes[at] = Some(match before {
                     Ok(before) => Outcome::Asked { before, wakes, again: false },
