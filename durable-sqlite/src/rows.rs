@@ -37,7 +37,7 @@ fn cut(text: &str) -> String {
 }
 
 /// Says of which row it is, by the columns that make out its key, if it cannot be read.
-fn of<T>(table: &str, row: &SqliteRow, key: &[usize], read: Result<T>) -> Result<T> {
+pub(crate) fn of<T>(table: &str, row: &SqliteRow, key: &[usize], read: Result<T>) -> Result<T> {
     let named = |column: &usize| {
         let name = row.columns().get(*column).map(Column::name).unwrap_or_default();
         format!("{name} {}", shown(row, *column))

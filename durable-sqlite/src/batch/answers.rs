@@ -5,7 +5,7 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use std::collections::{HashMap, HashSet};
 
 use crate::cells::{Rows, cells};
-use crate::rows::{boxed, get, run, standing};
+use crate::rows::{boxed, get, of, run, standing};
 use crate::script::{Answer, Script};
 
 /// What an answer is for: the places of the operations, in the order of their rows.
@@ -36,8 +36,9 @@ pub(super) async fn read(
         match part {
             Part::Spawns { at, existing } => {
                 let others = by_key(&rows(existing).rows, |row| {
-                    let (run, kind, digest) = (run(row, 1)?, boxed(get(row, 2)?), boxed(get(row, 3)?));
-                    Ok(Outcome::Spawned(Spawned { run, existed: true, kind, digest }))
+                    let kind_and_digest = || Ok((boxed(get(row, 2)?), boxed(get(row, 3)?)));
+                    let (kind, digest) = of("durable_processes", row, &[1], kind_and_digest())?;
+                    Ok(Outcome::Spawned(Spawned { run: run(row, 1)?, existed: true, kind, digest }))
                 })?;
                 answer(&mut outcomes, at, others, |at| match &batch.ops[at] {
                     Op::Spawn(spawn) | Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. }) => {
