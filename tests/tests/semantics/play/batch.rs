@@ -72,7 +72,7 @@ impl Play {
                 let number = |nth: usize| waiting.and_then(|state| Some(state.events.get(nth)?.number)).unwrap_or(77);
                 let claim = self.claim(run) + claim.0;
                 let there = self.sides[0].storage.record(run, &key(*at)).await.unwrap();
-                let stands = there.is_some_and(|there| there.state != RecordState::Pending && there.claim != claim);
+                let stands = there.is_some_and(|there| there.state != RecordState::Pending);
                 if stands && (takes.is_some() || effect.is_some() || awaited.is_some()) {
                     return None;
                 }
