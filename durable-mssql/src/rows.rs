@@ -17,8 +17,12 @@ pub(crate) fn get<'r, T: FromSql<'r>>(row: &'r Row, column: usize) -> Result<T> 
     maybe(row, column)?.ok_or_else(|| StorageError::schema(format!("column {column} is null")))
 }
 
-fn bad(column: &str, text: &str) -> StorageError {
-    StorageError::schema(format!("{column} holds {text:?}, which this version does not know"))
+/// Says of which row it is, by its run and what else makes out its key, if it cannot be read.
+fn of<T>(table: &str, row: &Row, rest: String, read: Result<T>) -> Result<T> {
+    read.map_err(|why| match run(row, 0) {
+        Ok(run) => why.at(table, format!("run {run}{rest}")),
+        Err(_) => why.at(table, "a run that is no UUID"),
+    })
 }
 
 /// A time as it is sent, to be converted where it arrives.
@@ -48,7 +52,7 @@ pub(crate) fn maybe_text(row: &Row, column: usize) -> Result<Option<Box<str>>> {
 
 pub(crate) fn status(row: &Row, column: usize) -> Result<Status> {
     let text: &str = get(row, column)?;
-    Status::parse(text).ok_or_else(|| bad("status", text))
+    Status::read("status", text)
 }
 
 pub(crate) fn maybe_id(row: &Row, column: usize) -> Result<Option<Uuid>> {
@@ -59,12 +63,23 @@ pub(crate) fn run(row: &Row, column: usize) -> Result<RunId> {
     maybe_id(row, column)?.map(RunId).ok_or_else(|| StorageError::schema("a run is missing"))
 }
 
+/// Which run it is, and how it stands.
+pub(crate) fn standing(row: &Row, run_at: usize, status_at: usize) -> Result<(RunId, Status)> {
+    let run = run(row, run_at)?;
+    let status = status(row, status_at);
+    Ok((run, status.map_err(|why| why.at("processes", format!("run {run}")))?))
+}
+
 /// The columns of [`process`], of a table that is called `p`.
 pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.[output], p.reason, p.owner, p.claim, \
     p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
     p.created_at, p.status_at, p.finished_at";
 
 pub(crate) fn process(row: &Row) -> Result<ProcessRow> {
+    of("processes", row, String::new(), read_process(row))
+}
+
+fn read_process(row: &Row) -> Result<ProcessRow> {
     Ok(ProcessRow {
         run: run(row, 0)?,
         id: text(row, 1)?,
@@ -93,13 +108,18 @@ pub(crate) const RECORD: &str =
     "s.run, CONVERT(INT, s.scope) AS scope, s.name, s.[key], s.op, s.state, s.payload, s.attempts, s.claim";
 
 pub(crate) fn record(row: &Row) -> Result<(RecordKey, Record)> {
+    let named = || format!(" name {:?} key {:?}", text(row, 2).unwrap_or_default(), text(row, 3).unwrap_or_default());
+    read_record(row).or_else(|why| of("steps", row, named(), Err(why)))
+}
+
+fn read_record(row: &Row) -> Result<(RecordKey, Record)> {
     let scope = i64::from(get::<i32>(row, 1)?);
-    let scope = Scope::from_number(scope).ok_or_else(|| bad("scope", &scope.to_string()))?;
+    let scope = Scope::read(scope)?;
     let (op, state): (&str, &str) = (get(row, 4)?, get(row, 5)?);
     let key = RecordKey { scope, name: text(row, 2)?.into(), key: text(row, 3)?.into() };
     let record = Record {
-        op: OpKind::parse(op).ok_or_else(|| bad("op", op))?,
-        state: RecordState::parse(state).ok_or_else(|| bad("state", state))?,
+        op: OpKind::read("op", op)?,
+        state: RecordState::read("state", state)?,
         payload: text(row, 6)?,
         attempts: get(row, 7)?,
         claim: get(row, 8)?,
@@ -111,7 +131,8 @@ pub(crate) fn record(row: &Row) -> Result<(RecordKey, Record)> {
 pub(crate) const EVENT: &str = "e.run, e.number, e.name, e.payload";
 
 pub(crate) fn event(row: &Row) -> Result<EventRow> {
-    Ok(EventRow { number: get(row, 1)?, name: text(row, 2)?, payload: text(row, 3)? })
+    let read = || Ok(EventRow { number: get(row, 1)?, name: text(row, 2)?, payload: text(row, 3)? });
+    read().or_else(|why| of("events", row, format!(" number {}", get::<i64>(row, 1).unwrap_or(0)), Err(why)))
 }
 
 /// The columns of [`target`], of waiters `w` and the processes `t` that they await.
@@ -119,11 +140,10 @@ pub(crate) const TARGET: &str = "w.waiter, w.target, t.status, t.[output]";
 
 /// None if it has not ended.
 pub(crate) fn target(row: &Row) -> Result<Option<Target>> {
-    let run = run(row, 1)?;
     if maybe::<&str>(row, 2)?.is_none() {
-        return Ok(Some(Target { run, ended: None }));
+        return Ok(Some(Target { run: run(row, 1)?, ended: None }));
     }
-    let status = status(row, 2)?;
+    let (run, status) = standing(row, 1, 2)?;
     let output = maybe_text(row, 3)?;
     Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
 }

@@ -21,8 +21,12 @@ pub(crate) fn uuids(runs: Vec<RunId>) -> Vec<Uuid> {
     runs.into_iter().map(|run| run.0).collect()
 }
 
-fn bad(column: &str, text: &str) -> StorageError {
-    StorageError::schema(format!("{column} holds {text:?}, which this version does not know"))
+/// Says of which row it is, by its run and what else makes out its key, if it cannot be read.
+fn of<T>(table: &str, row: &PgRow, rest: String, read: Result<T>) -> Result<T> {
+    read.map_err(|why| match run(row, 0) {
+        Ok(run) => why.at(table, format!("run {run}{rest}")),
+        Err(_) => why.at(table, "a run that is no UUID"),
+    })
 }
 
 /// A `timestamptz`. The driver's own types for it come with features that would change a service's `query!`.
@@ -86,11 +90,18 @@ fn json(row: &PgRow, column: usize) -> Result<Box<str>> {
 
 pub(crate) fn status(row: &PgRow, column: usize) -> Result<Status> {
     let text: &str = get(row, column)?;
-    Status::parse(text).ok_or_else(|| bad("status", text))
+    Status::read("status", text)
 }
 
 pub(crate) fn run(row: &PgRow, column: usize) -> Result<RunId> {
     get::<Uuid>(row, column).map(RunId)
+}
+
+/// Which run it is, and how it stands.
+pub(crate) fn standing(row: &PgRow, run_at: usize, status_at: usize) -> Result<(RunId, Status)> {
+    let run = run(row, run_at)?;
+    let status = status(row, status_at);
+    Ok((run, status.map_err(|why| why.at("processes", format!("run {run}")))?))
 }
 
 /// The columns of [`process`], of a table that is called `p`. The columns of the others have the same types in the same
@@ -100,6 +111,10 @@ pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.outp
     p.created_at, p.status_at, p.finished_at";
 
 pub(crate) fn process(row: &PgRow) -> Result<ProcessRow> {
+    of("processes", row, String::new(), read_process(row))
+}
+
+fn read_process(row: &PgRow) -> Result<ProcessRow> {
     Ok(ProcessRow {
         run: run(row, 0)?,
         id: text(row, 1)?,
@@ -138,13 +153,18 @@ pub(crate) fn record_columns() -> String {
 }
 
 pub(crate) fn record(row: &PgRow) -> Result<(RecordKey, Record)> {
+    let named = || format!(" name {:?} key {:?}", text(row, 1).unwrap_or_default(), text(row, 2).unwrap_or_default());
+    read_record(row).or_else(|why| of("steps", row, named(), Err(why)))
+}
+
+fn read_record(row: &PgRow) -> Result<(RecordKey, Record)> {
     let (op, state): (&str, &str) = (get(row, 3)?, get(row, 6)?);
     let (attempts, scope): (i64, i64) = (get(row, 9)?, get(row, 12)?);
-    let scope = Scope::from_number(scope).ok_or_else(|| bad("scope", &scope.to_string()))?;
+    let scope = Scope::read(scope)?;
     let key = RecordKey { scope, name: text(row, 1)?.into(), key: text(row, 2)?.into() };
     let record = Record {
-        op: OpKind::parse(op).ok_or_else(|| bad("op", op))?,
-        state: RecordState::parse(state).ok_or_else(|| bad("state", state))?,
+        op: OpKind::read("op", op)?,
+        state: RecordState::read("state", state)?,
         payload: json(row, 4)?,
         attempts: i32::try_from(attempts).map_err(StorageError::schema)?,
         claim: get(row, 8)?,
@@ -161,7 +181,8 @@ pub(crate) fn event_columns() -> String {
 }
 
 pub(crate) fn event(row: &PgRow) -> Result<EventRow> {
-    Ok(EventRow { number: get(row, 8)?, name: text(row, 1)?, payload: json(row, 4)? })
+    let read = || Ok(EventRow { number: get(row, 8)?, name: text(row, 1)?, payload: json(row, 4)? });
+    read().or_else(|why| of("events", row, format!(" number {}", get::<i64>(row, 8).unwrap_or(0)), Err(why)))
 }
 
 /// The columns of [`target`], of waiters `w` and the processes `t` that they await.
@@ -174,11 +195,10 @@ pub(crate) fn target_columns() -> String {
 
 /// None if it has not ended.
 pub(crate) fn target(row: &PgRow) -> Result<Option<Target>> {
-    let run = run(row, 7)?;
     if get::<Option<&str>>(row, 3)?.is_none() {
-        return Ok(Some(Target { run, ended: None }));
+        return Ok(Some(Target { run: run(row, 7)?, ended: None }));
     }
-    let status = status(row, 3)?;
+    let (run, status) = standing(row, 7, 3)?;
     let output = maybe_json(row, 5)?;
     Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
 }

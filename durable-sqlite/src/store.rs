@@ -585,9 +585,10 @@ enum Part {
 }
 
 fn target(row: &SqliteRow) -> Result<Option<Target>> {
-    let run = rows::run(row, 1)?;
-    let Some(status) = get::<Option<&str>>(row, 2)? else { return Ok(Some(Target { run, ended: None })) };
-    let status = rows::status(status)?;
+    if matches!(get::<Option<&str>>(row, 2), Ok(None)) {
+        return Ok(Some(Target { run: rows::run(row, 1)?, ended: None }));
+    }
+    let (run, status) = rows::standing(row, 1, 2)?;
     let output = get::<Option<&str>>(row, 3)?.map(boxed);
     Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
 }

@@ -69,7 +69,7 @@ pub enum Op {
     Raise(Raise),
     /// Writes a record of a run that the instance owns under this claim → [`Outcome::Recorded`],
     /// [`Outcome::Spawned`] or [`Outcome::Raised`] by its effect, or [`Outcome::Lost`]. The engine has read the run's
-    /// records: it sends none with an effect, or that takes a message, for a key where one of an earlier claim is final.
+    /// records: it sends none with an effect, or that takes a message, for a key where one is final, except the same again.
     Record(RecordOp),
     /// Registers that `run`, which is the instance's, awaits `target`, or tells how that ended → [`Outcome::Awaits`].
     Await {

@@ -40,6 +40,22 @@ impl StorageError {
     pub fn schema(message: impl fmt::Display) -> Self {
         Self::Schema(message.to_string())
     }
+    /// A column holds what may not stand there.
+    pub fn unknown_value(column: &str, holds: &str, knows: &str) -> Self {
+        /// Whatever it is, it is told to people.
+        const MOST: usize = 100;
+        let cut: String = holds.chars().take(MOST).collect();
+        let more = if cut.len() < holds.len() { "…" } else { "" };
+        Self::schema(format!("{column} holds {cut:?}{more}, which this version does not know: it knows {knows}"))
+    }
+    /// Says where what cannot be understood stands: in which table, and in which row.
+    #[must_use]
+    pub fn at(self, table: &str, row: impl fmt::Display) -> Self {
+        match self {
+            Self::Schema(why) => Self::Schema(format!("{table}, {row}: {why}")),
+            other => other,
+        }
+    }
     /// Whether trying again can help.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::Unknown(_))

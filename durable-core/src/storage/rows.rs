@@ -5,6 +5,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use uuid::Uuid;
 
+use super::StorageError;
+
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -62,6 +64,10 @@ macro_rules! text_enum {
             /// The one that stands in the database as `text`.
             pub fn parse(text: &str) -> Option<Self> {
                 match text { $($text => Some(Self::$variant),)* _ => None }
+            }
+            /// The one that stands in the database's column `column` as `text`.
+            pub fn read(column: &str, text: &str) -> super::Result<Self> {
+                Self::parse(text).ok_or_else(|| StorageError::unknown_value(column, text, &[$($text),*].join(", ")))
             }
         }
         impl fmt::Display for $name {
@@ -145,12 +151,12 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// The one with this number.
-    pub fn from_number(number: i64) -> Option<Self> {
+    /// The one with this number, as it stands in the database's column `scope`.
+    pub fn read(number: i64) -> super::Result<Self> {
         match number {
-            0 => Some(Self::Process),
-            1 => Some(Self::Compensation),
-            _ => None,
+            0 => Ok(Self::Process),
+            1 => Ok(Self::Compensation),
+            _ => Err(StorageError::unknown_value("scope", &number.to_string(), "0, 1")),
         }
     }
 }

@@ -6,7 +6,7 @@ use tiberius::Row;
 use uuid::Uuid;
 
 use super::{COMMITTED, Committed, INBOX, judge};
-use crate::rows::{get, maybe, maybe_id, maybe_text, run, status, text};
+use crate::rows::{get, maybe, maybe_id, maybe_text, run, standing, text};
 
 /// What is told, a row each: which part tells it, the operation's place, and what.
 pub(super) const TABLE: &str = "@out TABLE (part INT NOT NULL, ord BIGINT NULL, run BINARY(16) NULL, \
@@ -92,7 +92,7 @@ fn outcomes(told: &[Row], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<V
             ROUSED if maybe_id(row, 6)? == Some(me) => roused.push(run(row, 2)?),
             WOKEN | ROUSED => {}
             BEFORE => {
-                before.insert(place(row, ops)?, run(row, 2).and_then(|run| Ok((run, status(row, 7)?))));
+                before.insert(place(row, ops)?, standing(row, 2, 7));
             }
             CLAIMED => claimed.push(Claimed { run: run(row, 2)?, claim: get(row, 3)? }),
             other => return Err(StorageError::schema(format!("part {other} is not known"))),
@@ -162,9 +162,9 @@ fn delivered(row: &Row, me: Uuid, durable: bool) -> Result<Outcome> {
 }
 
 fn awaited(row: &Row) -> Result<Outcome> {
-    let status = status(row, 7)?;
+    let (run, status) = standing(row, 2, 7)?;
     let ended = if status.is_finished() { Some((status, maybe_text(row, 8)?)) } else { None };
-    Ok(Outcome::Awaits(Some((run(row, 2)?, ended))))
+    Ok(Outcome::Awaits(Some((run, ended))))
 }
 
 fn state(row: &Row) -> Result<State> {

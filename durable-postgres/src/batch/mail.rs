@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use super::parts::{current, number, starter_owns, wake};
 use super::read::{by_place, place};
 use super::{Of, UNFINISHED};
-use crate::rows::{get, maybe_json, run, status};
+use crate::rows::{get, maybe_json, run, standing};
 use crate::sql::{Commits, Sql};
 
 /// The id of the process that a record's effect is about.
@@ -122,9 +122,9 @@ pub(super) async fn awaits(
     sql.text = awaits_text(&mut sql, of, sorted);
     let rows = sql.run(connection, Commits::No).await?;
     let mut found = by_place(&rows, |row| {
-        let status = status(row, 2)?;
+        let (run, status) = standing(row, 1, 2)?;
         let ended = if status.is_finished() { Some((status, maybe_json(row, 3)?)) } else { None };
-        Ok(Outcome::Awaits(Some((run(row, 1)?, ended))))
+        Ok(Outcome::Awaits(Some((run, ended))))
     })?;
     let places = sorted.awaits.iter().enumerate();
     Ok(places.map(|(nth, (at, _))| (*at, found.remove(&nth).unwrap_or(Outcome::Awaits(None)))).collect())

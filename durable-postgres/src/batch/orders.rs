@@ -6,7 +6,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 
 use super::parts::{wake, woken};
 use super::{FINISHED, Of, UNFINISHED, read};
-use crate::rows::{get, run, status};
+use crate::rows::{get, standing};
 use crate::sql::{Commits, Sql};
 
 pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order: &Op) -> Result<Outcome> {
@@ -35,7 +35,7 @@ pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order:
             statement_timeout(connection, &bound).await?;
         }
     }
-    let before: Result<_> = before.first().map(|row| Ok((run(row, 0)?, status(row, 1)?))).transpose();
+    let before = before.first().map(|row| standing(row, 0, 1)).transpose();
     Ok(match before {
         Ok(before) => Outcome::Asked { before, wakes, again: false },
         Err(why) => Outcome::Unreadable(why.to_string()),

@@ -5,7 +5,7 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use std::collections::{HashMap, HashSet};
 
 use crate::cells::{Rows, cells};
-use crate::rows::{boxed, get, run, status};
+use crate::rows::{boxed, get, of, run, standing};
 use crate::script::{Answer, Script};
 
 /// What an answer is for: the places of the operations, in the order of their rows.
@@ -36,8 +36,9 @@ pub(super) async fn read(
         match part {
             Part::Spawns { at, existing } => {
                 let others = by_key(&rows(existing).rows, |row| {
-                    let (run, kind, digest) = (run(row, 1)?, boxed(get(row, 2)?), boxed(get(row, 3)?));
-                    Ok(Outcome::Spawned(Spawned { run, existed: true, kind, digest }))
+                    let kind_and_digest = || Ok((boxed(get(row, 2)?), boxed(get(row, 3)?)));
+                    let (kind, digest) = of("durable_processes", row, &[1], kind_and_digest())?;
+                    Ok(Outcome::Spawned(Spawned { run: run(row, 1)?, existed: true, kind, digest }))
                 })?;
                 answer(&mut outcomes, at, others, |at| match &batch.ops[at] {
                     Op::Spawn(spawn) | Op::Record(RecordOp { effect: Some(Effect::Spawn(spawn)), .. }) => {
@@ -66,9 +67,9 @@ pub(super) async fn read(
             }
             Part::Awaits { at, answers: statement } => {
                 let targets = by_key(&rows(statement).rows, |row| {
-                    let status = status(get(row, 2)?)?;
+                    let (run, status) = standing(row, 1, 2)?;
                     let output = get::<Option<&str>>(row, 3)?.map(boxed);
-                    Ok(Outcome::Awaits(Some((run(row, 1)?, status.is_finished().then_some((status, output))))))
+                    Ok(Outcome::Awaits(Some((run, status.is_finished().then_some((status, output))))))
                 })?;
                 answer(&mut outcomes, at, targets, |_| Outcome::Awaits(None));
             }
@@ -107,7 +108,7 @@ pub(super) async fn read(
             }
             Part::Asked { at, before, wakes } => {
                 let before: Result<Option<(RunId, Status)>> =
-                    rows(before).rows.first().map(|row| Ok((run(row, 0)?, status(get(row, 1)?)?))).transpose();
+                    rows(before).rows.first().map(|row| standing(row, 0, 1)).transpose();
                 let wakes = wakes.into_iter().flat_map(|statement| mine(&rows(statement).rows)).collect();
                 outcomes[at] = Some(match before {
                     Ok(before) => Outcome::Asked { before, wakes, again: false },

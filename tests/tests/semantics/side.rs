@@ -49,9 +49,9 @@ impl Side {
         self.stamps.last().copied().unwrap_or_default()
     }
 
-    /// When the call that many before it began.
+    /// Before the call that many before it began, and after all others.
     pub(crate) fn ago(&self, calls: usize) -> DateTime<Utc> {
-        self.stamps[self.calls().saturating_sub(calls)]
+        self.stamps[self.calls().saturating_sub(calls)] - TimeDelta::milliseconds(1)
     }
 
     /// What it answered, in names instead of ids, and in calls instead of times.

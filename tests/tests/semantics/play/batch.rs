@@ -72,7 +72,7 @@ impl Play {
                 let number = |nth: usize| waiting.and_then(|state| Some(state.events.get(nth)?.number)).unwrap_or(77);
                 let claim = self.claim(run) + claim.0;
                 let there = self.sides[0].storage.record(run, &key(*at)).await.unwrap();
-                let stands = there.is_some_and(|there| there.state != RecordState::Pending && there.claim != claim);
+                let stands = there.is_some_and(|there| there.state != RecordState::Pending);
                 if stands && (takes.is_some() || effect.is_some() || awaited.is_some()) {
                     return None;
                 }
@@ -148,10 +148,23 @@ impl Play {
         let mut ops = Vec::new();
         for draft in drafts {
             let op = self.op(side, by, draft).await;
-            ops.extend(op.filter(|op| admits(&mut rows, op)));
+            ops.extend(op.filter(|op| !self.meets_order(op, &ops) && admits(&mut rows, op)));
         }
         let fence = Fence { instance: self.names.instances[by], generation };
         Batch { fence, namespace: self.names.namespace.clone().into(), ops, prepared: Default::default() }
+    }
+
+    /// Whether an order and the end or park of the process that it is about would be in one batch. What came of those may be
+    /// read when the order has been carried out.
+    fn meets_order(&self, op: &Op, ops: &[Op]) -> bool {
+        let id = |run: &RunId| self.names.runs.iter().position(|known| known == run).map(|run| IDS[run % IDS.len()]);
+        let owned = |op: &Op| match op {
+            Op::Finish(Finish { run, .. }) | Op::Park(Park { run, .. }) => id(run),
+            _ => None,
+        };
+        let ordered = |op: &Op, of: &str| matches!(op, Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } if **id == *of);
+        let meet = |one: &Op, other: &Op| owned(one).is_some_and(|id| ordered(other, id));
+        ops.iter().any(|there| meet(op, there) || meet(there, op))
     }
 
     /// So many that no two which have been due for equally long are told apart; all, if the batch makes others due.
