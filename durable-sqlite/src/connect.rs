@@ -129,6 +129,9 @@ impl Open {
         }
         if self.verify_only { migrate::verify(&mut writer).await } else { migrate::migrate(&mut writer).await }
             .map_err(|error| named(&path, error))?;
+        let page: i64 = sqlx::query("PRAGMA page_size").fetch_one(&mut writer).await.map_err(explain)?.get(0);
+        let files = Arc::new(Files::opened(&path, with_suffix(&path, "-wal"), page.unsigned_abs()));
+        files.check().map_err(StorageError::unavailable)?;
         let readers = SqlitePoolOptions::new()
             .max_connections(self.readers)
             .acquire_timeout(Duration::from_secs(10))
@@ -142,7 +145,7 @@ impl Open {
         let watcher = connect(&options).await.map_err(explain)?;
         Ok(Sqlite(Arc::new(Shared {
             lives: Lives::beside(&path),
-            files: Arc::new(Files::opened(&path, with_suffix(&path, "-wal"))),
+            files,
             options,
             writer: Single::new(writer),
             transactor: Single::default(),

@@ -46,7 +46,8 @@ pub(crate) fn sort(error: Error, committing: bool) -> StorageError {
     }
 }
 
-fn damaged(error: &Error) -> String {
+/// What to say of a damaged file.
+pub(crate) fn damaged(error: &dyn std::fmt::Display) -> String {
     format!(
         "the database file is damaged ({error}); stop the service and restore a backup, or what `sqlite3`'s .recover still \
          reads"

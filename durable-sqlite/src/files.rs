@@ -1,10 +1,12 @@
-//! The database's file and its journal: whether they still are where they were opened. What is written to files that
+//! The database's file and its journal: whether they still are where they were opened, and whole as far as their length
+//! tells. What is written to files that
 //! somebody has deleted is gone when the program ends.
 
 use sqlx::sqlite::SqliteConnection;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::errors::damaged;
 use crate::rows::get;
 use crate::script::Script;
 use crate::store::all;
@@ -14,6 +16,8 @@ use durable_core::storage::{Result, StorageError};
 pub(crate) struct Files {
     database: (PathBuf, Option<Id>),
     journal: (PathBuf, Option<Id>),
+    /// The size of the database's pages.
+    page: u64,
     /// The database itself has all that the journal had when it was missed.
     saved: AtomicBool,
 }
@@ -32,16 +36,23 @@ fn id(path: &Path) -> std::io::Result<Option<Id>> {
 
 impl Files {
     /// Of a database that is open, whose journal therefore stays.
-    pub(crate) fn opened(database: &Path, journal: PathBuf) -> Self {
+    pub(crate) fn opened(database: &Path, journal: PathBuf, page: u64) -> Self {
         let known = |path: PathBuf| {
             let id = id(&path).ok().flatten();
             (path, id)
         };
-        Self { database: known(database.to_owned()), journal: known(journal), saved: AtomicBool::new(false) }
+        Self { database: known(database.to_owned()), journal: known(journal), page, saved: AtomicBool::new(false) }
     }
 
     pub(crate) fn journal(&self) -> &Path {
         &self.journal.0
+    }
+
+    /// A page of which a part is missing reads as if there were nothing on it. (Whole pages that are missing SQLite notices,
+    /// and larger ones are written in parts.)
+    fn is_cut(&self) -> bool {
+        const PART: u64 = 512;
+        std::fs::metadata(&self.database.0).is_ok_and(|file| !file.len().is_multiple_of(self.page.clamp(PART, 4096)))
     }
 
     /// Which of them was deleted or replaced.
@@ -53,8 +64,11 @@ impl Files {
         [&self.database, &self.journal].into_iter().find(|file| file.1.is_some() && gone(file)).map(|file| &*file.0)
     }
 
-    /// Whether what is written now stays.
+    /// Whether what is read now is what was written, and what is written now stays.
     pub(crate) fn check(&self) -> std::result::Result<(), String> {
+        if self.is_cut() {
+            return Err(damaged(&format!("{} ends within a page", self.database.0.display())));
+        }
         let Some(missing) = self.missing() else { return Ok(()) };
         let advice = if missing == self.journal() {
             "stop every program that uses the database, and start them again"

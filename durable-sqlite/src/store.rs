@@ -92,18 +92,28 @@ impl Shared {
         }
     }
 
+    async fn read_in(
+        &self,
+        pool: &SqlitePool,
+        statements: impl IntoIterator<Item = (String, Vec<Arg>)>,
+    ) -> Result<Vec<Answer>> {
+        let answers = read(pool, statements).await.map_err(|error| self.named(error))?;
+        self.files.check().map_err(StorageError::unavailable)?;
+        Ok(answers)
+    }
+
     pub(crate) fn named(&self, error: StorageError) -> StorageError {
         named(self.options.get_filename(), error)
     }
 
     /// Runs statements that read one snapshot.
     async fn read(&self, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
-        read(&self.readers, statements).await.map_err(|error| self.named(error))
+        self.read_in(&self.readers, statements).await
     }
 
     /// Runs a statement that may go through many rows.
     async fn browse(&self, statement: (String, Vec<Arg>)) -> Result<Vec<Answer>> {
-        read(&self.browsers, [statement]).await.map_err(|error| self.named(error))
+        self.read_in(&self.browsers, [statement]).await
     }
 }
 

@@ -2,6 +2,7 @@
 //! which file is damaged and what to do, nobody is told what is not so, and no step runs again.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use durable_core::storage::Storage;
 use durable_core::*;
 use durable_tests::crash::scene::{LONG, Scene};
 use durable_tests::crash::worker::Worker;
@@ -65,7 +66,7 @@ async fn copy(of: &SqliteFile) -> SqliteFile {
 }
 
 /// Sends everybody its message. Says how many were told of the damage; all others are right.
-async fn told(host: &Host, file: &str) -> usize {
+async fn told(host: &Host, file: &str, how: &str) -> usize {
     let asked: Vec<_> = (0..MANY)
         .map(|number| {
             let handle = host.get(format!("it-{number}")).of(IT);
@@ -86,8 +87,8 @@ async fn told(host: &Host, file: &str) -> usize {
             Ok(Some((number, output))) => assert_eq!(output, number + 7),
             Ok(None) => {}
             Err::<_, String>(error) => {
-                assert!(error.contains(file), "{error}");
-                assert!(error.contains("damaged") && error.contains("restore a backup"), "{error}");
+                assert!(error.contains(file), "{how}: {error}");
+                assert!(error.contains("damaged") && error.contains("restore a backup"), "{how}: {error}");
                 told += 1;
             }
         }
@@ -155,7 +156,7 @@ fn a_file_that_is_damaged_when_it_is_opened() {
                 }
                 Ok(_) => {
                     let host = host(&damaged, &effects).await;
-                    let told = told(&host, &damaged.path()).await;
+                    let told = told(&host, &damaged.path(), how).await;
                     println!("{how}: {told} told");
                     assert!(told > 0, "{how}");
                 }
@@ -163,7 +164,7 @@ fn a_file_that_is_damaged_when_it_is_opened() {
             assert_eq!(begun(&effects), MANY as usize, "{how}: a step ran again");
         }
         let host = host(&sound, &effects).await;
-        assert_eq!(told(&host, "nobody is").await, 0);
+        assert_eq!(told(&host, "nobody is", "sound").await, 0);
     });
 }
 
@@ -178,12 +179,45 @@ fn a_file_that_is_damaged_beneath_a_program() {
             let damaged = copy(&sound).await;
             let one = host(&damaged, &effects).await;
             damage(&damaged.path(), how);
-            let told = told(&one, &damaged.path()).await;
+            let told = told(&one, &damaged.path(), how).await;
             println!("{how}: {told} told");
             assert_eq!(begun(&effects), MANY as usize, "{how}: a step ran again");
         }
         let host = host(&sound, &effects).await;
-        assert_eq!(told(&host, "nobody is").await, 0);
+        assert_eq!(told(&host, "nobody is", "sound").await, 0);
+    });
+}
+
+/// SQLite reads what is left of a page as if there were nothing else on it. Nobody is told that a process is not there.
+#[test]
+fn a_file_that_ends_within_a_page() {
+    run(async {
+        const PAGE: u64 = 4096;
+        let sound = waiting(&Effects::default()).await;
+        let pages = std::fs::metadata(sound.path()).unwrap().len() / PAGE;
+        let mut told = 0;
+        for page in (1..pages).step_by(if long() { 1 } else { 7 }) {
+            let cut = copy(&sound).await;
+            let storage = cut.storage().await;
+            // In its journal, so that the file need not be as long as it says.
+            cut.execute("UPDATE durable_processes SET reason = 'changed' WHERE id = 'it-0'").await;
+            let size = format!("--size={}", page * PAGE + 1000);
+            assert!(Command::new("truncate").args([&size, &cut.path()]).status().unwrap().success());
+            for number in 0..MANY {
+                match storage.find("default", &format!("it-{number}"), None).await {
+                    Ok(found) => assert!(found.is_some(), "page {page}: it-{number} is not there"),
+                    Err(error) => {
+                        let error = error.to_string();
+                        assert!(error.contains(&cut.path()) && error.contains("damaged"), "{error}");
+                        told += 1;
+                    }
+                }
+            }
+            let error = Sqlite::open(cut.path()).await.unwrap_err().to_string();
+            assert!(error.contains(&cut.path()) && error.contains("damaged"), "{error}");
+        }
+        println!("{told} told of {pages} pages");
+        assert!(told > 0);
     });
 }
 
