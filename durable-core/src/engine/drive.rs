@@ -85,7 +85,7 @@ async fn leave(
 }
 
 fn start(run: &Arc<Run>, span: &tracing::Span, input: Box<str>) -> Option<UserFuture> {
-    let Some(entry) = run.core.kinds.get(&run.kind).cloned() else {
+    let Some(entry) = run.core.kinds.get(&*run.kind).cloned() else {
         run.fault(format_args!("the kind {:?} is not registered here", run.kind));
         return None;
     };

@@ -67,7 +67,7 @@ pub(crate) struct Core {
     pub(crate) surroundings: Arc<dyn Surroundings>,
     pub(crate) namespace: Box<str>,
     pub(crate) settings: Settings,
-    pub(crate) kinds: HashMap<Box<str>, Arc<dyn registry::Entry>>,
+    pub(crate) kinds: HashMap<Arc<str>, Arc<dyn registry::Entry>>,
     pub(crate) clock: clock::DbClock,
     pub(crate) live: clock::Liveness,
     pub(crate) queue: queue::Queue,
@@ -88,7 +88,7 @@ impl Core {
         surroundings: Arc<dyn Surroundings>,
         namespace: Box<str>,
         settings: Settings,
-        kinds: HashMap<Box<str>, Arc<dyn registry::Entry>>,
+        kinds: HashMap<Arc<str>, Arc<dyn registry::Entry>>,
     ) -> Self {
         Self {
             storage,
@@ -127,7 +127,7 @@ impl Core {
     }
 
     pub(crate) fn kind_names(&self) -> Vec<Box<str>> {
-        let mut kinds: Vec<_> = self.kinds.keys().cloned().collect();
+        let mut kinds: Vec<Box<str>> = self.kinds.keys().map(|kind| Box::from(&**kind)).collect();
         kinds.sort();
         kinds
     }

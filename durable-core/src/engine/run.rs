@@ -30,7 +30,8 @@ pub(crate) struct Run {
     pub(crate) instance: InstanceId,
     pub(crate) id: Box<str>,
     pub(crate) run: RunId,
-    pub(crate) kind: Box<str>,
+    /// Shared by all of its kind.
+    pub(crate) kind: Arc<str>,
     pub(crate) claim: i64,
     pub(crate) wake: Arc<RootWake>,
     /// The waker that the process's future is polled with.
@@ -162,6 +163,7 @@ impl Run {
             },
             ..State::default()
         };
+        let kind = core.kinds.get_key_value(&*kind).map_or_else(|| kind.into(), |(known, _)| known.clone());
         let wake = Arc::new(RootWake::default());
         let root = Waker::from(wake.clone());
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);

@@ -27,7 +27,7 @@ pub struct HostBuilder {
     surroundings: Arc<dyn Surroundings>,
     namespace: Box<str>,
     settings: Settings,
-    kinds: HashMap<Box<str>, Arc<dyn Entry>>,
+    kinds: HashMap<Arc<str>, Arc<dyn Entry>>,
     twice: Option<&'static str>,
 }
 
