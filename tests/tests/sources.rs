@@ -83,12 +83,13 @@ fn each_row_has_its_test() {
 // --- SQL -----------------------------------------------------------------------------------------------------------
 
 /// Where a text that is no constant is handed to a driver as SQL, how often, and why it holds nothing that a service gave.
-const HANDED_OVER: [(&str, usize, &str); 14] = [
+const HANDED_OVER: [(&str, usize, &str); 15] = [
     ("durable-mssql/connect.rs", 1, "a constant"),
     ("durable-mssql/migrate.rs", 1, "the migrations' constants and the schema's checked name"),
     ("durable-mssql/session.rs", 2, "constants, and numbers of this crate's settings"),
     ("durable-mssql/sql.rs", 1, "what is bound stands in it as @P1; see BUILT"),
     ("durable-mssql/transaction.rs", 1, "constants, the schema's checked name and a UUID, in a lock's name"),
+    ("durable-postgres/connect.rs", 1, "a constant and the schema's checked name"),
     ("durable-postgres/heart.rs", 1, "a number of this crate's own, in a lock's key"),
     ("durable-postgres/listen.rs", 1, "a channel: the schema's checked name"),
     ("durable-postgres/migrate.rs", 4, "the migrations' constants and the schema's checked name"),
@@ -205,7 +206,8 @@ fn no_sql_is_made_of_input() {
                 "SQL that is put together in {path}: {text:?}; is any of it given by a service?"
             );
         }
-        let literals = code.matches(" literal(").count() + code.matches("(literal(").count();
+        let begins = |at: usize| !code[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_');
+        let literals = code.match_indices("literal(").filter(|(at, _)| begins(*at)).count();
         let allowed = LITERALS.iter().find(|(listed, _)| listed == path).map_or(0, |(_, count)| *count);
         assert!(path.ends_with("postgres/sql.rs") || literals == allowed, "literals in {path}: {literals}");
     }
