@@ -1,8 +1,11 @@
 //! What was measured, and how it is shown.
 
+use futures_util::{Stream, StreamExt};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use std::pin::pin;
 
+use crate::Error;
 use crate::counts::Each;
 
 /// What a workload has measured.
@@ -168,6 +171,21 @@ pub fn bar(what: &str, length: usize) -> ProgressBar {
     }
     bar.set_message(what.to_owned());
     bar
+}
+
+/// Awaits them all, and shows how far they are.
+pub(crate) async fn all(what: &str, count: usize, calls: impl Stream<Item = Result<(), Error>>) -> Result<(), Error> {
+    let (bar, mut calls) = (bar(what, count), pin!(calls));
+    let mut done = 0;
+    while let Some(result) = calls.next().await {
+        result?;
+        done += 1;
+        if done % 500 == 0 {
+            bar.set_position(done);
+        }
+    }
+    bar.finish_and_clear();
+    Ok(())
 }
 
 /// The middle one.

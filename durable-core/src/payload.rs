@@ -3,6 +3,7 @@
 
 use serde::de::DeserializeOwned;
 use serde::ser::{self, Serialize};
+use serde_json::value::RawValue;
 use std::fmt;
 use uuid::Uuid;
 
@@ -22,6 +23,11 @@ pub(crate) fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Box<str>, Encod
         return Err(EncodeError(format!("its JSON is {depth} levels deep; at most {MAX_DEPTH} are allowed").into()));
     }
     Ok(text)
+}
+
+/// The same, to stand in a record of the engine's own.
+pub(crate) fn encode_raw<T: Serialize + ?Sized>(value: &T) -> Result<Box<RawValue>, EncodeError> {
+    RawValue::from_string(encode(value)?.into()).map_err(|e| EncodeError(e.to_string().into()))
 }
 
 /// The JSON text of a record of the engine's own, which may hold a value that the program gave: as it stands, however deep.
@@ -319,7 +325,7 @@ mod tests {
     #[test]
     fn what_is_too_deep_to_be_read_back() {
         let nested = |depth: usize, core: &str| format!("{}{core}{}", "[".repeat(depth), "]".repeat(depth));
-        let raw = |text: String| serde_json::value::RawValue::from_string(text).unwrap();
+        let raw = |text: String| RawValue::from_string(text).unwrap();
         for depth in [MAX_DEPTH, MAX_DEPTH + 1] {
             let text = nested(depth, r#""\"]]]{{{[[[\\""#);
             let readable = serde_json::from_str::<serde_json::Value>(&text).is_ok();

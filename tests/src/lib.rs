@@ -154,6 +154,27 @@ impl Sql for SqliteFile {
     }
 }
 
+/// One named test of each case for each database that programs share.
+#[macro_export]
+macro_rules! on_each_database {
+    ($($case:ident),* $(,)?) => {
+        $(mod $case {
+            #[test]
+            fn sqlite() {
+                $crate::run(super::$case::<$crate::SqliteFile>());
+            }
+            #[test]
+            fn postgres() {
+                $crate::PostgresSchema::run(super::$case::<$crate::PostgresSchema>());
+            }
+            #[test]
+            fn mssql() {
+                $crate::MssqlSchema::run(super::$case::<$crate::MssqlSchema>());
+            }
+        })*
+    };
+}
+
 /// One named test of each case for each backend: `#[test] fn case::backend`.
 #[macro_export]
 macro_rules! on_each_backend {

@@ -7,31 +7,10 @@ use durable_tests::crash::journal::{Line, What};
 use durable_tests::crash::scene::{LONG, Random, Scene};
 use durable_tests::crash::shared::Shared;
 use durable_tests::crash::worker::Worker;
-use durable_tests::{MssqlSchema, PostgresSchema, Sql, SqliteFile, long, run, until};
+use durable_tests::{PostgresSchema, Sql, SqliteFile, long, on_each_database, run, until};
 use sqlx::{Connection, Executor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-
-/// One named test of each case for each database that programs share.
-macro_rules! on_each_database {
-    ($($case:ident),* $(,)?) => {
-        $(mod $case {
-            use super::*;
-            #[test]
-            fn sqlite() {
-                run(super::$case::<SqliteFile>());
-            }
-            #[test]
-            fn postgres() {
-                PostgresSchema::run(super::$case::<PostgresSchema>());
-            }
-            #[test]
-            fn mssql() {
-                MssqlSchema::run(super::$case::<MssqlSchema>());
-            }
-        })*
-    };
-}
 
 const WORKER: &str = env!("CARGO_BIN_EXE_worker");
 

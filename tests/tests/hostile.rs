@@ -332,6 +332,13 @@ async fn json_that_is_deep<B: Backend>() {
                 proc.set("set", value.clone()).await?;
                 value
             }
+            3 => {
+                // Read back to a value, out of the record that the race wraps around it.
+                let value = (0..depth).fold(serde_json::json!(7), |value, _| serde_json::json!([value]));
+                let step = proc.step("step", || async { Ok::<_, Failure>(value.clone()) });
+                let value = proc.race("race").on(step, |value| value).await??;
+                RawValue::from_string(value.to_string()).unwrap()
+            }
             _ => return Ok(proc.raise("echo", RAW, &value).await.unwrap_err().to_string()),
         };
         Ok::<_, Failure>(value.get().len().to_string())
@@ -345,10 +352,11 @@ async fn json_that_is_deep<B: Backend>() {
     };
     let host = quick(&backend).await.register(DEEP, function).register(ECHO, echo).start().await.unwrap();
     let handle = host.spawn(ECHO, "echo", &deep(DEEPEST)).await.unwrap();
-    for what in 0..3 {
+    for what in 0..4 {
         let output = host.spawn(DEEP, format!("{what}"), &(what, DEEPEST)).await.unwrap().output().await;
         assert_eq!(output.unwrap(), (2 * DEEPEST + 1).to_string());
-        for depth in [DEEPEST + 1, 100_000] {
+        // Nobody can let go of a value of 100,000 levels.
+        for depth in [DEEPEST + 1, 100_000].into_iter().take(if what == 3 { 1 } else { 2 }) {
             let why = format!("its JSON is {depth} levels deep; at most 127 are allowed");
             stuck(&host, DEEP, format!("{what}-{depth}"), &(what, depth), &why).await;
         }

@@ -65,26 +65,6 @@ impl Hands for MssqlSchema {
     }
 }
 
-macro_rules! on_each_database {
-    ($($case:ident),* $(,)?) => {
-        $(mod $case {
-            use super::*;
-            #[test]
-            fn sqlite() {
-                run(super::$case::<SqliteFile>());
-            }
-            #[test]
-            fn postgres() {
-                PostgresSchema::run(super::$case::<PostgresSchema>());
-            }
-            #[test]
-            fn mssql() {
-                MssqlSchema::run(super::$case::<MssqlSchema>());
-            }
-        })*
-    };
-}
-
 on_each_database!(rows_that_are_gone, instances_that_are_gone, a_clock_that_is_set_back);
 
 /// Counts its steps; waits for two messages between them.

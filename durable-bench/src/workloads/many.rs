@@ -5,33 +5,23 @@ use std::time::{Duration, Instant};
 use super::{Bench, CONCURRENT};
 use crate::Error;
 use crate::counts::{Counts, Each};
-use crate::figures::{Measured, bar, median};
+use crate::figures::{Measured, all, median};
 use crate::processes::STEPS;
 
 pub(super) const STEPS_EACH: usize = 5;
 
 /// Starts so many processes of five steps and awaits them all; steps a second.
 pub(super) async fn run(host: &Host, name: &str, count: usize) -> Result<f64, Error> {
-    let bar = bar(name, count);
     let started = Instant::now();
-    let mut all = stream::iter(0..count)
+    let calls = stream::iter(0..count)
         .map(|n| async move {
             let process = host.spawn(STEPS, format!("{name}-{n}"), &(STEPS_EACH as u32)).await?;
             process.output().await?;
             Ok::<_, Error>(())
         })
         .buffer_unordered(CONCURRENT);
-    let mut done = 0;
-    while let Some(result) = all.next().await {
-        result?;
-        done += 1;
-        if done % 500 == 0 {
-            bar.set_position(done);
-        }
-    }
-    let rate = (count * STEPS_EACH) as f64 / started.elapsed().as_secs_f64();
-    bar.finish_and_clear();
-    Ok(rate)
+    all(name, count, calls).await?;
+    Ok((count * STEPS_EACH) as f64 / started.elapsed().as_secs_f64())
 }
 
 impl Bench {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{Bench, CONCURRENT};
 use crate::Error;
 use crate::counts::Each;
-use crate::figures::{Measured, bar};
+use crate::figures::{Measured, all};
 use crate::machine::resident;
 use crate::processes::YEAR;
 
@@ -51,22 +51,16 @@ impl Bench {
     }
 
     async fn wait_for_a_year(&self, host: &Host, range: std::ops::Range<usize>) -> Result<(), Error> {
-        let bar = bar("waiting", range.len());
-        let mut all = stream::iter(range.clone())
+        let count = range.len();
+        let calls = stream::iter(range)
             .map(|n| {
                 let host = host.clone();
-                async move { host.spawn(YEAR, format!("year-{n}"), &()).await.map(|_| ()) }
+                async move {
+                    host.spawn(YEAR, format!("year-{n}"), &()).await?;
+                    Ok(())
+                }
             })
             .buffer_unordered(CONCURRENT);
-        let mut done = 0;
-        while let Some(result) = all.next().await {
-            result?;
-            done += 1;
-            if done % 500 == 0 {
-                bar.set_position(done);
-            }
-        }
-        bar.finish_and_clear();
-        Ok(())
+        all("waiting", count, calls).await
     }
 }

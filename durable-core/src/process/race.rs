@@ -365,28 +365,28 @@ where
         let label = Label::new(&key.name, &key.key);
         let contend: Contend<'p> = Box::new(move |race, _| {
             Box::pin(async move {
-                let result = self.unrecorded(&race).await?;
-                Ok(won(payload::encode_record(&match &result {
-                    Ok(value) => Returned::Ok(value),
-                    Err(error) => Returned::Err(error),
-                })))
+                let returned = match self.unrecorded(&race).await? {
+                    Ok(value) => payload::encode_raw(&value).map(Returned::Ok),
+                    Err(error) => payload::encode_raw(&error).map(Returned::Err),
+                };
+                Ok(won(returned.and_then(|returned| payload::encode_record(&returned))))
             })
         });
         (label, None, contend)
     }
 
     fn decode(payload: &str) -> Result<Self::Output, String> {
-        Ok(match payload::decode(payload)? {
-            Returned::Ok(value) => Ok(value),
-            Returned::Err(error) => Err(error),
-        })
+        match payload::decode(payload)? {
+            Returned::Ok(value) => payload::decode(value.get()).map(Ok),
+            Returned::Err(error) => payload::decode(error.get()).map(Err),
+        }
     }
 }
 
-/// What a step in a race returned, as it stands in the race's record.
+/// What a step in a race returned, as it stands in the race's record: as text, which may be as deep as any.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Returned<T, E> {
-    Ok(T),
-    Err(E),
+enum Returned {
+    Ok(Box<RawValue>),
+    Err(Box<RawValue>),
 }

@@ -125,7 +125,8 @@ impl Drop for Worker {
 pub fn settings(builder: HostBuilder) -> HostBuilder {
     builder
         .heartbeat(Duration::from_millis(300), Duration::from_secs(2))
-        .quiet_time(Duration::from_millis(20))
+        // So long before the timers of the workload are due that a slow disk leaves time to park.
+        .quiet_time(Duration::from_millis(5))
         .poll(Duration::from_millis(200))
         .max_crashes(10_000)
 }

@@ -43,7 +43,7 @@ pub async fn work(bench: Bench, proc: Process, input: u32) -> Result<u32, Failur
         .await?;
     returned(&bench, &proc, "flaky");
     proc.set("progress", sum).await?;
-    proc.delay("timer", Duration::from_millis(60)).await?;
+    proc.delay("timer", Duration::from_millis(100)).await?;
     sum += step(&bench, &proc, "after timer", input).await?;
     sum += proc
         .race("message or never")
