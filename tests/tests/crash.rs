@@ -149,7 +149,7 @@ fn stopped_inside_the_transaction_of_sqlite() {
         scene.count_takeovers().await;
         let mut second = scene.start(None);
         stop(&scene, &first, true).await;
-        tokio::time::sleep(Duration::from_secs(if long() { 60 } else { 5 })).await;
+        tokio::time::sleep(Duration::from_secs(if long() { 20 } else { 5 })).await;
         assert!(scene.backend.is_held().await);
         first.signal("CONT");
         assert!(first.wait(LONG), "the first worker failed");
