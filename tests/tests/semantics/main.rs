@@ -58,7 +58,7 @@ async fn as_the_model<B: Backend>(seeds: u64) {
     }
     println!("{tally}");
     if chosen().is_none() {
-        tally.check(seeds as usize / 10);
+        tally.check(seeds as usize / 15);
     }
 }
 
