@@ -7,7 +7,8 @@ use durable_tests::crash::deadly::{Boundary, Of};
 use durable_tests::crash::journal::{Line, What};
 use durable_tests::crash::scene::{LONG, Scene};
 use durable_tests::crash::shared::Shared;
-use durable_tests::{PostgresSchema, SqliteFile, run};
+use durable_tests::orphans::orphans;
+use durable_tests::{Backend, PostgresSchema, Sql, SqliteFile, quick, run};
 use std::time::Duration;
 
 const STEPS: [&str; 2] = ["a", "b"];
@@ -98,4 +99,40 @@ fn a_storage_that_forgets_records_is_found() {
 #[test]
 fn a_storage_that_forgets_records_is_found_on_postgres() {
     PostgresSchema::run(a_storage_that_forgets_records::<PostgresSchema>());
+}
+
+/// Rows that nothing will ever touch are found, each kind of them.
+#[test]
+fn rows_that_nothing_touches() {
+    run(async {
+        let backend = SqliteFile::new().await;
+        let host = quick(&backend).await.start().await.unwrap();
+        assert!(orphans(&backend).await.is_empty());
+        let id = |n: u32| format!("'00000000-0000-0000-0000-00000000000{n}'");
+        let (a, b, c, d, e, now) = (id(1), id(2), id(3), id(4), id(5), "'2026-11-24T00:00:00.000Z'");
+        let process = |run: &str, current: u32, status: &str, owner: &str| {
+            format!(
+            "INSERT INTO durable_processes (run, namespace, id, current, kind, status, owner, claim, calm_claim, signals,
+                 signalled, input, input_digest, created_at, status_at)
+             VALUES ({run}, 'n', {run}, {current}, 'k', '{status}', {owner}, 1, 0, 0, 0, '1', 'd', {now}, {now});"
+        )
+        };
+        let rows = [
+            format!("INSERT INTO durable_steps VALUES ({a}, 0, 's', '', 'step', 'done', '1', 0, 1, {now});"),
+            format!("INSERT INTO durable_events VALUES ({a}, 1, 'e', 'i', '1', {now}, NULL);"),
+            format!("INSERT INTO durable_waiters VALUES ({a}, {b});"),
+            format!(
+                "INSERT INTO durable_audit VALUES ({a}, {a}, {now}, 0, 's', '', 'step', 'done', '1', 0, 1, {now});"
+            ),
+            format!("INSERT INTO durable_fences VALUES ({e}, 0, NULL);"),
+            process(&b, 0, "completed", "NULL"),
+            process(&c, 1, "running", "NULL"),
+            process(&d, 1, "completed", &a),
+            "DELETE FROM durable_fences WHERE instance IN (SELECT instance FROM durable_instances);".to_owned(),
+        ];
+        backend.execute(&rows.concat()).await;
+        let found = orphans(&backend).await;
+        assert_eq!(found.len(), 11, "{found:#?}");
+        drop(host);
+    });
 }

@@ -7,8 +7,8 @@ use durable_tests::crash::journal::{Line, What};
 use durable_tests::crash::scene::{LONG, Random, Scene};
 use durable_tests::crash::shared::Shared;
 use durable_tests::crash::worker::Worker;
-use durable_tests::{PostgresSchema, Sql, SqliteFile, long, on_each_database, run, until};
-use sqlx::{Connection, Executor};
+use durable_tests::{Backend, PostgresSchema, Sql, SqliteFile, long, on_each_database, run, until};
+use sqlx::Executor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -149,7 +149,7 @@ fn stopped_inside_the_transaction_of_sqlite() {
         scene.count_takeovers().await;
         let mut second = scene.start(None);
         stop(&scene, &first, true).await;
-        tokio::time::sleep(Duration::from_secs(if long() { 60 } else { 5 })).await;
+        tokio::time::sleep(Duration::from_secs(if long() { 20 } else { 5 })).await;
         assert!(scene.backend.is_held().await);
         first.signal("CONT");
         assert!(first.wait(LONG), "the first worker failed");
@@ -190,24 +190,38 @@ on_each_database!(stopped_outside_a_transaction, processes_taken_away_by_hand);
 fn stopped_inside_a_transaction_of_postgres() {
     PostgresSchema::run(async {
         let scene = Scene::<PostgresSchema>::new(WORKER, 40, Duration::from_millis(150)).await;
-        let mut first = scene.start(None);
-        scene.until_begun(40).await;
-        scene.count_takeovers().await;
-        // The end of a process that others await takes several statements, the first of which looks for them.
         let schema = &scene.backend;
-        schema.execute("UPDATE {s}.processes SET awaited = true").await;
+        drop(schema.storage().await);
+        scene.count_takeovers().await;
+        // The end of a process that others await takes several statements. One in their middle waits here.
+        schema
+            .execute(
+                "CREATE FUNCTION {s}.awaited() RETURNS trigger LANGUAGE plpgsql AS $$
+                 BEGIN
+                     NEW.awaited = true;
+                     RETURN NEW;
+                 END $$;
+                 CREATE TRIGGER awaited BEFORE INSERT ON {s}.processes FOR EACH ROW EXECUTE FUNCTION {s}.awaited();
+                 CREATE FUNCTION {s}.pass() RETURNS trigger LANGUAGE plpgsql AS $$
+                 BEGIN
+                     PERFORM pg_advisory_xact_lock_shared(hashtext('{s}'));
+                     RETURN NULL;
+                 END $$;
+                 CREATE TRIGGER pass AFTER UPDATE OF status ON {s}.processes FOR EACH ROW
+                     WHEN (NEW.status = 'completed') EXECUTE FUNCTION {s}.pass()",
+            )
+            .await;
         let mut session = schema.connect().await;
-        let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{s}.waiters'::regclass";
-        while {
-            let mut transaction = session.begin().await.unwrap();
-            transaction.execute("LOCK TABLE waiters IN ACCESS EXCLUSIVE MODE").await.unwrap();
-            until("it waits", async || schema.number(waits).await > 0).await;
-            first.signal("STOP");
-            transaction.rollback().await.unwrap();
-            !schema.is_held().await
-        } {
-            first.signal("CONT");
-        }
+        session.execute("SELECT pg_advisory_lock(hashtext(current_schema()))").await.unwrap();
+        let mut first = scene.start(None);
+        let waits = format!(
+            "SELECT count(*) FROM pg_stat_activity
+             WHERE application_name = '{}' AND wait_event = 'advisory' AND xact_start < query_start",
+            schema.name()
+        );
+        until("it waits in a transaction that began before", async || schema.number(&waits).await > 0).await;
+        first.stop();
+        session.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
         let mut second = scene.start(None);
         assert!(second.wait(LONG), "the second worker failed");
         assert!(scene.backend.taken_over().await > 0, "nothing was taken over");

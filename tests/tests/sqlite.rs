@@ -263,10 +263,8 @@ fn dropped_calls_leave_nothing_open() {
 fn somebody_else_holds_the_write_lock() {
     test(async {
         let backend = SqliteFile::new().await;
-        let hosts = [
-            quick(&backend).await.register(IT, it).start().await.unwrap(),
-            quick(&backend).await.register(IT, it).start().await.unwrap(),
-        ];
+        let builder = async || quick(&backend).await.call_timeout(Duration::from_secs(90)).register(IT, it);
+        let hosts = [builder().await.start().await.unwrap(), builder().await.start().await.unwrap()];
         let mut handles = Vec::new();
         for n in 0..10 {
             handles.push(hosts[n % 2].spawn(IT, format!("it-{n}"), &1).await.unwrap());
@@ -282,7 +280,7 @@ fn somebody_else_holds_the_write_lock() {
             })
             .collect();
         // Longer than the expiry.
-        tokio::time::sleep(Duration::from_secs(if long() { 20 } else { 6 })).await;
+        tokio::time::sleep(Duration::from_secs(if long() { 60 } else { 6 })).await;
         connection.execute("ROLLBACK").await.unwrap();
         for raised in raising {
             raised.await.unwrap().unwrap();

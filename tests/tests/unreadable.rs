@@ -151,7 +151,7 @@ fn read<B: Spoilt, T>(what: &str, result: durable_core::storage::Result<T>) -> O
 }
 
 async fn cells_of_any_form<B: Spoilt>() {
-    let rounds: u64 = if long() { 1000 } else { 30 };
+    let rounds: u64 = if long() { 300 } else { 30 };
     let mut backend = B::new().await;
     let mut storage = backend.storage().await;
     let mut columns = Vec::new();

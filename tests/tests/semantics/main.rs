@@ -49,7 +49,7 @@ async fn as_the_model<B: Backend>(seeds: u64) {
     let backend = B::new().await;
     let storage = backend.storage().await;
     let mut tally = Tally::default();
-    let seeds = if long() { seeds * 30 } else { seeds };
+    let seeds = if long() { seeds * 10 } else { seeds };
     for number in chosen().unwrap_or(0..seeds) {
         let calls = call::draw(&mut Seed::new(number), CALLS);
         if compare(&storage, &calls, &mut tally).await.is_err() {
@@ -58,7 +58,7 @@ async fn as_the_model<B: Backend>(seeds: u64) {
     }
     println!("{tally}");
     if chosen().is_none() {
-        tally.check(seeds as usize / 10);
+        tally.check(seeds as usize / 15);
     }
 }
 
