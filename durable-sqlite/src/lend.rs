@@ -68,7 +68,7 @@ impl Lent {
             *home = Some(connection);
         }
         // It may be in a file that is gone, from which the connection saves it when it is lent next.
-        let result = result.and_then(|done| files.check().map(|()| done).map_err(StorageError::unknown));
+        let result = result.and_then(|done| files.check_now_and_then().map(|()| done).map_err(StorageError::unknown));
         result.map_err(|error| named(&file, error))
     }
 }

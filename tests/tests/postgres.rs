@@ -365,8 +365,6 @@ fn races_for_ids() {
         const ROUNDS: usize = 125;
         const EACH: usize = 8;
         let schema = PostgresSchema::new().await;
-        let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
-        let before = schema.number(deadlocks).await;
         let storages = [schema.storage().await, schema.storage().await, schema.storage().await];
         let (mut instances, mut parents) = (Vec::new(), Vec::new());
         for (n, storage) in storages.iter().enumerate() {
@@ -384,6 +382,7 @@ fn races_for_ids() {
             let racing = racing.map(|((storage, (me, _)), ops)| in_background(storage, batch(*me, 0, ops)));
             let mut outcomes = Vec::new();
             for racing in racing.collect::<Vec<_>>() {
+                // A deadlock would be an error: the storage does not try again, the engine does.
                 outcomes.push(racing.await.unwrap().unwrap());
             }
             outcomes
@@ -446,12 +445,6 @@ fn races_for_ids() {
             assert_eq!(numbers.len(), state.events.len());
             assert_eq!(numbers.into_iter().max().unwrap(), state.process.signals);
         }
-        // A session tells what it has counted when it ends, at the latest.
-        drop(storages);
-        drop(instances);
-        let sessions = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}'", schema.name());
-        until("its sessions have ended", async || schema.number(&sessions).await == 0).await;
-        assert_eq!(schema.number(deadlocks).await, before, "deadlocks");
     });
 }
 
