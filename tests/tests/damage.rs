@@ -279,7 +279,7 @@ fn a_file_that_is_deleted_beneath_a_program() {
             let host = host(&backend, &effects).await;
             let spawn = async |number| {
                 let input = Input { number, ballast: String::new() };
-                host.spawn(IT, &number.to_string(), &input).await
+                host.spawn(IT, number.to_string(), &input).await
             };
             spawn(0).await.unwrap();
             let gone = backend.path() + suffix;
