@@ -59,6 +59,7 @@ fn record(effect: Option<Effect>) -> RecordOp {
         key: key(),
         op: OpKind::Step,
         state: RecordState::Done,
+        replaces: false,
         payload: "{}".into(),
         attempts: 0,
         takes: Some(1),

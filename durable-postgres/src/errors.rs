@@ -81,6 +81,11 @@ pub(crate) fn passes(error: &Error) -> bool {
     }
 }
 
+/// Whether a row stands there already.
+pub(crate) fn is_duplicate(error: &StorageError) -> bool {
+    matches!(error, StorageError::Refused(why) if why.downcast_ref::<Told>().is_some_and(|told| &*told.code == "23505"))
+}
+
 /// The server's SQLSTATE.
 pub(crate) fn code(error: &Error) -> Option<Box<str>> {
     match error {

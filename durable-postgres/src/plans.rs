@@ -43,11 +43,13 @@ const FILL: &[&str] = &[
     "ANALYZE {s}.processes, {s}.steps, {s}.events, {s}.waiters, {s}.audit, {s}.inbox",
 ];
 
-/// What a batch is made of: everything that goes into one statement, messages and what goes with them, everything.
+/// What a batch is made of: everything that goes into one statement, messages and what goes with them, records alone,
+/// everything.
 #[derive(PartialEq, Eq)]
 enum Kind {
     Single,
     Messages,
+    Records,
     Whole,
 }
 
@@ -65,24 +67,25 @@ fn batch_of(kind: Kind) -> Batch {
     };
     let raise = || Raise { id: id.clone(), name: "e".into(), event_id: "x".into(), payload: "1".into() };
     let key = || RecordKey { scope: Scope::Process, name: "n".into(), key: "k".into() };
-    let record = |effect| {
-        Op::Record(RecordOp {
-            run,
-            claim: 1,
-            key: key(),
-            op: OpKind::Step,
-            state: RecordState::Done,
-            payload: "1".into(),
-            attempts: 0,
-            takes: Some(1),
-            effect,
-            awaited: Some(RunId::new()),
-        })
+    let plain = RecordOp {
+        run,
+        claim: 1,
+        key: key(),
+        op: OpKind::Step,
+        state: RecordState::Done,
+        replaces: false,
+        payload: "1".into(),
+        attempts: 0,
+        takes: None,
+        effect: None,
+        awaited: None,
     };
+    let record = |effect| Op::Record(RecordOp { takes: Some(1), awaited: Some(RunId::new()), effect, ..plain.clone() });
     let finish = Finish { run, claim: 1, status: Status::Completed, output: None, reason: None, unasked: None };
     let mut ops = vec![
         Op::Spawn(spawn(false)),
         record(None),
+        Op::Record(RecordOp { replaces: true, ..plain.clone() }),
         Op::AcceptCancel { run, claim: 1 },
         Op::Seen { run, claim: 1, signals: 1 },
         Op::Finish(finish),
@@ -90,8 +93,11 @@ fn batch_of(kind: Kind) -> Batch {
         Op::Claim { kind: "kind".into(), limit: 10 },
     ];
     if kind == Kind::Messages {
-        ops.truncate(2);
+        ops.truncate(3);
         ops.push(Op::Raise(raise()));
+    }
+    if kind == Kind::Records {
+        ops = vec![Op::Record(plain.clone())];
     }
     if kind == Kind::Whole {
         ops.extend([
@@ -157,7 +163,7 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
     }
     statements.push(("inbox", batch::waiting(schema, "default", 1, 10)));
     statements.push(("last of the inbox", batch::last(schema, "default")));
-    for kind in [Kind::Single, Kind::Messages, Kind::Whole] {
+    for kind in [Kind::Single, Kind::Messages, Kind::Records, Kind::Whole] {
         statements.extend(batch::statements(schema, &batch_of(kind)));
     }
     statements

@@ -6,6 +6,8 @@ use uuid::Uuid;
 
 use crate::errors::sort;
 
+type Query = sqlx::query::Query<'static, Postgres, PgArguments>;
+
 /// A statement and what is bound to it.
 #[derive(Default)]
 pub(crate) struct Sql {
@@ -53,14 +55,23 @@ impl Sql {
         sqlx::query_with(AssertSqlSafe(self.text), self.arguments).fetch_all(executor).await
     }
 
-    /// Runs it to its end: the server's last word is awaited, so what it commits is committed.
-    pub(crate) async fn run(self, connection: &mut PgConnection, commits: Commits) -> Result<Vec<PgRow>> {
+    fn query(self) -> Result<Query> {
         if let Some(why) = self.unfit {
             return Err(StorageError::refused(why));
         }
         // The text is put together from constants of this crate and the schema's checked name; what users give is bound.
-        let query = sqlx::query_with(AssertSqlSafe(self.text), self.arguments);
-        query.fetch_all(connection).await.map_err(|error| sort(error, commits == Commits::Yes))
+        Ok(sqlx::query_with(AssertSqlSafe(self.text), self.arguments))
+    }
+
+    /// Runs it to its end: the server's last word is awaited, so what it commits is committed.
+    pub(crate) async fn run(self, connection: &mut PgConnection, commits: Commits) -> Result<Vec<PgRow>> {
+        self.query()?.fetch_all(connection).await.map_err(|error| sort(error, commits == Commits::Yes))
+    }
+
+    /// The same for a statement that is a transaction of its own, and whose answer is how many rows it has written.
+    pub(crate) async fn write(self, connection: &mut PgConnection) -> Result<u64> {
+        let written = self.query()?.execute(connection).await;
+        written.map(|written| written.rows_affected()).map_err(|error| sort(error, true))
     }
 }
 

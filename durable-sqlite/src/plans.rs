@@ -27,6 +27,7 @@ fn everything() -> Batch {
             key: RecordKey { scope: Scope::Process, name: "n".into(), key: "k".into() },
             op: OpKind::Step,
             state: RecordState::Done,
+            replaces: false,
             payload: "1".into(),
             attempts: 0,
             takes: Some(1),

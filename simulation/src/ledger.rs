@@ -294,6 +294,13 @@ impl Ledger {
         if !self.stood(me, record) {
             self.check_owner(me, record.run, record.claim, "a record", wrong);
         }
+        // A storage that was told so does not look for it, and has an error to show for it.
+        let pending = self.failed.get(&(record.run, record.key.clone()));
+        if !record.replaces
+            && pending.is_some_and(|attempts| record.state != RecordState::Pending || *attempts != record.attempts)
+        {
+            wrong.push(format!("{} of {} was said to replace none", record.key, self.id(record.run)));
+        }
         let payload = match (&record.effect, outcome) {
             (Some(Effect::Spawn(spawn)), Outcome::Spawned(spawned)) => {
                 self.spawned(me, spawn, spawned.run, spawned.existed, wrong);

@@ -54,6 +54,7 @@ pub fn record_op(run: RunId, name: &str, op: OpKind, effect: Option<Effect>) -> 
         key: RecordKey { scope: Scope::Process, name: name.into(), key: "".into() },
         op,
         state: RecordState::Done,
+        replaces: false,
         payload: "1".into(),
         attempts: 0,
         takes: None,

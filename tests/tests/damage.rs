@@ -277,12 +277,19 @@ fn a_file_that_is_deleted_beneath_a_program() {
         for (suffix, todo) in [("-wal", "start them again"), ("", "restore it")] {
             let backend = SqliteFile::new().await;
             let host = host(&backend, &effects).await;
-            host.spawn(IT, "one", &Input { number: 1, ballast: String::new() }).await.unwrap();
+            let spawn = async |number| {
+                let input = Input { number, ballast: String::new() };
+                host.spawn(IT, number.to_string(), &input).await
+            };
+            spawn(0).await.unwrap();
             let gone = backend.path() + suffix;
             std::fs::remove_file(&gone).unwrap();
-            let mut told = String::new();
-            until("it is told, if not at once", async || match host.get("one").raise(GO, &1).await {
-                Ok(_) => false,
+            let (mut number, mut told) = (0, String::new());
+            until("it is told, if not at once", async || match spawn(number).await {
+                Ok(_) => {
+                    number += 1;
+                    false
+                }
                 Err(error) => {
                     told = error.to_string();
                     true

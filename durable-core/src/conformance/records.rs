@@ -22,15 +22,23 @@ pub async fn a_record_is_there_once_committed<S: Subject>(subject: &S) {
     assert!(without.records.is_empty());
 }
 
-/// A pending record makes way for the next one.
+/// A pending record makes way for the next one, also if the engine has forgotten that it is there.
 pub async fn a_pending_record_is_overwritten<S: Subject>(subject: &S) {
     let storage = subject.open().await;
     let actor = Actor::new(&storage).await;
     let run = actor.start("p").await;
-    for (attempts, state) in [(1, RecordState::Pending), (2, RecordState::Pending), (2, RecordState::Done)] {
-        let op = RecordOp { attempts, state, payload: attempts.to_string().into(), ..record(run, 1, key("a", "")) };
-        assert_eq!(actor.one(Op::Record(op.clone())).await, Outcome::Recorded);
-        assert_eq!(storage.record(run, &op.key).await.unwrap(), Some(left_by(&op)));
+    for known in ["known", "forgotten"] {
+        for (attempts, state) in [(1, RecordState::Pending), (2, RecordState::Pending), (3, RecordState::Done)] {
+            let replaces = known == "known" && attempts > 1;
+            let payload = attempts.to_string().into();
+            let op = RecordOp { attempts, state, replaces, payload, ..record(run, 1, key("a", known)) };
+            let beside = record(run, 1, key("b", &format!("{known}-{attempts}")));
+            let outcomes = actor.commit(vec![Op::Record(op.clone()), Op::Record(beside.clone())]).await.unwrap();
+            assert_eq!(outcomes, [Outcome::Recorded, Outcome::Recorded]);
+            for op in [op, beside] {
+                assert_eq!(storage.record(run, &op.key).await.unwrap(), Some(left_by(&op)));
+            }
+        }
     }
 }
 
@@ -43,12 +51,14 @@ pub async fn a_final_record_is_not<S: Subject>(subject: &S) {
     actor.one(Op::Record(first.clone())).await;
     actor.park(run, 1, Some(actor.now().await), None).await;
     assert_eq!(actor.claim(9).await.len(), 1);
-    let again = RecordOp { payload: "2".into(), ..record(run, 2, key("a", "")) };
-    let other = record(run, 2, key("b", ""));
-    let outcomes = actor.commit(vec![Op::Record(again), Op::Record(other.clone())]).await.unwrap();
-    assert_eq!(outcomes, [Outcome::Lost, Outcome::Recorded]);
-    assert_eq!(storage.record(run, &first.key).await.unwrap(), Some(left_by(&first)));
-    assert_eq!(storage.record(run, &other.key).await.unwrap(), Some(left_by(&other)));
+    for replaces in [false, true] {
+        let again = RecordOp { replaces, payload: "2".into(), ..record(run, 2, key("a", "")) };
+        let other = record(run, 2, key("b", if replaces { "replaces" } else { "" }));
+        let outcomes = actor.commit(vec![Op::Record(again), Op::Record(other.clone())]).await.unwrap();
+        assert_eq!(outcomes, [Outcome::Lost, Outcome::Recorded]);
+        assert_eq!(storage.record(run, &first.key).await.unwrap(), Some(left_by(&first)));
+        assert_eq!(storage.record(run, &other.key).await.unwrap(), Some(left_by(&other)));
+    }
 }
 
 /// A value is overwritten by later claims too.
@@ -57,7 +67,8 @@ pub async fn a_value_is_overwritten<S: Subject>(subject: &S) {
     let actor = Actor::new(&storage).await;
     let run = actor.start("p").await;
     for claim in 1..=3 {
-        let op = RecordOp { op: OpKind::Value, payload: claim.to_string().into(), ..record(run, claim, key("v", "")) };
+        let (replaces, payload) = (claim == 3, claim.to_string().into());
+        let op = RecordOp { op: OpKind::Value, replaces, payload, ..record(run, claim, key("v", "")) };
         assert_eq!(actor.one(Op::Record(op.clone())).await, Outcome::Recorded);
         assert_eq!(storage.record(run, &op.key).await.unwrap(), Some(left_by(&op)));
         actor.park(run, claim, Some(actor.now().await), None).await;

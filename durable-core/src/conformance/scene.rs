@@ -154,6 +154,7 @@ pub fn record(run: RunId, claim: i64, key: RecordKey) -> RecordOp {
         key,
         op: OpKind::Step,
         state: RecordState::Done,
+        replaces: false,
         payload: "1".into(),
         attempts: 0,
         takes: None,

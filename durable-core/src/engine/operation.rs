@@ -221,12 +221,14 @@ impl Operation {
     /// Its record, and the places that it takes.
     pub(crate) fn record_op(&self, write: Write) -> (RecordOp, Option<Places>) {
         let Write { state, payload, attempts, takes, effect, awaited, places } = write;
+        let replaces = self.run.state().names.of(&self.key).record.is_some();
         let op = RecordOp {
             run: self.run.run,
             claim: self.run.claim,
             key: self.key.clone(),
             op: self.op,
             state,
+            replaces,
             payload,
             attempts,
             takes,

@@ -172,6 +172,9 @@ pub struct RecordOp {
     pub op: OpKind,
     /// How far.
     pub state: RecordState,
+    /// The engine knows of a record under this key, which this one replaces: a pending one, or a value. Where it does not,
+    /// all that can stand there is an earlier attempt of this very write, so a storage need not look before it inserts.
+    pub replaces: bool,
     /// JSON text. A record with an effect gets its payload from the effect's outcome instead.
     pub payload: Box<str>,
     /// Attempts that failed so far.

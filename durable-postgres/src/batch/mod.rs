@@ -63,7 +63,7 @@ fn of<'b>(schema: &'b Schema, batch: &'b Batch, sorted: &Sorted<'_>, swept: bool
 pub(crate) fn prepare(schema: &Schema, batch: &Batch) {
     let sorted = Sorted::new(&batch.ops);
     if single::fits(&sorted) {
-        batch.prepared.put(single::statement(&of(schema, batch, &sorted, false), &sorted));
+        batch.prepared.put(single::statement(&of(schema, batch, &sorted, false), &batch.ops, &sorted));
     }
 }
 
@@ -106,7 +106,7 @@ pub(crate) fn statements(schema: &Schema, batch: &Batch) -> Vec<(&'static str, c
     };
     let sorted = Sorted::new(&batch.ops);
     if single::fits(&sorted) {
-        return vec![("a batch in one", single::statement(&of, &sorted).sql)];
+        return vec![("a batch in one", single::statement(&of, &batch.ops, &sorted).sql)];
     }
     whole::statements(&of, &sorted)
 }

@@ -4,7 +4,8 @@
 //! them can be together:
 //!
 //! - Starts insert rows that nobody else in the batch can know: their runs are only told when it is committed.
-//! - Records, and the messages that they consume, change rows of their own. They ask the process's row for its owner,
+//! - Records, and the messages that they consume, change rows of their own, those that replace one and those that do not:
+//!   where one of the latter finds one after all, nothing is written, and the transaction judges. They ask the process's row for its owner,
 //!   and get the owner from before the batch: in order too they would come before ends and parks. The engine lets no
 //!   record join a batch behind its run's end or park.
 //! - Ends, parks, accepted cancellations and seen signals change each process's row once: of those the engine takes one
@@ -18,13 +19,14 @@
 //! orders. Nor does it tell why a message was not put in: then the whole batch is written once more, as a transaction
 //! that finds everything else done.
 
-use durable_core::storage::{Claimed, Op, Outcome, Prepared, Raised, Result, RunId, Sorted, StorageError};
+use durable_core::storage::{Claimed, Op, Outcome, Prepared, Raised, RecordOp, Result, RunId, Sorted, StorageError};
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::HashSet;
 use uuid::Uuid;
 
-use super::parts::{self, Payload};
+use super::parts::{self, Payload, Standing};
 use super::{Of, mail, read};
+use crate::errors::is_duplicate;
 use crate::rows::{get, uuids};
 use crate::sql::{Commits, Sql};
 
@@ -57,11 +59,26 @@ enum Told {
 
 pub(super) struct Statement {
     pub(super) sql: Sql,
-    told: Vec<Told>,
+    /// Nothing if the number of rows that it has written tells all.
+    told: Option<Vec<Told>>,
 }
 
-pub(super) fn statement(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
+/// Records alone, none of which replaces one: what a process does by itself most of the time.
+fn records(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
+    let mut sql = Sql::default();
+    let gate = format!("EXISTS ({})", parts::fence(&mut sql, of));
+    sql.text = parts::recorded(&mut sql, of, &sorted.records, &Payload::GIVEN, Standing::Refused, &gate);
+    Statement { sql, told: None }
+}
+
+pub(super) fn statement(of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) -> Statement {
     const GATE: &str = "EXISTS (SELECT 1 FROM clear)";
+    let new = |(_, record): &(usize, &RecordOp)| !record.replaces;
+    let alone = |(_, record): &(usize, &RecordOp)| record.takes.is_none() && record.awaited.is_none();
+    let records_alone = !ops.is_empty() && sorted.records.len() == ops.len();
+    if records_alone && sorted.records.iter().all(|record| new(record) && alone(record)) {
+        return records(of, sorted);
+    }
     let mut sql = Sql::default();
     let mut with = vec![format!("fence AS MATERIALIZED ({})", parts::fence(&mut sql, of))];
     let mut columns = Vec::new();
@@ -100,8 +117,17 @@ pub(super) fn statement(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
         told.push(Told::Spawned);
     }
     if !sorted.records.is_empty() {
-        part("recorded", parts::recorded(&mut sql, of, &sorted.records, &Payload::GIVEN, GATE));
-        columns.push(count("recorded"));
+        let mut written = Vec::new();
+        let (first, again): (Vec<_>, Vec<_>) = sorted.records.iter().partition(|record| new(record));
+        for (name, records, standing) in [("recorded", first, Standing::Refused), ("replaced", again, Standing::Judged)]
+        {
+            if !records.is_empty() {
+                let body = parts::recorded(&mut sql, of, &records, &Payload::GIVEN, standing, GATE);
+                part(name, body + " RETURNING 1");
+                written.push(count(name));
+            }
+        }
+        columns.push(written.join(" + "));
         told.push(Told::Recorded);
     }
     if let Some(taken) = parts::taken(&mut sql, of, &sorted.records, GATE) {
@@ -142,15 +168,16 @@ pub(super) fn statement(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
     }
     let (with, columns) = (with.join(",\n"), columns.iter().map(|column| format!(",\n{column}")).collect::<String>());
     sql.text = format!("WITH {with}\nSELECT EXISTS (SELECT 1 FROM fence), EXISTS (SELECT 1 FROM clear){columns}");
-    Statement { sql, told }
+    Statement { sql, told: Some(told) }
 }
 
 /// What came of it.
 pub(super) enum Answer {
     Done(Vec<Outcome>),
-    /// An end must look for those that await it: nothing is written.
+    /// Nothing is written: an end must look for those that await it, a record for the one that stands there, or the fence
+    /// does not hold.
     Nothing,
-    /// A message was not put in, and why must be found out: all else is written.
+    /// A message or a record was not put in, and why must be found out: all else is written.
     Partly,
 }
 
@@ -162,8 +189,22 @@ pub(super) async fn commit(
     sorted: &Sorted<'_>,
     prepared: &Prepared,
 ) -> Result<Answer> {
-    let Statement { sql, told } = prepared.take().unwrap_or_else(|| statement(of, sorted));
-    let rows = sql.run(connection, Commits::Yes).await?;
+    let Statement { sql, told } = prepared.take().unwrap_or_else(|| statement(of, ops, sorted));
+    let Some(told) = told else {
+        return Ok(match sql.write(connection).await {
+            Ok(written) if usize::try_from(written) == Ok(ops.len()) => {
+                Answer::Done(vec![Outcome::Recorded; ops.len()])
+            }
+            Ok(0) => Answer::Nothing,
+            Ok(_) => Answer::Partly,
+            Err(error) if is_duplicate(&error) => Answer::Nothing,
+            Err(error) => return Err(error),
+        });
+    };
+    let rows = match sql.run(connection, Commits::Yes).await {
+        Err(error) if is_duplicate(&error) => return Ok(Answer::Nothing),
+        rows => rows?,
+    };
     let Some(row) = rows.first() else { return Err(StorageError::unknown("a batch has no answer")) };
     // From here on it is committed; whatever goes wrong with the answers does not undo it.
     let unknown = |error: StorageError| StorageError::unknown(error.to_string());

@@ -6,7 +6,7 @@ use sqlx::Executor;
 use sqlx::postgres::{PgConnection, PgRow};
 use std::collections::HashSet;
 
-use super::parts::{self, Payload};
+use super::parts::{self, Payload, Standing};
 use super::{FINISHED, Of, mail, orders, read};
 use crate::errors::{reading, sort};
 use crate::rows::{get, run, uuids};
@@ -196,7 +196,7 @@ async fn write_records(
     if records.is_empty() {
         return Ok(());
     }
-    let written = run_part(connection, |sql| part(sql, of, records)).await?;
+    let written = run_part(connection, |sql| part(sql, of, records) + " RETURNING 1").await?;
     let lost = if written.len() == records.len() { Vec::new() } else { read::lost(connection, of, records).await? };
     for (at, _) in records {
         outcomes[*at].get_or_insert(Outcome::Recorded);
@@ -208,7 +208,7 @@ async fn write_records(
 }
 
 pub(super) fn plain_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>) -> String {
-    parts::recorded(sql, of, records, &Payload::GIVEN, OPEN)
+    parts::recorded(sql, of, records, &Payload::GIVEN, Standing::Judged, OPEN)
 }
 
 /// What the id has now.
@@ -220,7 +220,7 @@ pub(super) fn start_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>
     // Without blanks, unlike json_build_object.
     let expression = "(SELECT row_to_json(o) FROM (SELECT c.run, c.run <> j.effect_token::uuid AS existed, c.kind,
         c.input_digest AS digest) o)";
-    parts::recorded(sql, of, records, &Payload { expression, join: &join }, OPEN)
+    parts::recorded(sql, of, records, &Payload { expression, join: &join }, Standing::Judged, OPEN)
 }
 
 /// What became of the message.
@@ -236,7 +236,7 @@ pub(super) fn raise_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>
         delivered.as_json(),
         Raised::Finished.as_json()
     );
-    parts::recorded(sql, of, records, &Payload { expression: &expression, join: &join }, OPEN)
+    parts::recorded(sql, of, records, &Payload { expression: &expression, join: &join }, Standing::Judged, OPEN)
 }
 
 /// Changes of rows that the instance owns, and whom the ends among them wake.

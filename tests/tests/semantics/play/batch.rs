@@ -72,7 +72,7 @@ impl Play {
                 let number = |nth: usize| waiting.and_then(|state| Some(state.events.get(nth)?.number)).unwrap_or(77);
                 let claim = self.claim(run) + claim.0;
                 let there = self.sides[0].storage.record(run, &key(*at)).await.unwrap();
-                let stands = there.is_some_and(|there| there.state != RecordState::Pending);
+                let stands = there.as_ref().is_some_and(|there| there.state != RecordState::Pending);
                 if stands && (takes.is_some() || effect.is_some() || awaited.is_some()) {
                     return None;
                 }
@@ -82,6 +82,8 @@ impl Play {
                     key: key(*at),
                     op: *op,
                     state: *state,
+                    // What stands there is judged the same, whether the engine knew of it or not.
+                    replaces: there.is_some() && *state == RecordState::Done,
                     payload: format!("{{\"by\" : {by}}}").into(),
                     attempts: i32::from(*state == RecordState::Pending),
                     takes: takes.map(number),
