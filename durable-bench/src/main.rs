@@ -47,28 +47,31 @@ struct Args {
 fn main() -> Result<(), Error> {
     let args = Args::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
-        if let (Some(role), Some(at)) = (args.role, args.at) {
-            return programs::run(role, At::new(at, args.schema), args.count).await;
+    // In a task, as a service's code is, and not on a thread beside those of the runtime.
+    runtime.block_on(runtime.spawn(run(args)))?
+}
+
+async fn run(args: Args) -> Result<(), Error> {
+    if let (Some(role), Some(at)) = (args.role, args.at) {
+        return programs::run(role, At::new(at, args.schema), args.count).await;
+    }
+    let place = Place::new(&args.storage, args.folder)?;
+    let bench = Bench { place, rounds: args.rounds.max(1), scale: args.scale.max(1) };
+    let on_sqlite = matches!(bench.place, Place::Sqlite { .. });
+    let named = if args.workload == ["all"] {
+        WORKLOADS.iter().filter(|name| !(on_sqlite && **name == "remote")).copied().collect()
+    } else {
+        bench.named(&args.workload)?
+    };
+    let (mut raw, site) = bench.place.raw().await?;
+    let system = System::durable(bench.place.name(), &raw.settings().await?);
+    let mut figures = Figures::new(args.json);
+    drop((raw, site));
+    for name in named {
+        for measured in bench.measure(name).await? {
+            figures.add(name, system.clone(), measured);
         }
-        let place = Place::new(&args.storage, args.folder)?;
-        let bench = Bench { place, rounds: args.rounds.max(1), scale: args.scale.max(1) };
-        let on_sqlite = matches!(bench.place, Place::Sqlite { .. });
-        let named = if args.workload == ["all"] {
-            WORKLOADS.iter().filter(|name| !(on_sqlite && **name == "remote")).copied().collect()
-        } else {
-            bench.named(&args.workload)?
-        };
-        let (mut raw, site) = bench.place.raw().await?;
-        let system = System::durable(bench.place.name(), &raw.settings().await?);
-        let mut figures = Figures::new(args.json);
-        drop((raw, site));
-        for name in named {
-            for measured in bench.measure(name).await? {
-                figures.add(name, system.clone(), measured);
-            }
-        }
-        figures.end();
-        Ok(())
-    })
+    }
+    figures.end();
+    Ok(())
 }

@@ -146,11 +146,19 @@ impl Bench {
     /// As `many`, for a while, over how many run at once.
     async fn concurrency(&self, figures: &mut Figures) -> Result<(), Error> {
         let processes = (100_000 / self.scale).max(100);
+        // What takes so long to end what it has begun is not asked for more at once.
+        let patience = Duration::from_secs_f64(self.seconds * 10.0);
+        let mut tired = vec![false; self.systems.len()];
         for concurrent in CONCURRENCIES {
             let mut runs = self.none();
             for round in 1..=self.rounds {
                 for (nth, system) in self.systems.iter().enumerate() {
+                    if tired[nth] {
+                        continue;
+                    }
+                    let began = Instant::now();
                     runs[nth].push(self.run(system, round, processes, STEPS_EACH, Some(concurrent)).await?);
+                    tired[nth] |= began.elapsed() > patience;
                 }
             }
             for runs in &runs {

@@ -1,4 +1,4 @@
-use durable_core::Host;
+use durable_core::{Host, Process};
 use futures_util::{StreamExt, stream};
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,11 @@ use crate::Error;
 use crate::counts::Each;
 use crate::figures::{Measured, all};
 use crate::machine::resident;
-use crate::processes::YEAR;
+use crate::processes::{YEAR, year};
+
+fn size_of_future<A, F: Future>(_: impl Fn(Process, A) -> F) -> usize {
+    size_of::<F>()
+}
 
 impl Bench {
     /// Processes that wait for a year: memory for each while in memory, and once parked.
@@ -17,15 +21,19 @@ impl Bench {
         // Long enough that all wait in memory at the same time.
         let quiet = Duration::from_secs(if self.scale == 1 { 30 } else { 5 });
         let host = site.at.host().await?.max_processes(count * 2).quiet_time(quiet).start().await?;
-        // The first ones pay for what is there once.
-        let first = count / 100;
+        // The first ones pay for what is there once, and for as many calls at once as there will be.
+        let first = count / 10;
         self.wait_for_a_year(&host, 0..first).await?;
         let before = resident()?;
         let started = Instant::now();
         self.wait_for_a_year(&host, first..count).await?;
-        let waiting = (resident()? - before) / (count - first) as f64;
+        let own = size_of_future(year);
+        let waiting = (resident()? - before) / (count - first) as f64 - own as f64;
         let fits = started.elapsed() < quiet && host.in_memory() == count;
-        let note = format!("{count} processes{}", if fits { "" } else { "; some had parked already" });
+        let note = format!(
+            "{count} processes, each beyond its own future of {own} B{}",
+            if fits { "" } else { "; some had parked already" }
+        );
         let waiting = Measured { value: waiting, unit: "B/waiting", raw: None, note, each: Each::default() };
         host.shutdown(Duration::from_secs(5)).await;
         // What parks takes its leave at once, and few are in memory at a time: what is left over is what a parked one
