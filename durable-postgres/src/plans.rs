@@ -43,12 +43,13 @@ const FILL: &[&str] = &[
     "ANALYZE {s}.processes, {s}.steps, {s}.events, {s}.waiters, {s}.audit, {s}.inbox",
 ];
 
-/// What a batch is made of: everything that goes into one statement, messages and what goes with them, records alone,
+/// What a batch is made of: everything that goes into one statement, messages and what goes with them, a record alone, several,
 /// everything.
 #[derive(PartialEq, Eq)]
 enum Kind {
     Single,
     Messages,
+    Record,
     Records,
     Whole,
 }
@@ -96,8 +97,8 @@ fn batch_of(kind: Kind) -> Batch {
         ops.truncate(3);
         ops.push(Op::Raise(raise()));
     }
-    if kind == Kind::Records {
-        ops = vec![Op::Record(plain.clone())];
+    if kind == Kind::Record || kind == Kind::Records {
+        ops = vec![Op::Record(plain.clone()); if kind == Kind::Record { 1 } else { 2 }];
     }
     if kind == Kind::Whole {
         ops.extend([
@@ -163,7 +164,7 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
     }
     statements.push(("inbox", batch::waiting(schema, "default", 1, 10)));
     statements.push(("last of the inbox", batch::last(schema, "default")));
-    for kind in [Kind::Single, Kind::Messages, Kind::Records, Kind::Whole] {
+    for kind in [Kind::Single, Kind::Messages, Kind::Record, Kind::Records, Kind::Whole] {
         statements.extend(batch::statements(schema, &batch_of(kind)));
     }
     statements

@@ -138,6 +138,21 @@ pub(super) fn recorded(
     )
 }
 
+/// One record of a run that the instance owns, where none stands: as [`recorded`] says.
+pub(super) fn recorded_alone(sql: &mut Sql, of: &Of<'_>, record: &RecordOp, gate: &str) -> String {
+    let (run, claim, me) = (sql.bind(record.run.0), sql.bind(record.claim), sql.bind(of.instance));
+    let (scope, name, key) =
+        (sql.bind(record.key.scope as i16), sql.bind(&*record.key.name), sql.bind(&*record.key.key));
+    let (op, state, attempts) =
+        (sql.bind(record.op.as_str()), sql.bind(record.state.as_str()), sql.bind(record.attempts));
+    let payload = sql.bind(&*record.payload);
+    format!(
+        "INSERT INTO {of}.steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
+         SELECT p.run, {scope}, {name}, {key}, {op}, {state}, {payload}::json, {attempts}, p.claim, now()
+         FROM {of}.processes p WHERE p.run = {run} AND p.owner IS NOT DISTINCT FROM {me} AND p.claim = {claim} AND {gate}"
+    )
+}
+
 /// The rows of [`recorded`]; with the id and the token of an effect behind them.
 pub(super) fn record_rows(sql: &mut Sql, records: &[(usize, &RecordOp)]) -> String {
     let each = || records.iter().map(|(_, record)| *record);

@@ -67,7 +67,10 @@ pub(super) struct Statement {
 fn records(of: &Of<'_>, sorted: &Sorted<'_>) -> Statement {
     let mut sql = Sql::default();
     let gate = format!("EXISTS ({})", parts::fence(&mut sql, of));
-    sql.text = parts::recorded(&mut sql, of, &sorted.records, &Payload::GIVEN, Standing::Refused, &gate);
+    sql.text = match &sorted.records[..] {
+        [(_, record)] => parts::recorded_alone(&mut sql, of, record, &gate),
+        records => parts::recorded(&mut sql, of, records, &Payload::GIVEN, Standing::Refused, &gate),
+    };
     Statement { sql, told: None }
 }
 
