@@ -14,7 +14,7 @@ use crate::system::System;
 pub(crate) const WORKLOADS: [&str; 5] = ["many", "sequential", "latency", "concurrency", "parked"];
 
 const STEPS_EACH: usize = 5;
-const CONCURRENCIES: [usize; 7] = [1, 4, 16, 64, 256, 1024, 4096];
+const CONCURRENCIES: [usize; 6] = [1, 4, 16, 64, 256, 1024];
 const PARKED: [usize; 6] = [1000, 3000, 10_000, 30_000, 100_000, 1_000_000];
 
 pub(crate) struct Bench {
