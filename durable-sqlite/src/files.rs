@@ -112,7 +112,9 @@ impl Files {
 
     /// The same before a connection writes. What it has in a journal that was deleted goes into the database, once.
     pub(crate) async fn admit(&self, connection: Option<&mut SqliteConnection>) -> Result<()> {
-        let Err(why) = self.check_now_and_then() else { return Ok(()) };
+        // One that is opened now might begin a journal of its own, so then it must be certain.
+        let checked = if connection.is_some() { self.check_now_and_then() } else { self.check() };
+        let Err(why) = checked else { return Ok(()) };
         if let Some(connection) = connection
             && !self.saved.load(Ordering::Acquire)
         {
