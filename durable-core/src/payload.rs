@@ -4,7 +4,8 @@
 use serde::de::DeserializeOwned;
 use serde::ser::{self, Serialize};
 use serde_json::value::RawValue;
-use std::fmt;
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
 use uuid::Uuid;
 
 /// Why a value cannot be recorded.
@@ -116,39 +117,36 @@ fn shape(text: &str) -> String {
 /// A digest of the canonical form of a JSON text: key order and white space do not count.
 pub(crate) fn digest(text: &str) -> Box<str> {
     let mut canonical = String::with_capacity(text.len());
-    match serde_json::from_str::<serde_json::Value>(text) {
-        Ok(value) => canonicalise(&value, &mut canonical),
-        Err(_) => canonical.push_str(text),
-    }
+    canonicalise(text, &mut canonical);
     Uuid::new_v5(&Uuid::NAMESPACE_OID, canonical.as_bytes()).simple().to_string().into()
 }
 
-fn canonicalise(value: &serde_json::Value, out: &mut String) {
-    use std::fmt::Write;
-    match value {
-        serde_json::Value::Array(items) => {
+/// Part by part as text, since a `serde_json::Value` rounds integers beyond 64 bits.
+fn canonicalise(text: &str, out: &mut String) {
+    let text = text.trim_ascii();
+    match text.as_bytes().first() {
+        Some(b'[') => {
+            let Ok(items) = serde_json::from_str::<Vec<&RawValue>>(text) else { return out.push_str(text) };
             out.push('[');
             for item in items {
-                canonicalise(item, out);
+                canonicalise(item.get(), out);
                 out.push(',');
             }
             out.push(']');
         }
-        serde_json::Value::Object(fields) => {
-            // Sorted here, since whether serde_json sorts depends on a feature that any crate may turn on.
-            let mut fields: Vec<_> = fields.iter().collect();
-            fields.sort_by_key(|(name, _)| name.as_str());
+        Some(b'{') => {
+            let Ok(fields) = serde_json::from_str::<BTreeMap<String, &RawValue>>(text) else {
+                return out.push_str(text);
+            };
             out.push('{');
             for (name, item) in fields {
                 let _ = write!(out, "{name:?}:");
-                canonicalise(item, out);
+                canonicalise(item.get(), out);
                 out.push(',');
             }
             out.push('}');
         }
-        scalar => {
-            let _ = write!(out, "{scalar}");
-        }
+        _ => out.push_str(text),
     }
 }
 
@@ -343,6 +341,12 @@ mod tests {
         assert_ne!(digest(r#"{"a":1}"#), digest(r#"{"a":"1"}"#));
         assert_ne!(digest("[1,2]"), digest("[2,1]"));
         assert_ne!(digest(r#"["a,b"]"#), digest(r#"["a","b"]"#));
+    }
+
+    #[test]
+    fn a_digest_sees_every_digit() {
+        assert_ne!(digest(&format!("[{}]", u128::MAX)), digest(&format!("[{}]", u128::MAX - 1)));
+        assert_ne!(digest("18446744073709551616"), digest("18446744073709551617"));
     }
 
     proptest::proptest! {

@@ -7,6 +7,7 @@
 use durable_core::storage::{InstanceId, Peer};
 use uuid::Uuid;
 
+use crate::heart;
 use crate::names::Schema;
 use crate::read::limit_arg;
 use crate::rows::time_text;
@@ -109,6 +110,48 @@ pub(crate) fn forget(schema: &Schema, instance: InstanceId) -> Sql {
                  DELETE FROM {schema}.instances WHERE instance = @me;
              END;
              SET @rows = (SELECT COUNT(*) FROM {schema}.fences AS f WHERE f.instance = @me AND f.fenced_at IS NOT NULL);"
+        )
+    })
+}
+
+/// The owners of processes that are no instances: somebody has deleted a row of theirs. One look for each owner, not for each
+/// process.
+pub(crate) fn strangers(schema: &Schema) -> Sql {
+    let mut sql = Sql::default();
+    let next = |after: &str| {
+        format!("SET @owner = (SELECT TOP (1) p.owner FROM {schema}.processes AS p WHERE {after} ORDER BY p.owner)")
+    };
+    sql.push("DECLARE @owner BINARY(16), @strangers TABLE (owner BINARY(16))");
+    sql.push(next("p.owner IS NOT NULL"));
+    sql.push(format!(
+        "WHILE @owner IS NOT NULL BEGIN
+             IF NOT EXISTS (SELECT 1 FROM {schema}.instances AS i JOIN {schema}.fences AS f ON f.instance = i.instance
+                     WHERE i.instance = @owner)
+                 INSERT INTO @strangers (owner) VALUES (@owner);
+             {};
+         END",
+        next("p.owner > @owner")
+    ));
+    sql.push("SELECT s.owner FROM @strangers AS s");
+    sql
+}
+
+/// Makes an owner known again, as a fenced one, if it still owns something.
+pub(crate) fn reinstate(schema: &Schema, owner: InstanceId) -> Sql {
+    alone(schema, owner.0, |sql| {
+        let alive = sql.text(heart::lock(schema, owner.0));
+        format!(
+            "IF EXISTS (SELECT 1 FROM {schema}.processes AS p WHERE p.owner = @me)
+             BEGIN
+                 UPDATE f SET fenced_at = SYSUTCDATETIME() FROM {schema}.fences AS f
+                     WHERE f.instance = @me AND f.fenced_at IS NULL;
+                 INSERT INTO {schema}.fences (instance, generation, fenced_at) SELECT @me, 0, SYSUTCDATETIME()
+                     WHERE NOT EXISTS (SELECT 1 FROM {schema}.fences AS f WHERE f.instance = @me);
+                 INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_name)
+                     SELECT TOP (1) @me, p.namespace, N'unknown', N'[]', SYSUTCDATETIME(), SYSUTCDATETIME(), {alive}
+                     FROM {schema}.processes AS p WHERE p.owner = @me
+                         AND NOT EXISTS (SELECT 1 FROM {schema}.instances AS i WHERE i.instance = @me);
+             END;"
         )
     })
 }

@@ -24,7 +24,7 @@ use crate::store::Shared;
 const LIFETIME: &str = "COALESCE((SELECT CONVERT(NVARCHAR(40), d.create_date, 126) FROM sys.databases AS d
     WHERE d.name = N'tempdb'), N'unknown')";
 
-fn lock(schema: &Schema, instance: Uuid) -> String {
+pub(crate) fn lock(schema: &Schema, instance: Uuid) -> String {
     schema.lock(format_args!("alive/{}", hex(instance)))
 }
 

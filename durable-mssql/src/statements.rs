@@ -145,6 +145,8 @@ async fn instances() {
         ("end", fence::end(&schema, instance())),
         ("release", fence::release(&schema, instance(), 10)),
         ("forget", fence::forget(&schema, instance())),
+        ("strangers", fence::strangers(&schema)),
+        ("reinstate", fence::reinstate(&schema, instance())),
     ]));
 }
 

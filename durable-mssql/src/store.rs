@@ -159,6 +159,16 @@ impl Storage for Mssql {
         Ok(())
     }
 
+    async fn reinstate(&self) -> Result<usize> {
+        let strangers = self.run(fence::strangers(&self.0.schema)).await?.rows();
+        for row in &strangers {
+            if let Some(owner) = rows::maybe_id(row, 0)? {
+                self.alone(fence::reinstate(&self.0.schema, InstanceId(owner))).await?;
+            }
+        }
+        Ok(strangers.len())
+    }
+
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
         let find = async || {
             Ok::<_, StorageError>(self.run(read::find_script(&self.0.schema, namespace, id, run)).await?.rows())

@@ -72,3 +72,35 @@ pub(crate) fn forget(schema: &Schema, instance: InstanceId) -> Sql {
     );
     sql
 }
+
+/// The owners of processes that are no instances: somebody has deleted a row of theirs. One look for each owner, not for each
+/// process.
+pub(crate) fn strangers(schema: &Schema) -> Sql {
+    let mut sql = Sql::default();
+    sql.text = format!(
+        "WITH RECURSIVE owners (owner) AS (
+             (SELECT owner FROM {schema}.processes WHERE owner >= '00000000-0000-0000-0000-000000000000'
+                 ORDER BY owner LIMIT 1)
+             UNION ALL
+             SELECT (SELECT p.owner FROM {schema}.processes p WHERE p.owner > o.owner ORDER BY p.owner LIMIT 1)
+             FROM owners o WHERE o.owner IS NOT NULL)
+         SELECT o.owner FROM owners o WHERE o.owner IS NOT NULL AND NOT EXISTS (SELECT 1 FROM {schema}.instances i
+             JOIN {schema}.fences f ON f.instance = i.instance WHERE i.instance = o.owner)"
+    );
+    sql
+}
+
+/// Makes an owner known again, as a fenced one, if it still owns something. Waits for the batch that holds the fence, where
+/// there is one.
+pub(crate) fn reinstate(schema: &Schema, owner: InstanceId) -> Sql {
+    let mut sql = Sql::default();
+    let instance = sql.bind(owner.0);
+    sql.text = format!(
+        "WITH of AS MATERIALIZED (SELECT owner, namespace FROM {schema}.processes WHERE owner = {instance} LIMIT 1),
+         fence AS (INSERT INTO {schema}.fences AS f (instance, generation, fenced_at) SELECT owner, 0, now() FROM of
+             ON CONFLICT (instance) DO UPDATE SET fenced_at = coalesce(f.fenced_at, excluded.fenced_at))
+         INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_key)
+         SELECT owner, namespace, 'unknown', '{{}}', now(), now(), 0 FROM of ON CONFLICT DO NOTHING"
+    );
+    sql
+}

@@ -148,6 +148,8 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
         ("end", fence::end(schema, instance)),
         ("release", fence::release(schema, instance, 1000)),
         ("forget", fence::forget(schema, instance)),
+        ("strangers", fence::strangers(schema)),
+        ("reinstate", fence::reinstate(schema, instance)),
     ];
     for op in batch_of(Kind::Whole).ops {
         match op {

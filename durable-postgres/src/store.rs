@@ -159,6 +159,14 @@ impl Storage for Postgres {
         Ok(())
     }
 
+    async fn reinstate(&self) -> Result<usize> {
+        let strangers = self.run(fence::strangers(&self.0.schema)).await?;
+        for row in &strangers {
+            self.run(fence::reinstate(&self.0.schema, InstanceId(rows::get(row, 0)?))).await?;
+        }
+        Ok(strangers.len())
+    }
+
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
         let find = || self.run(read::find_statement(&self.0.schema, namespace, id, run));
         let mut rows = find().await?;

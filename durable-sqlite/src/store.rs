@@ -15,14 +15,13 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::Mutex;
 
 use crate::Sqlite;
-use crate::batch;
-use crate::connect::connect;
 use crate::errors::{is_busy, named, reading};
 use crate::files::Files;
 use crate::lend::Single;
-use crate::life::{Life, Lives};
-use crate::rows::{self, boxed, get, id, time};
+use crate::life::Lives;
+use crate::rows::{self, boxed, get, time};
 use crate::script::{Answer, Arg, NOW, Script};
+use crate::{batch, fence, heart};
 
 /// Behind every clone of a [`Sqlite`].
 pub(crate) struct Shared {
@@ -78,11 +77,16 @@ impl Watcher {
 impl Shared {
     /// Runs a script that writes. A lock that another program holds is waited for, in short tries: SQLite's own waiting
     /// sleeps longer and longer and is not fair.
-    async fn write(&self, script: impl Fn() -> Script) -> Result<Vec<Answer>> {
+    pub(crate) async fn write(&self, script: impl Fn() -> Script) -> Result<Vec<Answer>> {
         let mut lent = self.writer.lend(&self.options, &self.files).await?;
         self.let_hearts_pass().await;
         let result = patiently(script, &mut lent.connection).await;
         lent.done(result)
+    }
+
+    /// Runs a script of one statement, and says how many rows it changed.
+    async fn change(&self, script: impl Fn() -> Script) -> Result<u64> {
+        Ok(self.write(script).await?.first().map_or(0, |answer| answer.changes))
     }
 
     pub(crate) async fn let_hearts_pass(&self) {
@@ -107,7 +111,7 @@ impl Shared {
     }
 
     /// Runs statements that read one snapshot.
-    async fn read(&self, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
+    pub(crate) async fn read(&self, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
         self.read_in(&self.readers, statements).await
     }
 
@@ -163,49 +167,12 @@ impl Storage for Sqlite {
     }
 
     async fn enlist(&self, instance: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
-        let life = self.0.lives.begin(instance.id)?;
-        self.0.files.admit(None).await?;
-        let mut connection = connect(&self.0.options).await.map_err(|error| self.0.named(reading(error)))?;
-        let of = instance.id.to_string();
-        let kinds = json!(instance.kinds).to_string();
-        let script = || {
-            let mut script = Script::default();
-            script.add("BEGIN IMMEDIATE", []);
-            script.add(
-                "INSERT INTO durable_fences (instance, generation) VALUES (?, 0) ON CONFLICT DO NOTHING",
-                [of.as_str().into()],
-            );
-            script.add(
-                &format!(
-                    "INSERT INTO durable_instances (instance, namespace, label, kinds, started_at, heartbeat_at)
-                     VALUES (?, ?, ?, ?, {NOW}, {NOW}) ON CONFLICT DO NOTHING"
-                ),
-                [of.as_str().into(), (&*instance.namespace).into(), (&*instance.label).into(), kinds.as_str().into()],
-            );
-            script.add(&format!("SELECT {NOW}"), []);
-            script.add("COMMIT", []);
-            script
-        };
-        let answers = patiently(script, &mut connection).await.map_err(|error| self.0.named(error))?;
-        let now = now_in(&answers)?;
-        let heart =
-            SqliteHeart { shared: self.0.clone(), connection: Single::new(connection), instance: of, _life: life };
-        Ok((Box::new(heart), now))
+        heart::enlist(&self.0, instance).await
     }
 
     async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
-        let answers = self
-            .0
-            .write(|| {
-                let mut script = Script::default();
-                script.add(
-                    "UPDATE durable_fences SET generation = max(generation, ?) WHERE instance = ? AND fenced_at IS NULL",
-                    [generation.into(), instance.to_string().into()],
-                );
-                script
-            })
-            .await?;
-        if answers.first().is_some_and(|answer| answer.changes == 1) { Ok(()) } else { Err(StorageError::Fenced) }
+        let refenced = self.0.change(|| fence::refence(instance, generation)).await?;
+        if refenced == 1 { Ok(()) } else { Err(StorageError::Fenced) }
     }
 
     fn prepare(&self, batch: &Batch) {
@@ -333,90 +300,39 @@ impl Storage for Sqlite {
     }
 
     async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers> {
-        let answers = self
-            .0
-            .read([
-                (format!("SELECT {NOW}"), vec![]),
-                (
-                    "SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL FROM durable_instances i
-                         LEFT JOIN durable_fences f ON f.instance = i.instance
-                     WHERE i.namespace = ? AND i.instance <> ?"
-                        .to_owned(),
-                    vec![namespace.into(), me.to_string().into()],
-                ),
-            ])
-            .await?;
-        let now = now_in(&answers)?;
-        let peer = |row: &SqliteRow| {
-            let instance = id("instance", get::<&str>(row, 0)?)?;
-            // Looked at after the heartbeat was read: one that began to live since then has another heartbeat.
-            let lock = self.0.lives.look(instance);
-            Ok(Peer { instance, heartbeat_at: time("heartbeat_at", get(row, 1)?)?, lock, fenced: get(row, 2)? })
-        };
-        let peers =
-            answers.iter().skip(1).flat_map(|answer| &answer.rows).filter_map(|row| readable(peer(row))).collect();
-        Ok(Peers { now, peers })
+        heart::peers(&self.0, namespace, me).await
     }
 
     async fn fence(&self, seen: &Peer) -> Result<bool> {
-        let (instance, heartbeat) = (seen.instance.to_string(), crate::time_text(seen.heartbeat_at));
-        let answers = self
-            .0
-            .write(|| {
-                let mut script = Script::default();
-                script.add(
-                    &format!(
-                        "UPDATE durable_fences SET fenced_at = coalesce(fenced_at, {NOW}) WHERE instance = ?1 AND (
-                             fenced_at IS NOT NULL OR EXISTS (SELECT 1 FROM durable_instances i
-                                 WHERE i.instance = ?1 AND i.heartbeat_at = ?2))"
-                    ),
-                    [instance.as_str().into(), heartbeat.as_str().into()],
-                );
-                script
-            })
-            .await?;
-        Ok(answers.first().is_some_and(|answer| answer.changes == 1))
+        Ok(self.0.change(|| fence::fence(seen)).await? == 1)
     }
 
     async fn release(&self, fenced: InstanceId, limit: usize) -> Result<usize> {
-        let of = fenced.to_string();
-        let answers = self
-            .0
-            .write(|| {
-                let mut script = Script::default();
-                script.add(
-                    &format!(
-                        "UPDATE durable_processes SET owner = NULL, status = 'waiting', wake_at = {NOW}, signalled = 0,
-                             status_at = {NOW}
-                         WHERE run IN (SELECT run FROM durable_processes WHERE owner = ?1 LIMIT ?2)
-                             AND EXISTS (SELECT 1 FROM durable_fences WHERE instance = ?1 AND fenced_at IS NOT NULL)"
-                    ),
-                    [of.as_str().into(), limit_arg(limit)],
-                );
-                script
-            })
-            .await?;
-        let released = answers.first().map_or(0, |answer| answer.changes);
+        let released = self.0.change(|| fence::release(fenced, limit)).await?;
         if released == 0 {
-            self.forget(fenced).await?;
+            self.0.write(|| fence::forget(fenced)).await?;
+            self.0.lives.remove(fenced);
         }
         usize::try_from(released).map_err(StorageError::schema)
     }
 
     async fn retire(&self, instance: InstanceId) -> Result<()> {
-        let of = instance.to_string();
-        self.0
-            .write(|| {
-                let mut script = Script::default();
-                script.add(
-                    &format!("UPDATE durable_fences SET fenced_at = coalesce(fenced_at, {NOW}) WHERE instance = ?"),
-                    [of.as_str().into()],
-                );
-                script
-            })
-            .await?;
+        self.0.change(|| fence::end(instance)).await?;
         while self.release(instance, 10_000).await? > 0 {}
         Ok(())
+    }
+
+    async fn reinstate(&self) -> Result<usize> {
+        let answers = self.0.read([fence::strangers()]).await?;
+        let strangers: Vec<&str> = all(&answers).filter_map(|row| readable(get(row, 0))).collect();
+        for owner in &strangers {
+            match rows::id::<InstanceId>("owner", owner) {
+                Ok(_) => self.0.write(|| fence::reinstate(owner)).await?,
+                // No instance can have this name, so there is none to fence off.
+                Err(_) => self.0.write(|| fence::release_all(owner)).await?,
+            };
+        }
+        Ok(strangers.len())
     }
 
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
@@ -474,35 +390,8 @@ impl Storage for Sqlite {
     }
 }
 
-impl Sqlite {
-    /// Removes what is left of an instance that owns nothing any more.
-    async fn forget(&self, instance: InstanceId) -> Result<()> {
-        let of = instance.to_string();
-        self.0
-            .write(|| {
-                let mut script = Script::default();
-                script.add("BEGIN IMMEDIATE", []);
-                for table in ["durable_instances", "durable_fences"] {
-                    script.add(
-                        &format!(
-                            "DELETE FROM {table} WHERE instance = ?1
-                                 AND NOT EXISTS (SELECT 1 FROM durable_processes WHERE owner = ?1)
-                                 AND EXISTS (SELECT 1 FROM durable_fences WHERE instance = ?1 AND fenced_at IS NOT NULL)"
-                        ),
-                        [of.as_str().into()],
-                    );
-                }
-                script.add("COMMIT", []);
-                script
-            })
-            .await?;
-        self.0.lives.remove(instance);
-        Ok(())
-    }
-}
-
 /// A row that cannot be understood is left out, and told: it must not hide the others.
-fn readable<T>(row: Result<T>) -> Option<T> {
+pub(crate) fn readable<T>(row: Result<T>) -> Option<T> {
     row.inspect_err(|why| tracing::error!("a row is left out: {why}")).ok()
 }
 
@@ -510,12 +399,12 @@ pub(crate) fn all(answers: &[Answer]) -> impl Iterator<Item = &SqliteRow> {
     answers.iter().flat_map(|answer| &answer.rows)
 }
 
-fn now_in(answers: &[Answer]) -> Result<DateTime<Utc>> {
+pub(crate) fn now_in(answers: &[Answer]) -> Result<DateTime<Utc>> {
     let row = all(answers).next().ok_or_else(|| StorageError::schema("the database did not tell its time"))?;
     time("now", get(row, 0)?)
 }
 
-fn limit_arg(limit: usize) -> Arg {
+pub(crate) fn limit_arg(limit: usize) -> Arg {
     i64::try_from(limit).unwrap_or(-1).into()
 }
 
@@ -601,56 +490,4 @@ fn target(row: &SqliteRow) -> Result<Option<Target>> {
     let (run, status) = rows::standing(row, 1, 2)?;
     let output = get::<Option<&str>>(row, 3)?.map(boxed);
     Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
-}
-
-/// The heartbeat: on a connection of its own, so that nothing in this program holds it up; it asks batches to let it
-/// pass.
-struct SqliteHeart {
-    shared: Arc<Shared>,
-    connection: Single,
-    instance: String,
-    _life: Life,
-}
-
-#[async_trait]
-impl Heart for SqliteHeart {
-    async fn beat(&mut self) -> Result<DateTime<Utc>> {
-        let script = || {
-            let mut script = Script::default();
-            script.add(
-                &format!(
-                    "UPDATE durable_instances SET heartbeat_at = {NOW} WHERE instance = ?1 AND EXISTS (
-                         SELECT 1 FROM durable_fences WHERE instance = ?1 AND fenced_at IS NULL)
-                     RETURNING heartbeat_at"
-                ),
-                [self.instance.as_str().into()],
-            );
-            script
-        };
-        let mut lent = self.connection.lend(&self.shared.options, &self.shared.files).await?;
-        let waiting = Waiting::begin(&self.shared.hearts_waiting);
-        let result = patiently(script, &mut lent.connection).await;
-        drop(waiting);
-        let answers = lent.done(result)?;
-        if all(&answers).next().is_none() {
-            return Err(StorageError::Fenced);
-        }
-        now_in(&answers)
-    }
-}
-
-/// A heart waits for the write lock while this lives.
-struct Waiting<'s>(&'s AtomicUsize);
-
-impl<'s> Waiting<'s> {
-    fn begin(hearts: &'s AtomicUsize) -> Self {
-        hearts.fetch_add(1, Ordering::AcqRel);
-        Self(hearts)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
 }

@@ -298,6 +298,10 @@ impl Storage for Link {
         .await
     }
 
+    async fn reinstate(&self) -> Result<usize> {
+        self.read(&[Place::Polling], |world| at_once(world.memory.reinstate())).await
+    }
+
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
         self.read(&[Place::Polling], |world| at_once(world.memory.find(namespace, id, run))).await
     }

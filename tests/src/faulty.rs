@@ -141,6 +141,9 @@ impl<S: Storage> Storage for Faulty<S> {
     async fn retire(&self, instance: InstanceId) -> Result<()> {
         self.inner.retire(instance).await
     }
+    async fn reinstate(&self) -> Result<usize> {
+        self.inner.reinstate().await
+    }
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
         self.inner.find(namespace, id, run).await
     }

@@ -106,6 +106,11 @@ async fn texts_that_are_refused<B: Backend>() {
             4 => drop(proc.race(text).on(proc.delay("timer", Duration::ZERO), |_| ()).await?),
             5 => return Ok(proc.spawn(USE, text, &(9, String::new())).await.map(drop).unwrap_err().to_string()),
             6 => return Ok(proc.raise(text, TEXT, &String::new()).await.unwrap_err().to_string()),
+            7 => return Ok(proc.output(USE, text).await.unwrap_err().to_string()),
+            8 => {
+                let awaited = proc.race("race").on(proc.output(USE, text), |output| output.unwrap_err().to_string());
+                return Ok(awaited.await?);
+            }
             _ => {}
         }
         Ok::<_, Failure>(String::new())
@@ -155,6 +160,11 @@ async fn texts_that_are_refused<B: Backend>() {
         for what in 5..7 {
             let told = host.spawn(USE, format!("{what}-{n}"), &(what, text.clone())).await.unwrap().output().await;
             assert!(told.as_ref().unwrap().contains(why), "{why:?} is not in {told:?}");
+            started += 1;
+        }
+        for what in 7..9 {
+            let told = host.spawn(USE, format!("{what}-{n}"), &(what, text.clone())).await.unwrap().output().await;
+            assert!(told.as_ref().unwrap().starts_with("there is no process"), "{told:?}");
             started += 1;
         }
     }

@@ -80,6 +80,44 @@ fn each_row_has_its_test() {
     assert_eq!(missing(&invented).len(), 3);
 }
 
+/// The tests that a text names: `file::test`, `folder … file::test`, or a test alone, whose name has many words.
+fn named_in_passing(text: &str) -> Vec<String> {
+    let code = text.split('`').skip(1).step_by(2).filter_map(|code| code.split_whitespace().last());
+    let snake = |code: &&str| code.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c == ':');
+    let many = |code: &&str| code.contains("::") || code.matches('_').count() > 1;
+    let ours = |code: &&str| !code.starts_with("durable_");
+    code.filter(snake).filter(many).filter(ours).map(str::to_owned).collect()
+}
+
+#[test]
+fn what_is_named_in_passing_is_there() {
+    let folders =
+        ["tests", "simulation", "durable-core", "durable-postgres", "durable-sqlite", "durable-mssql", "durable-bench"];
+    let files: Vec<_> = folders.iter().flat_map(|folder| sources(folder)).collect();
+    let there = |name: &str| {
+        let (of, function) = name.rsplit_once("::").unwrap_or(("", name));
+        // The file or folder is the first that is named; a module of tests within is of no interest.
+        let of = of.split("::").next().unwrap();
+        files.iter().any(|(path, text)| {
+            let within = of.is_empty() || path.split(['/', '.']).any(|part| part == of);
+            // The last is a case that a macro makes a test of.
+            let defined = ["fn {}(", "fn {}<", "mod {} ", "    {}: |"].map(|form| form.replace("{}", function));
+            within && (function == "tests" || defined.iter().any(|defined| text.contains(defined)))
+        })
+    };
+    for (document, text) in [
+        ("ARCHITECTURE.md", include_str!("../../ARCHITECTURE.md")),
+        ("CHANGELOG.md", include_str!("../../CHANGELOG.md")),
+        ("README.md", include_str!("../../README.md")),
+        ("SECURITY.md", include_str!("../../SECURITY.md")),
+        ("docs/performance.md", include_str!("../../docs/performance.md")),
+    ] {
+        let missing: Vec<String> = named_in_passing(text).into_iter().filter(|name| !there(name)).collect();
+        assert_eq!(missing, Vec::<String>::new(), "named in {document}");
+    }
+    assert!(!there("hostile::invented") && !there("misuse::numbers_come_back"), "and this test can fail");
+}
+
 // --- SQL -----------------------------------------------------------------------------------------------------------
 
 /// Where a text that is no constant is handed to a driver as SQL, how often, and why it holds nothing that a service gave.
@@ -106,7 +144,7 @@ const HANDED_OVER: [(&str, usize, &str); 15] = [
 ];
 
 /// Where SQL is put together of parts, and what the parts are.
-const BUILT: [(&str, &str); 29] = [
+const BUILT: [(&str, &str); 31] = [
     ("durable-mssql/batch/", "the schema, parameters, columns of the batch's JSON"),
     ("durable-mssql/fence.rs", "the schema, parameters, a lock's name out of a UUID"),
     ("durable-mssql/heart.rs", "the schema, parameters, a lock's name out of a UUID"),
@@ -131,6 +169,8 @@ const BUILT: [(&str, &str); 29] = [
     ("durable-postgres/transaction.rs", "the schema, parameters, literals"),
     ("durable-sqlite/batch/", "parameters, columns of a batch"),
     ("durable-sqlite/cells.rs", "columns of a batch"),
+    ("durable-sqlite/fence.rs", "constants"),
+    ("durable-sqlite/heart.rs", "constants"),
     ("durable-sqlite/migrate.rs", "the migrations' constants"),
     ("durable-sqlite/outbox.rs", "lists of statuses: constants"),
     ("durable-sqlite/script.rs", "statements one after the other"),

@@ -5,6 +5,7 @@
 use chrono::TimeDelta;
 use durable_core::*;
 use durable_tests::crash::shared::Shared;
+use durable_tests::orphans::orphans;
 use durable_tests::*;
 use std::time::Duration;
 
@@ -16,6 +17,9 @@ const MINUTE: Duration = Duration::from_secs(60);
 trait Hands: Shared {
     /// SQL for a time a day after that in the column.
     fn a_day_after(column: &str) -> String;
+
+    /// Names of instances that there never were, in SQL.
+    const STRANGERS: &'static [&'static str];
 
     /// A table beside that of processes.
     fn table(name: &str) -> String {
@@ -48,27 +52,43 @@ trait Hands: Shared {
 }
 
 impl Hands for SqliteFile {
+    const STRANGERS: &'static [&'static str] = &["'00000000-0000-7000-8000-00000000000a'", "'nobody'", "''"];
+
     fn a_day_after(column: &str) -> String {
         format!("strftime('%Y-%m-%dT%H:%M:%fZ', {column}, '+1 day')")
     }
 }
 
 impl Hands for PostgresSchema {
+    const STRANGERS: &'static [&'static str] = &["'00000000-0000-7000-8000-00000000000a'", "gen_random_uuid()"];
+
     fn a_day_after(column: &str) -> String {
         format!("{column} + interval '1 day'")
     }
 }
 
 impl Hands for MssqlSchema {
+    const STRANGERS: &'static [&'static str] = &["0x0000000000007000800000000000000A", "CONVERT(BINARY(16), NEWID())"];
+
     fn a_day_after(column: &str) -> String {
         format!("DATEADD(DAY, 1, {column})")
     }
 }
 
-on_each_database!(rows_that_are_gone, instances_that_are_gone, a_clock_that_is_set_back);
+on_each_database!(
+    rows_that_are_gone,
+    instances_that_are_gone,
+    dead_instances_that_are_gone,
+    owners_that_nobody_knows,
+    a_clock_that_is_set_back,
+);
 
 /// Counts its steps; waits for two messages between them.
 async fn start<B: Sql>(backend: &B, effects: &Effects) -> Host {
+    serving(quick(backend).await, effects).await
+}
+
+async fn serving(builder: HostBuilder, effects: &Effects) -> Host {
     let effects = effects.clone();
     let it = move |proc: Process, input: u32| {
         let effects = effects.clone();
@@ -86,7 +106,7 @@ async fn start<B: Sql>(backend: &B, effects: &Effects) -> Host {
             Ok::<_, Failure>(last.await?)
         }
     };
-    quick(backend).await.register(IT, it).start().await.unwrap()
+    builder.register(IT, it).start().await.unwrap()
 }
 
 async fn rows_that_are_gone<B: Hands>() {
@@ -139,15 +159,8 @@ async fn rows_that_are_gone<B: Hands>() {
     host.shutdown(MINUTE).await;
 }
 
-/// Instances whose rows are gone go on as new ones. What they owned is nobody's from then on: it stays as it is, until it is
-/// given back, as the documentation says.
+/// Instances whose rows are gone go on as new ones, and what they owned is handed back.
 async fn instances_that_are_gone<B: Hands>() {
-    let documentation = include_str!("../../docs/hostile-input.md");
-    let give_back = documentation.split("```sql\n").nth(1).unwrap().split("```").next().unwrap();
-    let give_back = give_back.replace("now()", B::NOW);
-    let give_back = ["processes", "instances", "fences"]
-        .iter()
-        .fold(give_back, |sql, table| sql.replace(&format!("durable.{table}"), &B::table(table)));
     for table in ["fences", "instances"] {
         let (backend, effects) = (B::new().await, Effects::default());
         let hosts = [start(&backend, &effects).await, start(&backend, &effects).await];
@@ -163,12 +176,6 @@ async fn instances_that_are_gone<B: Hands>() {
                 handle.raise(GO, &n).await.unwrap();
             }
         }
-        until("all go on", async || {
-            backend.execute(&give_back).await;
-            let completed = hosts[1].processes().status(Status::Completed).list(100).await.unwrap();
-            completed.len() == handles.len()
-        })
-        .await;
         for handle in &handles {
             assert_eq!(handle.output().await.unwrap(), 6, "{table}");
         }
@@ -176,6 +183,52 @@ async fn instances_that_are_gone<B: Hands>() {
             host.shutdown(MINUTE).await;
         }
     }
+}
+
+/// What they owned is handed back by whoever comes next.
+async fn dead_instances_that_are_gone<B: Hands>() {
+    for table in ["fences", "instances"] {
+        let (backend, effects) = (B::new().await, Effects::default());
+        let never = async |_: Process, _: u32| std::future::pending::<Result<u32, Failure>>().await;
+        let dies = quick(&backend).await.register(IT, never).start().await.unwrap();
+        for n in 0..10 {
+            dies.spawn(IT, format!("it-{n}"), &1).await.unwrap();
+        }
+        drop(dies);
+        backend.execute(&format!("DELETE FROM {}", B::table(table))).await;
+        let lives = start(&backend, &effects).await;
+        for n in 0..10 {
+            let handle = lives.get(format!("it-{n}")).of(IT);
+            for n in 2..4 {
+                handle.raise(GO, &n).await.unwrap();
+            }
+            assert_eq!(handle.output().await.unwrap(), 6, "{table}");
+        }
+        lives.shutdown(MINUTE).await;
+        assert_eq!(orphans(&backend).await, Vec::<String>::new(), "{table}");
+    }
+}
+
+/// Processes that somebody has given to an instance that there never was are handed back by those that run.
+async fn owners_that_nobody_knows<B: Hands>() {
+    let (backend, effects) = (B::new().await, Effects::default());
+    let (heartbeat, expiry) = (Duration::from_millis(100), Duration::from_secs(1));
+    let host = serving(quick(&backend).await.heartbeat(heartbeat, expiry), &effects).await;
+    let handle = host.spawn(IT, "it", &1).await.unwrap();
+    until("it is parked", async || host.in_memory() == 0 && effects.all().len() == 1).await;
+    for owner in B::STRANGERS {
+        let sql = format!("UPDATE {} SET status = 'running', wake_at = NULL, owner = {owner}", B::PROCESSES);
+        backend.execute(&sql).await;
+        until("it is handed back", async || handle.status().await.is_ok_and(|it| it.status == Status::Waiting)).await;
+        until("it is parked", async || host.in_memory() == 0).await;
+    }
+    for n in 2..4 {
+        handle.raise(GO, &n).await.unwrap();
+    }
+    assert_eq!(handle.output().await.unwrap(), 6);
+    assert_eq!(effects.all().len(), 2, "nothing happened twice");
+    host.shutdown(MINUTE).await;
+    assert_eq!(orphans(&backend).await, Vec::<String>::new());
 }
 
 /// Nobody is taken for dead who lives, nobody who has died is taken for living, and whatever is due comes.

@@ -38,6 +38,18 @@ pub async fn a_fence_stops_batches<S: Subject>(subject: &S) {
     assert!(matches!(unknown.commit(vec![Op::Spawn(spawn("x"))]).await, Err(StorageError::Fenced)), "never enlisted");
 }
 
+/// Only owners that nobody knows are reinstated, and only other hands make them so.
+pub async fn owners_that_are_known<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let (owner, fenced) = (Actor::new(&storage).await, Actor::new(&storage).await);
+    let run = owner.start("p").await;
+    fenced.start("q").await;
+    assert!(storage.fence(&seen(&owner, fenced.id).await.unwrap()).await.unwrap());
+    assert_eq!(storage.reinstate().await.unwrap(), 0);
+    owner.commit(vec![Op::Finish(super::scene::finish(run, 1, Status::Completed))]).await.unwrap();
+    assert_eq!(owner.row("q").await.owner, Some(fenced.id));
+}
+
 /// Whose answer was lost asks again: it is the instance that it was.
 pub async fn enlisting_again<S: Subject>(subject: &S) {
     let storage = subject.open().await;

@@ -14,6 +14,8 @@ use crate::storage::{InstanceId, LockState, Peer, Peers};
 const SECOND_LOOK: Duration = Duration::from_millis(200);
 /// How many processes are handed back at a time.
 const CHUNK: usize = 1000;
+/// How many expiries are between two looks for owners that nobody knows: only other hands make them.
+const STRANGERS: u32 = 6;
 
 /// What this instance knows of another one.
 #[derive(Debug)]
@@ -88,8 +90,20 @@ impl Observer {
 pub(super) async fn watch_peers(core: Arc<Core>, epoch: Arc<Epoch>) {
     let mut observer = Observer::default();
     let mut cursor = 0;
+    let mut looked: Option<Instant> = None;
     while !epoch.is_over() {
         let mut pause = core.settings.heartbeat;
+        if looked.is_none_or(|at| at.elapsed() >= core.settings.expiry.saturating_mul(STRANGERS)) {
+            match core.storage.reinstate().await {
+                Ok(strangers) => {
+                    looked = Some(Instant::now());
+                    if strangers > 0 {
+                        tracing::warn!("{strangers} owners of processes are no instances; others take over from them");
+                    }
+                }
+                Err(error) => tracing::debug!("looking for owners that nobody knows failed: {error}"),
+            }
+        }
         match core.storage.peers(&core.namespace, epoch.instance).await {
             Ok(peers) => {
                 let fresh = core.live.age() < core.settings.heartbeat * 2;

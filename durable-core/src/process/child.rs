@@ -12,6 +12,7 @@ use crate::engine::operation::{Begun, Operation, Write};
 use crate::engine::run::{At, Run, WaitFor};
 use crate::error::{OutputError, SpawnError};
 use crate::host::{check_spawn, judge_spawned};
+use crate::limits;
 use crate::payload::{self, EncodeError};
 use crate::storage::{Effect, Ended, Op, OpKind, Outcome, RecordKey, RunId, Scope, Spawn, Spawned, Status};
 
@@ -224,6 +225,9 @@ where
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
+            if self.nobodys() {
+                return Err(OutputError::NotFound(self.id.into()));
+            }
             let mut operation = Operation::with_key(&self.run, self.key(), OpKind::Output, self.at);
             let end = match operation.begin().await? {
                 Begun::Recorded(record) => match payload::decode::<End>(&record.payload) {
@@ -252,8 +256,16 @@ where
 }
 
 impl<O, E> AwaitOutput<'_, O, E> {
+    /// Whether no process can have this id: there is nothing to look for then, and no record that could name it.
+    fn nobodys(&self) -> bool {
+        limits::check("process id", &self.id, limits::MAX_ID).is_err()
+    }
+
     /// Waits until the process has ended. Writes no record; says which waiter row is to go with it.
     pub(super) async fn ended(&self, operation: &Operation) -> Result<(End, Option<RunId>), crate::Cancelled> {
+        if self.nobodys() {
+            return Ok((End::NotFound, None));
+        }
         let (id, target) = (self.id.as_str().into(), self.target);
         let answer = self.run.submit(Op::Await { run: self.run.run, id, target }, None);
         let (target, ended) = match self.run.outcome(answer).await {

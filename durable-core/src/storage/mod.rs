@@ -126,6 +126,11 @@ pub trait Storage: Send + Sync + 'static {
     /// Ends an instance in order: fences it, hands back what it may still own, removes its row and its proof of life.
     async fn retire(&self, instance: InstanceId) -> Result<()>;
 
+    /// Makes owners of processes that are no instances any more, because somebody has deleted a row of theirs, known again,
+    /// as **fenced** ones, so that whoever looks at the others hands back what they own; and says how many. At a cost that
+    /// does not grow with what is owned. Idempotent. Nobody who lives and whose rows are there is touched.
+    async fn reinstate(&self) -> Result<usize>;
+
     /// One process: the run given, or the current run of the id.
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>>;
 
