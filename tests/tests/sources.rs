@@ -85,7 +85,7 @@ fn named_in_passing(text: &str) -> Vec<String> {
     let code = text.split('`').skip(1).step_by(2).filter_map(|code| code.split_whitespace().last());
     let snake = |code: &&str| code.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c == ':');
     let many = |code: &&str| code.contains("::") || code.matches('_').count() > 1;
-    let ours = |code: &&str| !code.starts_with("durable_");
+    let ours = |code: &&str| !code.starts_with("durable_") && !code.starts_with("tokio::");
     code.filter(snake).filter(many).filter(ours).map(str::to_owned).collect()
 }
 
