@@ -323,21 +323,26 @@ impl Play {
         };
         match told {
             Told::Nothing => {}
-            Told::Worked(worked) => tally.add(name, *worked),
+            Told::Worked(worked) => tally.add(&name, *worked),
             Told::Committed(ops, outcomes) => {
-                tally.add(name, true);
+                tally.add(&name, true);
                 for (op, outcome) in ops.iter().zip(outcomes) {
                     let (kind, worked) = self.judge(op, outcome);
-                    tally.add(kind.to_owned(), worked);
+                    tally.add(kind, worked);
+                    match op {
+                        Op::Park(_) if worked => tally.add("park (signals)", !matches!(outcome, Outcome::Signalled(_))),
+                        Op::Record(record) if record.replaces => tally.add("record (replaces)", worked),
+                        _ => {}
+                    }
                 }
             }
         }
     }
 
-    /// What kind of operation it is, and whether it has done what was asked.
+    /// What kind of operation it is, and whether it has done what was asked; a park, whether its run was the caller's.
     fn judge(&self, op: &Op, outcome: &Outcome) -> (&'static str, bool) {
         let worked = match outcome {
-            Outcome::Recorded | Outcome::Finished { .. } => true,
+            Outcome::Recorded | Outcome::Finished { .. } | Outcome::Signalled(_) => true,
             Outcome::Spawned(spawned) => !spawned.existed,
             Outcome::Raised(raised) => matches!(raised, Raised::Delivered { .. }),
             Outcome::Awaits(target) => target.is_some(),
@@ -351,6 +356,7 @@ impl Play {
         };
         let kind = match op {
             Op::Spawn(spawn) if spawn.restart_finished => "start (restart)",
+            Op::Spawn(spawn) if spawn.take => "start (take)",
             Op::Spawn(_) => "start",
             Op::Raise(_) => "raise",
             Op::Record(record) => match &record.effect {
@@ -364,9 +370,9 @@ impl Play {
             Op::AcceptCancel { .. } => "accept cancel",
             Op::Seen { .. } => "seen",
             Op::Finish(_) => "end",
-            Op::Park(_) if matches!(outcome, Outcome::Lost) => "park (owner)",
-            Op::Park(_) => "park (signals)",
+            Op::Park(_) => "park",
             Op::Cancel { .. } => "cancel",
+            Op::Resume { forget, .. } if !forget.is_empty() => "resume (forget)",
             Op::Resume { .. } => "resume",
             Op::Delete { .. } => "delete",
             Op::Claim { .. } => "claim",
