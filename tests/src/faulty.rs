@@ -22,6 +22,8 @@ pub enum Fault {
     LostAndFenced,
     /// The database refuses it for good.
     Refused,
+    /// Nothing can be written: a right was taken away, say.
+    Schema,
 }
 
 type Choose = Box<dyn FnMut(&Batch) -> Option<Fault> + Send>;
@@ -102,18 +104,20 @@ impl<S: Storage> Storage for Faulty<S> {
             }
             Some(Fault::LostAndFenced) => {
                 self.inner.commit(batch).await?;
-                let peers = self.inner.peers(&batch.namespace, InstanceId::new()).await?.peers;
-                let me = peers.iter().find(|peer| peer.instance == batch.fence.instance).unwrap();
-                // Unless a heartbeat has come in between.
-                if !self.inner.fence(me).await? {
-                    return Err(StorageError::unavailable("try again"));
+                loop {
+                    let peers = self.inner.peers(&batch.namespace, InstanceId::new()).await?.peers;
+                    let me = peers.iter().find(|peer| peer.instance == batch.fence.instance).unwrap();
+                    // Unless a heartbeat has come in between.
+                    if self.inner.fence(me).await? {
+                        return Err(lost());
+                    }
                 }
-                Err(lost())
             }
             Some(Fault::Late) => {
                 self.late.lock().unwrap().push(batch.clone());
                 Err(lost())
             }
+            Some(Fault::Schema) => Err(StorageError::schema("permission denied")),
             Some(Fault::Refused) => Err(StorageError::refused("the database does not like it")),
         }
     }

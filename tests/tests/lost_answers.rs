@@ -76,7 +76,7 @@ macro_rules! each_operation {
         $(mod $name {
             use super::*;
             async fn all<B: Backend>() {
-                for fault in [Fault::Before, Fault::Lost, Fault::Late] {
+                for fault in [Fault::Before, Fault::Lost, Fault::Late, Fault::Schema] {
                     with_fault::<B>(fault, $like).await;
                 }
             }
@@ -118,6 +118,7 @@ each_operation! {
 on_each_backend!(
     what_the_database_refuses_is_found,
     a_storage_that_stays_away,
+    a_storage_that_lets_nothing_be_written,
     orders_that_are_sent_again,
     a_start_that_another_instance_took,
     batches_that_were_made_ready_before_the_fence_moved,
@@ -170,28 +171,31 @@ async fn orders_that_are_sent_again<B: Backend>() {
     const FAILS: Definition<u32, u32> = Definition::new("fails");
     let order = |op: &Op| matches!(op, Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. });
     let backend = B::new().await;
-    let mut sent = std::collections::HashSet::new();
-    let storage = Faulty::new(backend.storage().await, move |batch| {
-        let text = format!("{:?}", batch.ops.iter().filter(|op| order(op)).collect::<Vec<_>>());
-        (batch.ops.iter().any(order) && sent.insert(text)).then_some(Fault::Lost)
-    });
-    let fails = async |proc: Process, n: u32| {
-        proc.step("once", || async { Err::<(), _>(Failure::new("no")) }).await?;
-        Ok::<_, Failure>(n)
-    };
-    let host = Host::builder(storage).register(FAILS, fails).start().await.unwrap();
-    let failed = host.spawn(FAILS, "failed", &1).await.unwrap();
-    failed.output().await.unwrap_err();
-    failed.resume().await.unwrap();
-    until("it has failed again", async || failed.status().await.unwrap().execution == 2).await;
-    until_status(&failed, Status::Failed).await;
-    failed.delete().await.unwrap();
-    assert!(failed.status().await.is_err());
-    // Of a kind that nobody runs here: cancelled at once.
-    let new = host.spawn(IT, "new", &1).await.unwrap();
-    new.cancel().await.unwrap();
-    assert_eq!(new.status().await.unwrap().status, Status::Cancelled);
-    assert!(new.cancel().await.is_err(), "it has ended");
+    for fault in [Fault::Lost, Fault::LostAndFenced] {
+        let mut sent = std::collections::HashSet::new();
+        let storage = Faulty::new(backend.storage().await, move |batch| {
+            let text = format!("{:?}", batch.ops.iter().filter(|op| order(op)).collect::<Vec<_>>());
+            (batch.ops.iter().any(order) && sent.insert(text)).then_some(fault)
+        });
+        let fails = async |proc: Process, n: u32| {
+            proc.step("once", || async { Err::<(), _>(Failure::new("no")) }).await?;
+            Ok::<_, Failure>(n)
+        };
+        let host = Host::builder(storage).register(FAILS, fails).start().await.unwrap();
+        let failed = host.spawn(FAILS, format!("failed {fault:?}"), &1).await.unwrap();
+        failed.output().await.unwrap_err();
+        failed.resume().await.unwrap();
+        until("it has failed again", async || failed.status().await.unwrap().execution == 2).await;
+        until_status(&failed, Status::Failed).await;
+        failed.delete().await.unwrap();
+        assert!(failed.status().await.is_err());
+        // Of a kind that nobody runs here: cancelled at once.
+        let new = host.spawn(IT, format!("new {fault:?}"), &1).await.unwrap();
+        new.cancel().await.unwrap();
+        assert_eq!(new.status().await.unwrap().status, Status::Cancelled);
+        assert!(new.cancel().await.is_err(), "it has ended");
+        host.shutdown(Duration::from_secs(5)).await;
+    }
 }
 
 /// The answer to a start is lost, and the instance with it: another one has run the process by the time that the start
@@ -256,13 +260,21 @@ async fn what_the_database_refuses_is_found<B: Backend>() {
 
 /// While the storage is away nothing fails; calls from outside are told after their time-out.
 async fn a_storage_that_stays_away<B: Backend>() {
+    while_nothing_can_be_written::<B>(Fault::Before, "no connection").await;
+}
+
+/// Nor while it lets nothing be written, because a right was taken away, say; and no step begins again for that.
+async fn a_storage_that_lets_nothing_be_written<B: Backend>() {
+    while_nothing_can_be_written::<B>(Fault::Schema, "permission denied").await;
+}
+
+async fn while_nothing_can_be_written<B: Backend>(fault: Fault, why: &str) {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
     let backend = B::new().await;
     let away = Arc::new(AtomicBool::new(false));
     let is_away = away.clone();
-    let storage =
-        Faulty::new(backend.storage().await, move |_| is_away.load(Ordering::SeqCst).then_some(Fault::Before));
+    let storage = Faulty::new(backend.storage().await, move |_| is_away.load(Ordering::SeqCst).then_some(fault));
     let effects = Effects::default();
     let counted = effects.clone();
     let host = Host::builder(storage)
@@ -276,7 +288,7 @@ async fn a_storage_that_stays_away<B: Backend>() {
     away.store(true, Ordering::SeqCst);
     let error = handle.raise(GO, &2).id("m").await.unwrap_err();
     assert!(matches!(error, RaiseError::Unavailable(Unavailable::Storage { .. })), "{error}");
-    assert!(error.to_string().contains("may have happened") && error.to_string().contains("no connection"), "{error}");
+    assert!(error.to_string().contains("may have happened") && error.to_string().contains(why), "{error}");
     tokio::time::sleep(Duration::from_millis(300)).await;
     away.store(false, Ordering::SeqCst);
     until("it is back", async || handle.raise(GO, &2).id("m").await.is_ok()).await;

@@ -32,6 +32,7 @@ on_each_backend!(
     a_message_reaches_a_process_wherever_it_is,
     a_receive_that_timed_out_counts_and_one_that_was_dropped_does_not,
     timers_go_on_after_a_crash,
+    a_timer_that_nobody_polls,
     values_and_variables,
     retries_survive_a_crash,
     an_error_comes_back_typed,
@@ -187,6 +188,47 @@ async fn timers_go_on_after_a_crash<B: Backend>() {
     let after = delayed.due - started;
     assert!((250..2000).contains(&after.num_milliseconds()), "{after}");
     assert!(delayed.woke >= delayed.due && delayed.on_time());
+}
+
+/// A timer that comes due while the function goes on in another branch wakes it once, and is there when it is asked.
+async fn a_timer_that_nobody_polls<B: Backend>() {
+    const BUSY: Definition<(), String> = Definition::new("busy");
+    let backend = B::new().await;
+    let polls = Arc::new(AtomicU32::new(0));
+    let counted = polls.clone();
+    let function = move |proc: Process| {
+        let polls = counted.clone();
+        async move {
+            let mut timer = std::pin::pin!(proc.delay("remind", 50 * MS).into_future());
+            let mut shipped = Vec::new();
+            loop {
+                tokio::select! {
+                    biased;
+                    event = proc.event(SHIPPED).into_future() => shipped.push(event?),
+                    due = &mut timer => {
+                        due?;
+                        return Ok::<_, Failure>(shipped.join(" "));
+                    }
+                }
+                let slow = || async {
+                    let mut slow = std::pin::pin!(tokio::time::sleep(500 * MS));
+                    std::future::poll_fn(|cx| {
+                        polls.fetch_add(1, Ordering::Relaxed);
+                        slow.as_mut().poll(cx)
+                    })
+                    .await;
+                    Ok::<_, Failure>(())
+                };
+                proc.step(("slow", shipped.len()), slow).await?;
+            }
+        }
+    };
+    let host = host_with(&backend, BUSY, function).await;
+    let handle = host.spawn(BUSY, "busy", &()).await.unwrap();
+    handle.raise(SHIPPED, &"one".to_owned()).await.unwrap();
+    assert_eq!(handle.output().await.unwrap(), "one");
+    let polls = polls.load(Ordering::Relaxed);
+    assert!(polls < 20, "it was polled {polls} times while it waited");
 }
 
 async fn values_and_variables<B: Backend>() {

@@ -174,7 +174,7 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         let due = match state.cancel {
             // No due time lets an operation go on now: the answer will.
             Cancel::Recording => None,
-            _ => state.waits.iter().filter_map(|wait| wait.due).min(),
+            _ => state.next_due(),
         };
         if due.is_none() && state.commits > 0 {
             // The answer will wake it, and comes sooner than any timer.
@@ -199,7 +199,9 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
     }
     *sleep = None;
     run.state().rested = true;
-    if due.is_some_and(|due| due <= core.clock.now()) {
+    let now = core.clock.now();
+    if due.is_some_and(|due| due <= now) {
+        run.state().tell_due(now);
         run.notify();
         return Poll::Ready(None);
     }

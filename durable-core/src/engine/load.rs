@@ -125,12 +125,7 @@ async fn stuck(core: &Arc<Core>, epoch: &Arc<Epoch>, run: RunId, claim: i64, rea
     tracing::error!(run = %run, "stuck: {reason}");
     let finish = Finish { run, claim, status: Status::Stuck, output: None, reason: Some(reason.into()), unasked: None };
     let (reply, answer) = tokio::sync::oneshot::channel();
-    core.queue.push(Job {
-        op: Op::Finish(finish),
-        from: From::Epoch(epoch.instance),
-        reply: Some(reply),
-        places: None,
-    });
+    core.queue.push(Job::new(Op::Finish(finish), From::Epoch(epoch.instance), Some(reply)));
     let _ = answer.await;
     core.held.remove(run, claim);
 }

@@ -350,8 +350,10 @@ pub(crate) fn wait_until<T>(
             return Poll::Ready(answer);
         }
         state.note_foreign(cx, &run.root);
-        if let Some(what) = what.take() {
-            noted.id = Some(state.add_wait(what, due));
+        match (what.take(), noted.id) {
+            (Some(what), _) => noted.id = Some(state.add_wait(what, due)),
+            (None, Some(id)) => state.still_waits(id),
+            (None, None) => {}
         }
         Poll::Pending
     })

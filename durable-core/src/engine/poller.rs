@@ -82,7 +82,7 @@ async fn act(core: &Arc<Core>, epoch: &Arc<Epoch>, polled: &Polled, turn: usize)
             Some(Slot::Live(live)) if live.state().mail.seen >= *signals => {
                 // Read already; say so, or every look would find it again.
                 let op = Op::Seen { run: *run, claim: live.claim, signals: *signals };
-                core.queue.push(Job { op, from: From::Epoch(epoch.instance), reply: None, places: None });
+                core.queue.push(Job::new(op, From::Epoch(epoch.instance), None));
             }
             Some(_) => {
                 worked = true;
@@ -111,7 +111,7 @@ async fn act(core: &Arc<Core>, epoch: &Arc<Epoch>, polled: &Polled, turn: usize)
         let span = tracing::info_span!("claim", kind = %kind, limit = room);
         let (reply, answer) = oneshot::channel();
         let op = Op::Claim { kind: kind.clone(), limit: room };
-        core.queue.push(Job { op, from: From::Epoch(epoch.instance), reply: Some(reply), places: Some(places) });
+        core.queue.push(Job { places: Some(places), ..Job::new(op, From::Epoch(epoch.instance), Some(reply)) });
         if let Ok(Ok(Outcome::Claimed(claimed))) = answer.await {
             span.in_scope(|| tracing::debug!(count = claimed.len(), "claimed"));
             worked |= !claimed.is_empty();

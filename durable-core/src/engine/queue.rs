@@ -16,10 +16,12 @@ pub(crate) struct Job {
     pub(crate) op: Op,
     /// Who asks.
     pub(crate) from: From,
-    /// Who is told. A caller that has gone away changes nothing: the operation happens all the same.
+    /// Who is told. What a process has asked for happens whether it is still there or not.
     pub(crate) reply: Option<oneshot::Sender<Answer>>,
     /// Room for what it may bring into memory.
     pub(crate) places: Option<Places>,
+    /// It was sent before, and nobody knows what came of it.
+    pub(crate) again: bool,
 }
 
 pub(crate) enum From {
@@ -42,6 +44,16 @@ impl From {
 }
 
 impl Job {
+    pub(crate) fn new(op: Op, from: From, reply: Option<oneshot::Sender<Answer>>) -> Self {
+        Self { op, from, reply, places: None, again: false }
+    }
+
+    /// A call from outside that has given up waiting before it was ever sent: it may as well not happen, and the database,
+    /// when it comes back, has enough to do for those that still wait.
+    fn is_abandoned(&self) -> bool {
+        matches!(self.from, From::Host) && !self.again && self.reply.as_ref().is_some_and(oneshot::Sender::is_closed)
+    }
+
     pub(crate) fn answer(self, answer: Answer) {
         if let Some(reply) = self.reply {
             let _ = reply.send(answer);
@@ -62,11 +74,26 @@ struct Inner {
     serving: Option<InstanceId>,
     /// The host is dead.
     closed: bool,
+    /// How many jobs there may be before those are looked for that nobody waits for any more.
+    look_at: usize,
 }
 
 impl Inner {
     fn admits(&self, job: &Job) -> bool {
         !self.closed && job.from.instance().is_none_or(|instance| Some(instance) == self.serving)
+    }
+
+    /// Takes out what nobody waits for any more, whenever there is twice as much as the last time: while the database is
+    /// away, what is queued stays in proportion to those who wait.
+    fn abandoned(&mut self) -> VecDeque<Job> {
+        const FEW: usize = 1000;
+        if self.jobs.len() < self.look_at.max(FEW) {
+            return VecDeque::new();
+        }
+        let (abandoned, stay) = std::mem::take(&mut self.jobs).into_iter().partition(Job::is_abandoned);
+        self.jobs = stay;
+        self.look_at = self.jobs.len() * 2;
+        abandoned
     }
 }
 
@@ -76,17 +103,18 @@ impl Queue {
     }
 
     pub(crate) fn push(&self, job: Job) {
-        let refused = {
+        let mut dropped = Vec::new();
+        {
             let mut inner = lock(&self.inner);
             if inner.admits(&job) {
                 inner.jobs.push_back(job);
-                None
+                dropped.extend(inner.abandoned());
             } else {
-                Some(job)
+                dropped.push(job);
             }
-        };
+        }
         // Outside the lock: its end wakes whoever waits for it.
-        drop(refused);
+        drop(dropped);
         self.filled.notify_one();
     }
 
@@ -127,11 +155,17 @@ impl Queue {
 
     /// The next batch: what is queued, in order, as far as the bounds and the rule of one operation for each row allow.
     pub(crate) fn take(&self, max_ops: usize, max_bytes: usize) -> Vec<Job> {
+        // Dropped when the lock is free again.
+        let mut abandoned = Vec::new();
         let jobs = &mut lock(&self.inner).jobs;
         let mut taken = Vec::with_capacity(jobs.len().min(max_ops));
         let mut rows = Rows::default();
         let mut bytes = 0;
         while let Some(job) = jobs.front() {
+            if job.is_abandoned() {
+                abandoned.extend(jobs.pop_front());
+                continue;
+            }
             bytes += size(&job.op);
             let full = taken.len() == max_ops || (bytes > max_bytes && !taken.is_empty());
             if full || !rows.admit(&job.op) {
@@ -143,7 +177,8 @@ impl Queue {
     }
 
     /// Puts calls from outside back in front, in their order, for the next instance. A start among them may have
-    /// happened, and may be another instance's by then: it is not taken any more.
+    /// happened, and may be another instance's by then: it is not taken any more. An order that may have been carried out
+    /// says so ([`Job::again`]).
     pub(crate) fn put_back(&self, back: Vec<Job>) {
         for mut job in back.into_iter().rev() {
             if let Op::Spawn(spawn) = &mut job.op {
@@ -247,5 +282,44 @@ fn size(op: &Op) -> usize {
         }
         Op::Finish(f) => f.output.as_deref().map_or(0, str::len) + ROW,
         _ => ROW,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A call from outside, and who waits for it.
+    fn call(n: usize) -> (Job, oneshot::Receiver<Answer>) {
+        let (reply, answer) = oneshot::channel();
+        (Job::new(Op::Cancel { id: format!("{n}").into() }, From::Host, Some(reply)), answer)
+    }
+
+    #[test]
+    fn calls_that_nobody_waits_for_do_not_pile_up() {
+        let queue = Queue::new();
+        let (first, waits) = call(0);
+        queue.push(first);
+        for n in 1..100_000 {
+            queue.push(call(n).0);
+            assert!(queue.len() <= 1000);
+        }
+        let taken = queue.take(1000, usize::MAX);
+        assert_eq!(taken.len(), 1, "only what is waited for is written");
+        assert_eq!(queue.len(), 0);
+        drop(waits);
+    }
+
+    #[test]
+    fn what_may_have_happened_is_asked_again_whoever_waits() {
+        let queue = Queue::new();
+        let instance = InstanceId::new();
+        queue.serve(Some(instance));
+        let (mut sent, _) = call(1);
+        sent.again = true;
+        queue.push(sent);
+        let (reply, _) = oneshot::channel();
+        queue.push(Job::new(Op::Cancel { id: "2".into() }, From::Epoch(instance), Some(reply)));
+        assert_eq!(queue.take(1000, usize::MAX).len(), 2);
     }
 }

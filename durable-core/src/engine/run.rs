@@ -117,6 +117,8 @@ pub(crate) enum End {
 pub(crate) struct Wait {
     id: u32,
     pub(crate) due: Option<DateTime<Utc>>,
+    /// It was woken when it came due, and has not been polled since.
+    told: bool,
     pub(crate) what: WaitFor,
 }
 
@@ -266,7 +268,7 @@ impl Run {
     /// Queues an operation.
     pub(crate) fn submit(self: &Arc<Self>, op: Op, places: Option<Places>) -> oneshot::Receiver<Answer> {
         let (reply, answer) = oneshot::channel();
-        self.core.queue.push(Job { op, from: From::Run(self.clone()), reply: Some(reply), places });
+        self.core.queue.push(Job { places, ..Job::new(op, From::Run(self.clone()), Some(reply)) });
         answer
     }
 
@@ -382,8 +384,28 @@ impl State {
             // Most processes wait for one thing.
             self.waits.reserve_exact(1);
         }
-        self.waits.push(Wait { id, due, what });
+        self.waits.push(Wait { id, due, told: false, what });
         id
+    }
+
+    /// When the first wait comes due that has not been woken for it. One that nobody polls any more, behind a `select!`
+    /// that goes on in another branch, is woken once.
+    pub(crate) fn next_due(&self) -> Option<DateTime<Utc>> {
+        self.waits.iter().filter(|wait| !wait.told).filter_map(|wait| wait.due).min()
+    }
+
+    /// All that are due by now are about to be woken.
+    pub(crate) fn tell_due(&mut self, now: DateTime<Utc>) {
+        for wait in &mut self.waits {
+            wait.told |= wait.due.is_some_and(|due| due <= now);
+        }
+    }
+
+    /// It was polled, and goes on waiting: the clock was set back.
+    pub(crate) fn still_waits(&mut self, id: u32) {
+        if let Some(wait) = self.waits.iter_mut().find(|wait| wait.id == id) {
+            wait.told = false;
+        }
     }
 
     pub(crate) fn remove_wait(&mut self, id: u32) {

@@ -44,10 +44,20 @@ pub(crate) async fn supervise(core: Arc<Core>, ready: oneshot::Sender<Result<(),
                 }
             }
         };
-        backoff = Backoff::new();
         tracing::debug!(instance = %epoch.instance, "enlisted");
+        let enlisted = tokio::time::Instant::now();
         if let Ended::Stop = live(&core, &epoch, heart).await {
             return;
+        }
+        // Epochs that end at once are not begun at once: each is a session, and rows for the others to clear away.
+        if enlisted.elapsed() > core.settings.heartbeat {
+            backoff = Backoff::new();
+        } else {
+            tokio::select! {
+                biased;
+                () = reaches(&core, Phase::Stopping) => return,
+                () = tokio::time::sleep(backoff.next()) => {}
+            }
         }
     }
 }

@@ -38,12 +38,18 @@ struct Ready {
 }
 
 /// A [`Job`] without its operation.
-type Rest = (From, Option<oneshot::Sender<Answer>>, Option<Places>);
+struct Rest {
+    from: From,
+    reply: Option<oneshot::Sender<Answer>>,
+    places: Option<Places>,
+    again: bool,
+}
 
 impl Ready {
     fn jobs(self) -> impl ExactSizeIterator<Item = Job> {
         let Self { batch, rest } = self;
-        batch.ops.into_iter().zip(rest).map(|(op, (from, reply, places))| Job { op, from, reply, places })
+        let job = |(op, Rest { from, reply, places, again })| Job { op, from, reply, places, again };
+        batch.ops.into_iter().zip(rest).map(job)
     }
 }
 
@@ -102,7 +108,8 @@ impl Writer {
     }
 
     fn ready(&self, jobs: Vec<Job>) -> Ready {
-        let (ops, rest) = jobs.into_iter().map(|Job { op, from, reply, places }| (op, (from, reply, places))).unzip();
+        let parts = |Job { op, from, reply, places, again }| (op, Rest { from, reply, places, again });
+        let (ops, rest) = jobs.into_iter().map(parts).unzip();
         let batch =
             Batch { fence: self.fence(), namespace: self.core.namespace.clone(), ops, prepared: Prepared::default() };
         Ready { batch, rest }
@@ -173,17 +180,17 @@ impl Writer {
     /// attempt claimed is found by comparing.
     async fn commit_known(&mut self, Ready { batch, rest }: &mut Ready) -> Result<Vec<Outcome>, StorageError> {
         let mut backoff = Backoff::new();
-        let mut again = false;
+        let mut lost = false;
         if batch.fence != self.fence() {
             batch.fence = self.fence();
             batch.prepared = Prepared::default();
         }
         loop {
             match self.send(batch).await {
-                Ok(mut outcomes) if again => {
-                    for outcome in &mut outcomes {
+                Ok(mut outcomes) => {
+                    for (outcome, rest) in outcomes.iter_mut().zip(&*rest) {
                         if let Outcome::Asked { again, .. } = outcome {
-                            *again = true;
+                            *again = rest.again;
                         }
                     }
                     return Ok(outcomes);
@@ -192,10 +199,20 @@ impl Writer {
                     self.core.note_trouble(&why.to_string());
                     backoff.pause(&self.epoch, "a batch", &why).await?;
                 }
+                // A right that was taken away, a table that somebody is changing: what is not written yet waits here until
+                // that is mended. Another instance, or another epoch, would meet the same, and begin steps again to do so.
+                Err(StorageError::Schema(why)) => {
+                    self.core.note_trouble(&why);
+                    if backoff.tries() == 0 {
+                        tracing::error!("the storage cannot be written: {why}");
+                    }
+                    backoff.pause(&self.epoch, "a batch", &why).await?;
+                }
                 Err(StorageError::Unknown(why)) => {
                     self.core.note_trouble(&why.to_string());
                     tracing::warn!("the answer to a batch of {} was lost ({why}); fencing it off", batch.ops.len());
-                    if std::mem::replace(&mut again, true) {
+                    rest.iter_mut().for_each(|rest| rest.again = true);
+                    if std::mem::replace(&mut lost, true) {
                         backoff.pause(&self.epoch, "a batch", &why).await?;
                     }
                     self.refence().await?;
@@ -249,8 +266,9 @@ impl Writer {
         loop {
             self.generation += 1;
             match self.core.storage.refence(self.epoch.instance, self.generation).await {
-                Err(error) if error.is_transient() => backoff.pause(&self.epoch, "fencing off a batch", &error).await?,
-                other => return other,
+                Err(StorageError::Fenced) => return Err(StorageError::Fenced),
+                Err(error) => backoff.pause(&self.epoch, "fencing off a batch", &error).await?,
+                Ok(()) => return Ok(()),
             }
         }
     }
@@ -269,7 +287,7 @@ impl Writer {
 
     /// What an outcome means for this instance, before whoever asked is told.
     fn resolve(&mut self, job: Job, outcome: Outcome) {
-        let Job { op, from, reply, places } = job;
+        let Job { op, from, reply, places, again: _ } = job;
         match (op, &outcome) {
             (Op::Record(record), Outcome::Lost) => {
                 tracing::warn!(run = %record.run, "the record {} was refused: the run is not owned under claim {}, or another claim wrote it", record.key, record.claim);

@@ -174,7 +174,7 @@ impl Core {
     pub(crate) async fn ask(&self, op: Op, places: Option<Places>) -> Result<Outcome, Unavailable> {
         self.outside_of_transactions().await;
         let (reply, answer) = oneshot::channel::<Answer>();
-        self.queue.push(Job { op, from: From::Host, reply: Some(reply), places });
+        self.queue.push(Job { places, ..Job::new(op, From::Host, Some(reply)) });
         let answer = async {
             match answer.await {
                 Ok(Ok(Outcome::Unreadable(why))) => Err(Unavailable::Refused(why.into())),
