@@ -114,43 +114,53 @@ pub(crate) fn forget(schema: &Schema, instance: InstanceId) -> Sql {
     })
 }
 
-/// The owners of processes that are no instances: somebody has deleted a row of theirs. One look for each owner, not for each
-/// process.
+/// Instances of which a row is missing: somebody has deleted it. One look for each owner, not for each process.
 pub(crate) fn strangers(schema: &Schema) -> Sql {
     let mut sql = Sql::default();
     let next = |after: &str| {
         format!("SET @owner = (SELECT TOP (1) p.owner FROM {schema}.processes AS p WHERE {after} ORDER BY p.owner)")
     };
-    sql.push("DECLARE @owner BINARY(16), @strangers TABLE (owner BINARY(16))");
+    sql.push("DECLARE @owner BINARY(16), @every TABLE (instance BINARY(16))");
     sql.push(next("p.owner IS NOT NULL"));
     sql.push(format!(
         "WHILE @owner IS NOT NULL BEGIN
-             IF NOT EXISTS (SELECT 1 FROM {schema}.instances AS i JOIN {schema}.fences AS f ON f.instance = i.instance
-                     WHERE i.instance = @owner)
-                 INSERT INTO @strangers (owner) VALUES (@owner);
+             INSERT INTO @every (instance) VALUES (@owner);
              {};
          END",
         next("p.owner > @owner")
     ));
-    sql.push("SELECT s.owner FROM @strangers AS s");
+    sql.push(format!("INSERT INTO @every (instance) SELECT i.instance FROM {schema}.instances AS i"));
+    sql.push(format!("INSERT INTO @every (instance) SELECT f.instance FROM {schema}.fences AS f"));
+    sql.push(format!("SELECT DISTINCT e.instance FROM @every AS e WHERE NOT EXISTS ({})", known(schema, "e.instance")));
     sql
 }
 
-/// Makes an owner known again, as a fenced one, if it still owns something.
-pub(crate) fn reinstate(schema: &Schema, owner: InstanceId) -> Sql {
-    alone(schema, owner.0, |sql| {
-        let alive = sql.text(heart::lock(schema, owner.0));
+fn known(schema: &Schema, instance: &str) -> String {
+    format!(
+        "SELECT 1 FROM {schema}.instances AS i JOIN {schema}.fences AS f ON f.instance = i.instance
+                 WHERE i.instance = {instance}"
+    )
+}
+
+/// Makes an instance of which a row is missing known again, as a fenced one; or removes its fence, if that is all there is.
+pub(crate) fn reinstate(schema: &Schema, stranger: InstanceId) -> Sql {
+    alone(schema, stranger.0, |sql| {
+        let (alive, known) = (sql.text(heart::lock(schema, stranger.0)), known(schema, "@me"));
         format!(
-            "IF EXISTS (SELECT 1 FROM {schema}.processes AS p WHERE p.owner = @me)
+            "IF NOT EXISTS ({known})
              BEGIN
-                 UPDATE f SET fenced_at = SYSUTCDATETIME() FROM {schema}.fences AS f
-                     WHERE f.instance = @me AND f.fenced_at IS NULL;
-                 INSERT INTO {schema}.fences (instance, generation, fenced_at) SELECT @me, 0, SYSUTCDATETIME()
-                     WHERE NOT EXISTS (SELECT 1 FROM {schema}.fences AS f WHERE f.instance = @me);
                  INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_name)
                      SELECT TOP (1) @me, p.namespace, N'unknown', N'[]', SYSUTCDATETIME(), SYSUTCDATETIME(), {alive}
                      FROM {schema}.processes AS p WHERE p.owner = @me
                          AND NOT EXISTS (SELECT 1 FROM {schema}.instances AS i WHERE i.instance = @me);
+                 IF EXISTS (SELECT 1 FROM {schema}.instances AS i WHERE i.instance = @me)
+                 BEGIN
+                     UPDATE f SET fenced_at = SYSUTCDATETIME() FROM {schema}.fences AS f
+                         WHERE f.instance = @me AND f.fenced_at IS NULL;
+                     INSERT INTO {schema}.fences (instance, generation, fenced_at) SELECT @me, 0, SYSUTCDATETIME()
+                         WHERE NOT EXISTS (SELECT 1 FROM {schema}.fences AS f WHERE f.instance = @me);
+                 END
+                 ELSE DELETE FROM {schema}.fences WHERE instance = @me;
              END;"
         )
     })

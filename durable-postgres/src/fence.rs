@@ -73,8 +73,7 @@ pub(crate) fn forget(schema: &Schema, instance: InstanceId) -> Sql {
     sql
 }
 
-/// The owners of processes that are no instances: somebody has deleted a row of theirs. One look for each owner, not for each
-/// process.
+/// Instances of which a row is missing: somebody has deleted it. One look for each owner, not for each process.
 pub(crate) fn strangers(schema: &Schema) -> Sql {
     let mut sql = Sql::default();
     sql.text = format!(
@@ -83,24 +82,40 @@ pub(crate) fn strangers(schema: &Schema) -> Sql {
                  ORDER BY owner LIMIT 1)
              UNION ALL
              SELECT (SELECT p.owner FROM {schema}.processes p WHERE p.owner > o.owner ORDER BY p.owner LIMIT 1)
-             FROM owners o WHERE o.owner IS NOT NULL)
-         SELECT o.owner FROM owners o WHERE o.owner IS NOT NULL AND NOT EXISTS (SELECT 1 FROM {schema}.instances i
-             JOIN {schema}.fences f ON f.instance = i.instance WHERE i.instance = o.owner)"
+             FROM owners o WHERE o.owner IS NOT NULL),
+         every (instance) AS (SELECT owner FROM owners WHERE owner IS NOT NULL
+             UNION SELECT instance FROM {schema}.instances UNION SELECT instance FROM {schema}.fences)
+         SELECT e.instance FROM every e WHERE NOT EXISTS ({})",
+        known(schema, "e.instance")
     );
     sql
 }
 
-/// Makes an owner known again, as a fenced one, if it still owns something. Waits for the batch that holds the fence, where
-/// there is one.
-pub(crate) fn reinstate(schema: &Schema, owner: InstanceId) -> Sql {
+fn known(schema: &Schema, instance: &str) -> String {
+    format!(
+        "SELECT 1 FROM {schema}.instances i JOIN {schema}.fences f ON f.instance = i.instance
+             WHERE i.instance = {instance}"
+    )
+}
+
+/// Makes an instance of which a row is missing known again, as a fenced one; or removes its fence, if that is all there is.
+/// Waits for the batch that holds the fence, where there is one, before it says whose the other row is.
+pub(crate) fn reinstate(schema: &Schema, stranger: InstanceId) -> Sql {
     let mut sql = Sql::default();
-    let instance = sql.bind(owner.0);
+    let instance = sql.bind(stranger.0);
     sql.text = format!(
-        "WITH of AS MATERIALIZED (SELECT owner, namespace FROM {schema}.processes WHERE owner = {instance} LIMIT 1),
-         fence AS (INSERT INTO {schema}.fences AS f (instance, generation, fenced_at) SELECT owner, 0, now() FROM of
-             ON CONFLICT (instance) DO UPDATE SET fenced_at = coalesce(f.fenced_at, excluded.fenced_at))
+        "WITH owns AS MATERIALIZED (SELECT owner, namespace FROM {schema}.processes WHERE owner = {instance} LIMIT 1),
+         named AS MATERIALIZED (SELECT 1 FROM owns UNION ALL
+             SELECT 1 FROM {schema}.instances WHERE instance = {instance}),
+         fence AS (INSERT INTO {schema}.fences AS f (instance, generation, fenced_at) SELECT {instance}, 0, now()
+             WHERE EXISTS (SELECT 1 FROM named) AND NOT EXISTS ({})
+             ON CONFLICT (instance) DO UPDATE SET fenced_at = coalesce(f.fenced_at, excluded.fenced_at)
+             RETURNING instance),
+         gone AS (DELETE FROM {schema}.fences WHERE instance = {instance} AND NOT EXISTS (SELECT 1 FROM named))
          INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_key)
-         SELECT owner, namespace, 'unknown', '{{}}', now(), now(), 0 FROM of ON CONFLICT DO NOTHING"
+         SELECT owner, namespace, 'unknown', '{{}}', now(), now(), 0 FROM owns JOIN fence ON fence.instance = owns.owner
+         ON CONFLICT DO NOTHING",
+        known(schema, &instance)
     );
     sql
 }

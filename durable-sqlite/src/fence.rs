@@ -70,46 +70,52 @@ pub(crate) fn forget(instance: InstanceId) -> Script {
     script
 }
 
-/// The owners of processes that are no instances: somebody has deleted a row of theirs. One look for each owner, not for each
-/// process.
+/// Instances of which a row is missing: somebody has deleted it. Each as its bytes and as it stands there, which may be
+/// anything. One look for each owner, not for each process.
 pub(crate) fn strangers() -> (String, Vec<Arg>) {
     let sql = "WITH RECURSIVE owners (owner) AS (
              SELECT (SELECT owner FROM durable_processes WHERE owner >= '' ORDER BY owner LIMIT 1)
              UNION ALL
              SELECT (SELECT p.owner FROM durable_processes p WHERE p.owner > o.owner ORDER BY p.owner LIMIT 1)
-             FROM owners o WHERE o.owner IS NOT NULL)
-         SELECT o.owner FROM owners o WHERE o.owner IS NOT NULL AND NOT EXISTS (SELECT 1 FROM durable_instances i
-             CROSS JOIN durable_fences f ON f.instance = i.instance WHERE i.instance = o.owner)";
+             FROM owners o WHERE o.owner IS NOT NULL),
+         every (instance) AS (SELECT owner FROM owners o WHERE owner IS NOT NULL
+             UNION SELECT instance FROM durable_instances i UNION SELECT instance FROM durable_fences f)
+         SELECT hex(e.instance), e.instance FROM every e WHERE NOT EXISTS (SELECT 1 FROM durable_instances i
+             CROSS JOIN durable_fences f ON f.instance = i.instance WHERE i.instance = e.instance)";
     (sql.to_owned(), Vec::new())
 }
 
-/// Makes an owner known again, as a fenced one, if it still owns something.
-pub(crate) fn reinstate(owner: &str) -> Script {
+/// Makes an instance of which a row is missing known again, as a fenced one; or removes its fence, if that is all there is.
+pub(crate) fn reinstate(stranger: InstanceId) -> Script {
+    let of = stranger.to_string();
     let mut script = Script::default();
     script.add("BEGIN IMMEDIATE", []);
-    script.add(
-        &format!(
-            "INSERT INTO durable_fences (instance, generation, fenced_at) SELECT ?1, 0, {NOW}
-             FROM durable_processes WHERE owner = ?1 LIMIT 1
+    for sql in [
+        // One that is known by now has a fence, which stays as it is.
+        format!(
+            "INSERT INTO durable_fences (instance, generation, fenced_at) SELECT ?1, 0, {NOW} WHERE NOT EXISTS (
+                 SELECT 1 FROM durable_instances i CROSS JOIN durable_fences f ON f.instance = i.instance
+                 WHERE i.instance = ?1)
              ON CONFLICT (instance) DO UPDATE SET fenced_at = coalesce(fenced_at, excluded.fenced_at)"
         ),
-        [owner.into()],
-    );
-    script.add(
-        &format!(
+        format!(
             "INSERT INTO durable_instances (instance, namespace, label, kinds, started_at, heartbeat_at)
              SELECT ?1, p.namespace, 'unknown', '[]', {NOW}, {NOW} FROM durable_processes p WHERE p.owner = ?1 LIMIT 1
              ON CONFLICT DO NOTHING"
         ),
-        [owner.into()],
-    );
+        "DELETE FROM durable_fences WHERE instance = ?1
+             AND NOT EXISTS (SELECT 1 FROM durable_instances WHERE instance = ?1)"
+            .to_owned(),
+    ] {
+        script.add(&sql, [of.as_str().into()]);
+    }
     script.add("COMMIT", []);
     script
 }
 
-/// Hands back what is owned by a name that no instance can have.
-pub(crate) fn release_all(owner: &str) -> Script {
-    script(&format!("{} WHERE owner = ?", hand_back()), [owner.into()])
+/// Hands back what is owned by what no instance can be called.
+pub(crate) fn release_all(bytes: &str) -> Script {
+    script(&format!("{} WHERE owner >= '' AND hex(owner) = ?", hand_back()), [bytes.into()])
 }
 
 fn hand_back() -> String {

@@ -324,13 +324,24 @@ impl Storage for Sqlite {
 
     async fn reinstate(&self) -> Result<usize> {
         let answers = self.0.read([fence::strangers()]).await?;
-        let strangers: Vec<&str> = all(&answers).filter_map(|row| readable(get(row, 0))).collect();
-        for owner in &strangers {
-            match rows::id::<InstanceId>("owner", owner) {
-                Ok(_) => self.0.write(|| fence::reinstate(owner)).await?,
-                // No instance can have this name, so there is none to fence off.
-                Err(_) => self.0.write(|| fence::release_all(owner)).await?,
-            };
+        let strangers: Vec<&SqliteRow> = all(&answers).collect();
+        for row in &strangers {
+            let written: Result<&str> = get(row, 1);
+            let instance = written.and_then(|text| Ok((text, rows::id::<InstanceId>("instance", text)?)));
+            match instance {
+                Ok((text, instance)) if text == instance.to_string() => {
+                    let answers = self.0.write(|| fence::reinstate(instance)).await?;
+                    // Of a fence alone nothing is left.
+                    if answers.iter().rev().nth(1).is_some_and(|removed| removed.changes > 0) {
+                        self.0.lives.remove(instance);
+                    }
+                }
+                // Nobody can be called that, so there is nobody to fence off.
+                _ => {
+                    let bytes: &str = get(row, 0)?;
+                    self.0.change(|| fence::release_all(bytes)).await?;
+                }
+            }
         }
         Ok(strangers.len())
     }

@@ -52,7 +52,14 @@ trait Hands: Shared {
 }
 
 impl Hands for SqliteFile {
-    const STRANGERS: &'static [&'static str] = &["'00000000-0000-7000-8000-00000000000a'", "'nobody'", "''"];
+    const STRANGERS: &'static [&'static str] = &[
+        "'00000000-0000-7000-8000-00000000000a'",
+        "'00000000-0000-7000-8000-00000000000A'",
+        "'nobody'",
+        "''",
+        "hex(randomblob(16))",
+        "x'00ff'",
+    ];
 
     fn a_day_after(column: &str) -> String {
         format!("strftime('%Y-%m-%dT%H:%M:%fZ', {column}, '+1 day')")
@@ -86,6 +93,11 @@ on_each_database!(
 /// Counts its steps; waits for two messages between them.
 async fn start<B: Sql>(backend: &B, effects: &Effects) -> Host {
     serving(quick(backend).await, effects).await
+}
+
+/// Looks for what is missing every few seconds.
+async fn often(backend: &impl Backend) -> HostBuilder {
+    quick(backend).await.heartbeat(Duration::from_millis(100), Duration::from_secs(1))
 }
 
 async fn serving(builder: HostBuilder, effects: &Effects) -> Host {
@@ -168,6 +180,7 @@ async fn instances_that_are_gone<B: Hands>() {
         for n in 0..10 {
             handles.push(hosts[n % 2].spawn(IT, format!("it-{n}"), &1).await.unwrap());
         }
+        let idle = quick(&backend).await.start().await.unwrap();
         backend.execute(&format!("DELETE FROM {}", B::table(table))).await;
         let sound = hosts[0].spawn(IT, "sound", &1).await.unwrap();
         handles.push(sound);
@@ -179,10 +192,23 @@ async fn instances_that_are_gone<B: Hands>() {
         for handle in &handles {
             assert_eq!(handle.output().await.unwrap(), 6, "{table}");
         }
-        for host in hosts {
+        until("all have their rows again", async || orphans(&backend).await.is_empty()).await;
+        for host in hosts.into_iter().chain([idle]) {
             host.shutdown(MINUTE).await;
         }
+        // Of those that owned nothing, too, nothing is left.
+        let looks = serving(often(&backend).await, &effects).await;
+        until("there is one alone", async || {
+            let alone = async |table: &str| backend.number(&count_of(&B::table(table))).await == 1;
+            alone("instances").await && alone("fences").await
+        })
+        .await;
+        looks.shutdown(MINUTE).await;
     }
+}
+
+fn count_of(table: &str) -> String {
+    format!("SELECT CAST(count(*) AS BIGINT) FROM {table}")
 }
 
 /// What they owned is handed back by whoever comes next.
@@ -212,21 +238,25 @@ async fn dead_instances_that_are_gone<B: Hands>() {
 /// Processes that somebody has given to an instance that there never was are handed back by those that run.
 async fn owners_that_nobody_knows<B: Hands>() {
     let (backend, effects) = (B::new().await, Effects::default());
-    let (heartbeat, expiry) = (Duration::from_millis(100), Duration::from_secs(1));
-    let host = serving(quick(&backend).await.heartbeat(heartbeat, expiry), &effects).await;
-    let handle = host.spawn(IT, "it", &1).await.unwrap();
-    until("it is parked", async || host.in_memory() == 0 && effects.all().len() == 1).await;
-    for owner in B::STRANGERS {
-        let sql = format!("UPDATE {} SET status = 'running', wake_at = NULL, owner = {owner}", B::PROCESSES);
-        backend.execute(&sql).await;
+    let host = serving(often(&backend).await, &effects).await;
+    let mut handles = Vec::new();
+    for (n, _) in B::STRANGERS.iter().enumerate() {
+        handles.push(host.spawn(IT, format!("it-{n}"), &1).await.unwrap());
+    }
+    let firsts = B::STRANGERS.len();
+    until("all are parked", async || host.in_memory() == 0 && effects.all().len() == firsts).await;
+    for (n, owner) in B::STRANGERS.iter().enumerate() {
+        let set = format!("status = 'running', wake_at = NULL, owner = {owner}");
+        backend.execute(&format!("UPDATE {} SET {set} WHERE id = 'it-{n}'", B::PROCESSES)).await;
+    }
+    for handle in &handles {
         until("it is handed back", async || handle.status().await.is_ok_and(|it| it.status == Status::Waiting)).await;
-        until("it is parked", async || host.in_memory() == 0).await;
+        for n in 2..4 {
+            handle.raise(GO, &n).await.unwrap();
+        }
+        assert_eq!(handle.output().await.unwrap(), 6);
     }
-    for n in 2..4 {
-        handle.raise(GO, &n).await.unwrap();
-    }
-    assert_eq!(handle.output().await.unwrap(), 6);
-    assert_eq!(effects.all().len(), 2, "nothing happened twice");
+    assert_eq!(effects.all().len(), firsts * 2, "nothing happened twice");
     host.shutdown(MINUTE).await;
     assert_eq!(orphans(&backend).await, Vec::<String>::new());
 }

@@ -98,7 +98,7 @@ pub(super) async fn watch_peers(core: Arc<Core>, epoch: Arc<Epoch>) {
                 Ok(strangers) => {
                     looked = Some(Instant::now());
                     if strangers > 0 {
-                        tracing::warn!("{strangers} owners of processes are no instances; others take over from them");
+                        tracing::warn!("{strangers} instances lack a row; what they own is handed back");
                     }
                 }
                 Err(error) => tracing::debug!("looking for owners that nobody knows failed: {error}"),

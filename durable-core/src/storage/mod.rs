@@ -126,9 +126,10 @@ pub trait Storage: Send + Sync + 'static {
     /// Ends an instance in order: fences it, hands back what it may still own, removes its row and its proof of life.
     async fn retire(&self, instance: InstanceId) -> Result<()>;
 
-    /// Makes owners of processes that are no instances any more, because somebody has deleted a row of theirs, known again,
-    /// as **fenced** ones, so that whoever looks at the others hands back what they own; and says how many. At a cost that
-    /// does not grow with what is owned. Idempotent. Nobody who lives and whose rows are there is touched.
+    /// Clears up behind somebody who has deleted rows of instances: one that owns processes, or of which one row is left, is
+    /// made known again, as a **fenced** one, so that whoever looks at the others hands back what it owns; a fence alone that
+    /// guards nothing is removed. Says how many there were. At a cost that does not grow with what is owned. Idempotent.
+    /// Nobody whose rows are there is touched.
     async fn reinstate(&self) -> Result<usize>;
 
     /// One process: the run given, or the current run of the id.
