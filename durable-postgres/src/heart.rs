@@ -15,9 +15,10 @@ use uuid::Uuid;
 
 use crate::connect::Options;
 use crate::errors::reading;
+use crate::lend::{unavailable, within};
 use crate::names::Schema;
 use crate::rows::{get, time};
-use crate::session::{self, Whose};
+use crate::session::{self, Bounds, Whose};
 use crate::sql::{Commits, Sql};
 use crate::store::Shared;
 
@@ -106,7 +107,7 @@ pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(B
          SELECT clock_timestamp()",
         holds(shared, "$2")
     );
-    let rows = run(&mut session, sql).await?;
+    let rows = run(&mut session, sql, shared.connections.bounds()).await?;
     let now = rows.first().map(|row| time(row, 0)).transpose()?;
     let now = now.ok_or_else(|| StorageError::schema("the database did not tell its time"))?;
     let (orders, ordered) = mpsc::channel(1);
@@ -124,10 +125,13 @@ fn holds(shared: &Shared, key: &str) -> String {
     )
 }
 
-async fn run(session: &mut PgListener, sql: Sql) -> Result<Vec<PgRow>> {
+async fn run(session: &mut PgListener, sql: Sql, bounds: Bounds) -> Result<Vec<PgRow>> {
     use sqlx::Acquire;
-    let connection = session.acquire().await.map_err(reading)?;
-    sql.run(connection, Commits::No).await
+    let answer = async {
+        let connection = session.acquire().await.map_err(reading)?;
+        sql.run(connection, Commits::No).await
+    };
+    within(bounds.beat(), unavailable, answer).await
 }
 
 /// Keeps an instance's lock, and its heartbeat.
@@ -153,7 +157,7 @@ impl Life {
         let mut sql = Sql::default();
         let key = sql.bind(key(self.instance));
         sql.text = format!("SELECT pg_try_advisory_lock({key})");
-        let rows = run(session, sql).await?;
+        let rows = run(session, sql, self.shared.connections.bounds()).await?;
         Ok(rows.first().map(|row| get(row, 0)).transpose()?.unwrap_or(false))
     }
 
@@ -170,7 +174,7 @@ impl Life {
              WHERE instance = {instance} AND EXISTS (SELECT 1 FROM fence)
              RETURNING heartbeat_at, locked_in IS NOT NULL"
         );
-        let rows = run(session, sql).await?;
+        let rows = run(session, sql, self.shared.connections.bounds()).await?;
         let row = rows.first().ok_or(StorageError::Fenced)?;
         Ok((time(row, 0)?, get(row, 1)?))
     }

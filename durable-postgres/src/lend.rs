@@ -1,11 +1,13 @@
 use durable_core::storage::{Result, StorageError};
 use sqlx::postgres::PgConnection;
+use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::connect::{Options, connect};
 use crate::errors::reading;
+use crate::session::Bounds;
 
 /// Connections, lent to one call at a time. Not the driver's pool: that takes back a connection whose user went away in
 /// the middle of a transaction with the transaction open, and asks each one that comes back whether it still lives.
@@ -50,6 +52,10 @@ impl Connections {
         &self.options
     }
 
+    pub(crate) fn bounds(&self) -> Bounds {
+        self.options.bounds
+    }
+
     pub(crate) async fn lend(&self) -> Result<Lent> {
         const PATIENCE: Duration = Duration::from_secs(10);
         let lend = async {
@@ -65,6 +71,26 @@ impl Connections {
         let lent = tokio::time::timeout(PATIENCE, lend).await;
         lent.map_err(|_| StorageError::unavailable("no connection came free, or could be opened, within 10 s"))?
     }
+}
+
+/// The answer, if it comes in time; else the caller's future is dropped, and its connection is to be closed.
+pub(crate) async fn within<T>(
+    bound: Duration,
+    silence: fn(String) -> StorageError,
+    answer: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let answer = tokio::time::timeout(bound, answer).await;
+    answer.unwrap_or_else(|_| Err(silence(format!("the server has not answered for {bound:?}"))))
+}
+
+/// What was asked for may happen as well as not, and that makes no difference.
+pub(crate) fn unavailable(why: String) -> StorageError {
+    StorageError::unavailable(why)
+}
+
+/// What was asked for may have happened.
+pub(crate) fn unknown(why: String) -> StorageError {
+    StorageError::unknown(why)
 }
 
 impl Lent {

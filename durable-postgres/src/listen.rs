@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::errors::code;
 use crate::heart::listener;
+use crate::lend::{unavailable, within};
 use crate::names::Schema;
 use crate::sql::{Commits, Sql};
 use crate::store::Shared;
@@ -135,7 +136,8 @@ async fn notify(shared: &Shared) -> durable_core::storage::Result<()> {
     let mut sql = Sql::default();
     let channel = sql.bind(&*shared.hints.channel);
     sql.text = format!("SELECT pg_notify({channel}, '')");
-    let result = sql.run(&mut lent.connection, Commits::No).await;
+    let bound = shared.connections.bounds().answer();
+    let result = within(bound, unavailable, sql.run(&mut lent.connection, Commits::No)).await;
     lent.done(result).map(|_| ())
 }
 

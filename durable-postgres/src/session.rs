@@ -22,6 +22,24 @@ impl Default for Bounds {
     }
 }
 
+impl Bounds {
+    /// For how long an answer is waited for: a server whose machine is gone without a word never gives one, and what the
+    /// server itself bounds comes before that.
+    pub(crate) fn answer(&self) -> Duration {
+        self.statement.saturating_add(self.lock.max(Duration::from_secs(1)))
+    }
+
+    /// For how long those to several statements are, one after the other.
+    pub(crate) fn answers(&self) -> Duration {
+        self.answer().saturating_mul(4)
+    }
+
+    /// For how long that to a heartbeat is: it waits for nothing but a lock.
+    pub(crate) fn beat(&self) -> Duration {
+        self.lock.saturating_add(Duration::from_secs(3))
+    }
+}
+
 /// Whose statements a session runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Whose {

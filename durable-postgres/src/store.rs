@@ -7,7 +7,7 @@ use durable_core::storage::{
 use sqlx::postgres::PgRow;
 use std::time::Duration;
 
-use crate::lend::Connections;
+use crate::lend::{Connections, unavailable, within};
 use crate::listen::{Hints, concerns_others};
 use crate::names::Schema;
 use crate::rows::{self, readable};
@@ -29,7 +29,8 @@ impl Postgres {
     /// Runs one statement: one that reads, or that may as well run twice, so that a lost answer is no worse than none.
     pub(crate) async fn run(&self, sql: Sql) -> Result<Vec<PgRow>> {
         let mut lent = self.0.connections.lend().await?;
-        let result = sql.run(&mut lent.connection, Commits::No).await;
+        let bound = self.0.connections.bounds().answer();
+        let result = within(bound, unavailable, sql.run(&mut lent.connection, Commits::No)).await;
         lent.done(result)
     }
 }
@@ -41,7 +42,8 @@ impl Postgres {
         let Some(last) = last.first().map(|row| rows::get::<i64>(row, 0)).transpose()? else { return Ok(()) };
         loop {
             let mut lent = self.0.connections.lend().await?;
-            let result = match batch::sweep(&mut lent.connection, &self.0.schema, namespace, last).await {
+            let sweep = batch::sweep(&mut lent.connection, &self.0.schema, namespace, last);
+            let result = match within(self.0.connections.bounds().answers(), unavailable, sweep).await {
                 Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
                 result => result,
             };
@@ -79,7 +81,8 @@ impl Storage for Postgres {
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         let commit = async |swept: bool| {
             let mut lent = self.0.connections.lend().await?;
-            let result = batch::commit(&mut lent.connection, &self.0.schema, batch, swept).await;
+            let bounds = self.0.connections.bounds();
+            let result = batch::commit(&mut lent.connection, &self.0.schema, batch, swept, bounds).await;
             lent.done(result)
         };
         let outcomes = match commit(false).await {
@@ -101,7 +104,8 @@ impl Storage for Postgres {
             return Ok(Vec::new());
         }
         let mut lent = self.0.connections.lend().await?;
-        let result = read::load(&mut lent.connection, &self.0.schema, runs, records).await;
+        let load = read::load(&mut lent.connection, &self.0.schema, runs, records);
+        let result = within(self.0.connections.bounds().answers(), unavailable, load).await;
         lent.done(result)
     }
 

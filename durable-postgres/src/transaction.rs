@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::Postgres;
 use crate::errors::{code, passes, reading, sort};
-use crate::lend::Home;
+use crate::lend::{Home, unavailable, unknown, within};
 use crate::names::Schema;
 use crate::rows::get;
 use crate::session::{self, Bounds, Whose};
@@ -81,12 +81,13 @@ impl Transactional for Postgres {
             "BEGIN; SET LOCAL idle_in_transaction_session_timeout = {}; SAVEPOINT durable_transaction",
             idle.as_millis().max(1)
         );
-        let begun = lent.connection.execute(sqlx::raw_sql(AssertSqlSafe(begin))).await;
+        let (schema, bounds) = (self.0.schema.clone(), self.0.transactions.bounds());
+        let begins = lent.connection.execute(sqlx::raw_sql(AssertSqlSafe(begin)));
+        let begun = within(bounds.answer(), unavailable, async { begins.await.map_err(reading) }).await;
         if let Err(error) = begun {
-            return lent.done(Err(reading(error)));
+            return lent.done(Err(error));
         }
         let (tx, slot) = Tx::new(lent.connection);
-        let (schema, bounds) = (self.0.schema.clone(), self.0.transactions.options().bounds);
         let prepared = self.0.transactions.options().prepares.is_some();
         Ok(Open { tx, ending: Box::new(PgEnding { slot, home: lent.home, schema, bounds, prepared }) })
     }
@@ -124,7 +125,21 @@ const BACK: &str = "ROLLBACK TO SAVEPOINT durable_record";
 #[async_trait]
 impl Ending for PgEnding {
     async fn commit(self: Box<Self>, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
-        let Self { slot, home, schema, bounds, prepared } = *self;
+        within(self.bounds.answer(), unknown, self.write(instance, record)).await
+    }
+
+    async fn rollback(self: Box<Self>) -> Result<RolledBack> {
+        within(self.bounds.answer(), unavailable, self.undo()).await
+    }
+
+    fn is_transient(&self, error: &(dyn Error + 'static)) -> Option<bool> {
+        source(error).map(passes)
+    }
+}
+
+impl PgEnding {
+    async fn write(self, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
+        let Self { slot, home, schema, bounds, prepared } = self;
         let Some(mut connection) = slot.take() else { return Ok(Committed::Escaped) };
         let mut statements = vec![FOUND.to_owned()];
         statements.extend(regained(bounds));
@@ -174,8 +189,8 @@ impl Ending for PgEnding {
         }
     }
 
-    async fn rollback(self: Box<Self>) -> Result<RolledBack> {
-        let Self { slot, home, bounds, .. } = *self;
+    async fn undo(self) -> Result<RolledBack> {
+        let Self { slot, home, bounds, .. } = self;
         let Some(mut connection) = slot.take() else { return Ok(RolledBack::Escaped) };
         // Whether it is aborted, and whether it is there at all, must be known before it is ended.
         match run_all(&mut connection, ending([FOUND, "ROLLBACK"], bounds)).await {
@@ -195,10 +210,6 @@ impl Ending for PgEnding {
                 None => Err(reading(error)),
             },
         }
-    }
-
-    fn is_transient(&self, error: &(dyn Error + 'static)) -> Option<bool> {
-        source(error).map(passes)
     }
 }
 

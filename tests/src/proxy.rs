@@ -24,6 +24,8 @@ pub struct Network {
     pub latency: Duration,
     /// Connections before this one are cut.
     cuts: u32,
+    /// Over connections before this one nothing passes any more, either way, and nobody is told.
+    mutes: u32,
 }
 
 /// A database that is reached over a network.
@@ -101,6 +103,11 @@ impl Proxy {
     /// Cuts all connections.
     pub fn cut(&self) {
         self.network(|network| network.cuts += 1);
+    }
+
+    /// All connections fall silent, for ever, as if the server's machine were gone without a word. New ones pass.
+    pub fn mute(&self) {
+        self.network(|network| network.mutes += 1);
     }
 
     /// Of the answer to what is sent next, so many bytes pass; then its connection is cut. `None`: all of it.
@@ -195,6 +202,7 @@ fn pass(
     decide: impl Fn(usize) -> Passes,
 ) -> impl Future<Output = ()> {
     let mut network = wires.network.subscribe();
+    let mutes = network.borrow().mutes;
     async move {
         let mut buffer = vec![0; 65_536];
         loop {
@@ -205,6 +213,9 @@ fn pass(
             }
             if network.wait_for(|network| !network.stalled).await.is_err() {
                 return;
+            }
+            if network.borrow().mutes != mutes {
+                return std::future::pending().await;
             }
             let (passes, last) = match decide(length) {
                 Passes::All => (length, false),

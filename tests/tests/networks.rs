@@ -212,3 +212,24 @@ async fn an_instance_that_is_cut_off<B: Proxied>() {
     ended(vec![first]).await;
     scene.check().await;
 }
+
+/// The server's machine is gone without a word: nothing ever comes over the connections that there were, not even their end,
+/// and new ones lead to another server. What was under way is made again on new ones.
+#[test]
+fn connections_that_fall_silent() {
+    PostgresSchema::run(async {
+        let scene = Scene::<PostgresSchema>::new(WORKER, 60, Duration::from_millis(50)).await;
+        let proxy = Proxy::before(scene.backend.url()).await;
+        let bound = Duration::from_millis(500);
+        let connect = durable_postgres::Postgres::connect(&*proxy.url)
+            .schema(scene.backend.name())
+            .statement_timeout(bound, bound);
+        let host = scene.start_here(connect.await.unwrap(), 1);
+        for begun in [20, 60, 100] {
+            scene.until_begun(begun).await;
+            proxy.mute();
+        }
+        tokio::time::timeout(LONG, host).await.expect("it waits for ever").unwrap();
+        scene.check().await;
+    });
+}

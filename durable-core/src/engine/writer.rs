@@ -212,6 +212,9 @@ impl Writer {
                     self.core.note_trouble(&why.to_string());
                     tracing::warn!("the answer to a batch of {} was lost ({why}); fencing it off", batch.ops.len());
                     rest.iter_mut().for_each(|rest| rest.again = true);
+                    if self.epoch.is_over() {
+                        return Err(StorageError::Fenced);
+                    }
                     if std::mem::replace(&mut lost, true) {
                         backoff.pause(&self.epoch, "a batch", &why).await?;
                     }
@@ -255,7 +258,12 @@ impl Writer {
                     self.core.storage.prepare(&next.batch);
                     self.next = Some(next);
                 }
-                commit.await
+                tokio::select! {
+                    biased;
+                    answer = commit => answer,
+                    // Fenced, it need not hear what came of it: a server that is gone without a word would keep it waiting.
+                    () = self.epoch.over() => Err(StorageError::unknown("the instance has been fenced off")),
+                }
             }
         }
     }

@@ -9,12 +9,15 @@ mod read;
 mod single;
 mod whole;
 
-use durable_core::storage::{Batch, Outcome, Result, Sorted, StorageError};
+use durable_core::storage::{Batch, Op, Outcome, Result, Sorted, StorageError};
 use sqlx::postgres::PgConnection;
 use std::fmt;
+use std::time::Duration;
 use uuid::Uuid;
 
+use crate::lend::{unknown, within};
 use crate::names::Schema;
+use crate::session::Bounds;
 #[cfg(test)]
 pub(crate) use inbox::waiting;
 pub(crate) use inbox::{last, sweep};
@@ -22,6 +25,9 @@ pub(crate) use inbox::{last, sweep};
 pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
 /// Both lists are used positively: a status that this version does not know is neither.
 pub(crate) const FINISHED: &str = "('completed', 'failed', 'cancelled')";
+
+/// For how long the answer to a deletion is waited for.
+const DELETION: Duration = Duration::from_secs(3600);
 
 /// Whose batch it is, and where it goes: displayed as the schema.
 struct Of<'b> {
@@ -74,21 +80,26 @@ pub(crate) async fn commit(
     schema: &Schema,
     batch: &Batch,
     swept: bool,
+    bounds: Bounds,
 ) -> Result<Vec<Outcome>> {
     let sorted = Sorted::new(&batch.ops);
     let of = of(schema, batch, &sorted, swept);
     let answer = if single::fits(&sorted) {
-        single::commit(connection, &of, &batch.ops, &sorted, &batch.prepared).await?
+        let commit = single::commit(connection, &of, &batch.ops, &sorted, &batch.prepared);
+        within(bounds.answer(), unknown, commit).await?
     } else {
         single::Answer::Nothing
     };
+    // The server does not bound a deletion.
+    let deletes = batch.ops.iter().any(|op| matches!(op, Op::Delete { .. }));
+    let bound = if deletes { DELETION } else { bounds.answers() };
     match answer {
         single::Answer::Done(outcomes) => Ok(outcomes),
-        single::Answer::Nothing => whole::commit(connection, &of, &batch.ops, &sorted).await,
+        single::Answer::Nothing => within(bound, unknown, whole::commit(connection, &of, &batch.ops, &sorted)).await,
         single::Answer::Partly => {
             // What has come into the inbox since then is not before this batch.
             let of = Of { gate: Gate::Fence, ..of };
-            let again = whole::commit(connection, &of, &batch.ops, &sorted).await;
+            let again = within(bound, unknown, whole::commit(connection, &of, &batch.ops, &sorted)).await;
             again.map_err(|error| StorageError::unknown(error.to_string()))
         }
     }
