@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use crate::Sqlite;
 use crate::errors::{is_busy, passes, reading};
+use crate::files::Files;
 use crate::lend::Turn;
 use crate::rows::get;
 use crate::script::{NOW, Script};
@@ -114,7 +115,7 @@ impl Transactional for Sqlite {
         drop(handle);
         let (home, connection) = lent.part();
         let (tx, slot) = Tx::new(connection);
-        Ok(Open { tx, ending: Box::new(SqliteEnding { slot, gone, home, _turn: turn }) })
+        Ok(Open { tx, ending: Box::new(SqliteEnding { slot, gone, home, files: self.0.files.clone(), _turn: turn }) })
     }
 
     async fn settled(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
@@ -129,6 +130,7 @@ struct SqliteEnding {
     /// Nobody wants the transaction any more.
     gone: Arc<AtomicBool>,
     home: Turn,
+    files: Arc<Files>,
     _turn: Turn,
 }
 
@@ -189,7 +191,8 @@ impl Ending for SqliteEnding {
         if committed.is_ok() && is_clean(&mut connection).await {
             *self.home = Some(connection);
         }
-        committed
+        // It may be in a file that is gone: the closure had time enough for that.
+        committed.and_then(|done| self.files.check().map(|()| done).map_err(StorageError::unknown))
     }
 
     async fn rollback(mut self: Box<Self>) -> Result<RolledBack> {

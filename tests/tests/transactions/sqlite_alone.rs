@@ -153,3 +153,39 @@ fn a_start_that_is_dropped_is_whole_or_nothing() {
         }
     });
 }
+
+/// What is committed into a file that is not there any more is not taken for recorded: the process goes no further until the
+/// file is back.
+#[test]
+fn a_database_that_is_replaced_beneath_one() {
+    const MOVES: Definition<(), ()> = Definition::new("moves");
+    durable_tests::run(async {
+        let backend = SqliteFile::new().await;
+        let (path, effects) = (backend.path(), Effects::default());
+        let elsewhere = format!("{path}.moved");
+        let (counted, from, to) = (effects.clone(), path.clone(), elsewhere.clone());
+        let function = move |proc: Process, ()| {
+            let (effects, from, to) = (counted.clone(), from.clone(), to.clone());
+            async move {
+                let moves = proc.transaction("moves", async |mut tx| {
+                    tx.execute("CREATE TABLE moved (n INTEGER)").await?;
+                    std::fs::rename(&from, &to).map_err(sqlx::Error::Io)?;
+                    Ok::<_, sqlx::Error>(())
+                });
+                moves.failure().await?;
+                let after = || async {
+                    Ok::<_, Failure>(effects.add(format!("after: {}", std::path::Path::new(&from).exists())))
+                };
+                Ok::<_, Failure>(proc.step("after", after).await?)
+            }
+        };
+        let host: Host = quick(&backend).await.register(MOVES, function).start().await.unwrap();
+        let handle = host.spawn(MOVES, "it", &()).await.unwrap();
+        durable_tests::until("it is gone", async || !std::path::Path::new(&path).exists()).await;
+        // For long enough to take the wrong turn.
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        std::fs::rename(&elsewhere, &path).unwrap();
+        handle.output().await.unwrap();
+        assert_eq!(effects.all(), ["after: true"]);
+    });
+}
