@@ -69,6 +69,7 @@ struct Held {
     threads: usize,
     files: usize,
     sessions: usize,
+    stored_kilobytes: usize,
 }
 
 impl Held {
@@ -82,6 +83,7 @@ impl Held {
             threads: entries("/proc/self/task"),
             files: entries("/proc/self/fd"),
             sessions: backend.sessions().await,
+            stored_kilobytes: backend.stored().await / 1024,
         }
     }
 
@@ -92,6 +94,7 @@ impl Held {
             threads: choose(self.threads, other.threads),
             files: choose(self.files, other.files),
             sessions: choose(self.sessions, other.sessions),
+            stored_kilobytes: choose(self.stored_kilobytes, other.stored_kilobytes),
         }
     }
 
@@ -103,6 +106,8 @@ impl Held {
             ("threads", self.threads, before.threads, 4),
             ("files", self.files, before.files, 8),
             ("sessions", self.sessions, before.sessions, 4),
+            // Room that rows have left is used again, on PostgreSQL once it was vacuumed, which a short run may not see.
+            ("stored kilobytes", self.stored_kilobytes, before.stored_kilobytes, before.stored_kilobytes / 2 + 16_000),
         ];
         let grown = checks.into_iter().filter(|(_, now, before, more)| *now > before + more);
         grown.map(|(what, now, before, _)| format!("{before} {what} have become {now}")).collect()
@@ -112,12 +117,23 @@ impl Held {
 /// A database that tells how many sessions the test has there.
 trait Soaked: Shared {
     fn sessions(&self) -> impl Future<Output = usize> + Send;
+    /// How many bytes it takes.
+    fn stored(&self) -> impl Future<Output = usize> + Send;
+    /// Fails if proofs of life were left behind by more instances than these.
+    fn proofs_of(&self, instances: usize);
 }
 
 impl Soaked for SqliteFile {
     /// They are files.
     async fn sessions(&self) -> usize {
         0
+    }
+    async fn stored(&self) -> usize {
+        let length = |of: &str| std::fs::metadata(self.path() + of).map_or(0, |file| file.len() as usize);
+        length("") + length("-wal")
+    }
+    fn proofs_of(&self, instances: usize) {
+        assert_eq!(std::fs::read_dir(self.path() + "-instances").unwrap().count(), instances, "lock files");
     }
 }
 
@@ -126,6 +142,16 @@ impl Soaked for PostgresSchema {
         let sql = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}'", self.name());
         self.number(&sql).await as usize
     }
+    async fn stored(&self) -> usize {
+        let sql = format!(
+            "SELECT sum(pg_total_relation_size(oid))::bigint FROM pg_class
+             WHERE relkind = 'r' AND relnamespace = '{}'::regnamespace",
+            self.name()
+        );
+        self.number(&sql).await as usize
+    }
+    /// They end with their sessions.
+    fn proofs_of(&self, _: usize) {}
 }
 
 async fn host<B: Soaked>(backend: &B) -> Host {
@@ -157,6 +183,7 @@ async fn soak<B: Soaked>() {
             assert_eq!(rows(table).await, 0, "{table} of wave {wave}, after everything was deleted");
         }
         until("those that have died are forgotten", async || rows("instances").await == 2).await;
+        backend.proofs_of(2);
         let left = orphans(&backend).await;
         assert!(left.is_empty(), "wave {wave}: {left:?}");
         let mut held = Held::now(&backend).await;
