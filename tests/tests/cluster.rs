@@ -141,8 +141,10 @@ fn a_server_whose_place_another_one_takes() {
             };
             scene.until_begun(round * 150).await;
             old.crash().await;
-            new.promote().await;
+            // Its address may lead to the new one before that may be written to.
             proxy.lead_to(place(new.url()));
+            until("they have found it read-only", async || new.log().contains("read-only transaction")).await;
+            new.promote().await;
             servers.push(new);
             assert!(!tasks.iter().all(JoinHandle::is_finished), "they ended before");
         }
