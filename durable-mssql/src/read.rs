@@ -211,7 +211,7 @@ pub(crate) fn count_script(schema: &Schema, namespace: &str, filter: &Filter) ->
     sql.push(format!(
         "SELECT c.kind, c.status, c.number, CONVERT(BIT, CASE WHEN EXISTS (SELECT 1 FROM {schema}.instances AS i
                  LEFT JOIN {schema}.fences AS f ON f.instance = i.instance
-                 CROSS APPLY OPENJSON(i.kinds) AS k
+                 CROSS APPLY OPENJSON(CASE WHEN ISJSON(i.kinds) = 1 THEN i.kinds ELSE N'[]' END) AS k
              WHERE i.namespace = {namespace} AND f.fenced_at IS NULL AND k.value COLLATE Latin1_General_BIN2 = c.kind)
              THEN 1 ELSE 0 END)
          FROM (SELECT p.kind, p.status, COUNT_BIG(*) AS number FROM {schema}.processes AS p WHERE {conditions}

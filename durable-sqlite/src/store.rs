@@ -387,7 +387,8 @@ impl Storage for Sqlite {
         let (conditions, mut args) = filtered(namespace, filter);
         args.insert(0, namespace.into());
         let sql = format!(
-            "SELECT p.kind, p.status, count(*), EXISTS (SELECT 1 FROM durable_instances i CROSS JOIN json_each(i.kinds) k
+            "SELECT p.kind, p.status, count(*), EXISTS (SELECT 1 FROM durable_instances i
+                 CROSS JOIN json_each(CASE WHEN json_valid(i.kinds) THEN i.kinds ELSE '[]' END) k
                  LEFT JOIN durable_fences f ON f.instance = i.instance
                  WHERE i.namespace = ? AND f.fenced_at IS NULL AND k.value = p.kind)
              FROM durable_processes p WHERE {conditions} GROUP BY p.kind, p.status ORDER BY p.kind, p.status"
