@@ -18,7 +18,8 @@ pub enum StorageError {
     /// The database refuses the content for good; the same again is refused again. Nothing was written.
     #[error("the storage refuses this: {0}")]
     Refused(#[source] Source),
-    /// What is stored cannot be understood by this code, or the place is not a database of ours. Nothing was written.
+    /// What is stored cannot be understood by this code, the place is not a database of ours, or there is no right to it.
+    /// Nothing was written. It may be mended, so the engine tries a batch again, and tells what is wrong meanwhile.
     #[error("{0}")]
     Schema(String),
 }
