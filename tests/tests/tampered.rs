@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use chrono::TimeDelta;
+use durable_core::storage::{InstanceId, Storage, StorageError};
 use durable_core::*;
 use durable_tests::crash::shared::Shared;
 use durable_tests::orphans::orphans;
@@ -86,6 +87,7 @@ on_each_database!(
     rows_that_are_gone,
     instances_that_are_gone,
     dead_instances_that_are_gone,
+    who_is_reinstated_writes_no_more,
     owners_that_nobody_knows,
     a_clock_that_is_set_back,
 );
@@ -233,6 +235,24 @@ async fn dead_instances_that_are_gone<B: Hands>() {
         lives.shutdown(MINUTE).await;
         assert_eq!(orphans(&backend).await, Vec::<String>::new(), "{table}");
     }
+}
+
+/// One that lives, and does not know yet that a row of it is gone, is fenced off before anybody else gets what it owns.
+async fn who_is_reinstated_writes_no_more<B: Hands>() {
+    let backend = B::new().await;
+    let storage = backend.storage().await;
+    let (me, _heart) = ops::enlist(&storage).await;
+    let run = ops::start(&storage, me, "p").await;
+    backend.execute(&format!("DELETE FROM {}", B::table("instances"))).await;
+    ops::commit(&storage, me, vec![ops::record(run, "before")]).await;
+    assert_eq!(storage.reinstate().await.unwrap(), 1);
+    assert_eq!(storage.reinstate().await.unwrap(), 0);
+    let refused = storage.commit(&ops::batch(me, 0, vec![ops::record(run, "after")])).await;
+    assert!(matches!(refused, Err(StorageError::Fenced)), "{refused:?}");
+    let peers = storage.peers("default", InstanceId::new()).await.unwrap().peers;
+    assert!(matches!(&peers[..], [peer] if peer.fenced && peer.instance == me), "{peers:?}");
+    assert_eq!((storage.release(me, 10).await.unwrap(), storage.release(me, 10).await.unwrap()), (1, 0));
+    assert_eq!(orphans(&backend).await, Vec::<String>::new());
 }
 
 /// Processes that somebody has given to an instance that there never was are handed back by those that run.
