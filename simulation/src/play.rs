@@ -211,8 +211,11 @@ impl Play {
             self.start_host(false);
         }
         let end = Instant::now() + ms(self.seed.between(5_000, 60_000));
-        while Instant::now() < end {
-            let pause = ms(1 + self.seed.ms(3_000));
+        // An outage ends by itself: the storm goes on until the storage is back.
+        while Instant::now() < end || self.world.is_away() {
+            // Nothing much can happen meanwhile.
+            let longest = if self.world.is_away() { 15_000 } else { 3_000 };
+            let pause = ms(1 + self.seed.ms(longest));
             let world = self.world.clone();
             let _ = timeout(pause, world.died.notified()).await;
             self.reap();
@@ -246,8 +249,11 @@ impl Play {
                 self.world.cut(host, ms(time));
             }
             940..955 => {
-                let time = self.seed.ms(180_000);
-                self.world.away(ms(time));
+                let time =
+                    if self.seed.permille(200) { self.seed.between(120_000, 600_000) } else { self.seed.ms(60_000) };
+                if !self.world.is_away() {
+                    self.world.away(ms(time));
+                }
             }
             955..980 => {
                 let host = *self.seed.one(&alive);

@@ -23,6 +23,8 @@ pub enum Fault {
     Cut,
     /// No host does.
     Away,
+    /// For more than two minutes.
+    AwayLong,
     /// A host's clock is apart from the storage's.
     Clock,
     /// An orderly end.
@@ -30,7 +32,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Before,
         Self::Lost,
         Self::Vanished,
@@ -41,6 +43,7 @@ impl Fault {
         Self::Paused,
         Self::Cut,
         Self::Away,
+        Self::AwayLong,
         Self::Clock,
         Self::Shutdown,
     ];
@@ -57,6 +60,7 @@ impl Fault {
             Self::Paused => "host paused",
             Self::Cut => "host cut off",
             Self::Away => "storage away",
+            Self::AwayLong => "storage away for minutes",
             Self::Clock => "clock apart",
             Self::Shutdown => "shutdown",
         }

@@ -20,6 +20,9 @@ use crate::program::Program;
 use crate::seed::Seed;
 use crate::tally::{Fault, Place, Tally};
 
+/// An outage of more than this is one of its own kind: whoever keeps trying for seconds only does not see its end.
+const LONG: Duration = Duration::from_secs(120);
+
 /// See above.
 pub struct World {
     pub memory: Memory,
@@ -46,11 +49,18 @@ pub struct Inner {
     pub commits: BTreeMap<RunId, u32>,
     /// Nothing goes wrong any more.
     pub calm: bool,
-    away: Option<Instant>,
+    away: Option<Outage>,
     deaths: u64,
     /// What must not be.
     pub wrong: Vec<String>,
     pub trace: Option<Vec<String>>,
+}
+
+/// A time in which nobody reaches the storage.
+#[derive(Clone, Copy)]
+struct Outage {
+    since: Instant,
+    until: Instant,
 }
 
 /// How likely what is.
@@ -200,7 +210,7 @@ impl World {
         }
         let now = Instant::now();
         let gone = |until: Option<Instant>| until.is_some_and(|until| until > now);
-        if gone(inner.away) || gone(inner.hosts[host].cut) {
+        if gone(inner.away.map(|away| away.until)) || gone(inner.hosts[host].cut) {
             fate.verdict = if writes && seed.permille(100) { Verdict::Vanished } else { Verdict::Unavailable };
             fate.arrival = ms(seed.ms(2_000));
             return fate;
@@ -318,7 +328,22 @@ impl World {
         self.say(|_| format!("the storage is away for {} ms", time.as_millis()));
         let mut inner = self.inner();
         inner.tally.hit(Fault::Away, &[]);
-        inner.away = Some(Instant::now() + time);
+        let since = Instant::now();
+        inner.away = Some(Outage { since, until: since + time });
+    }
+
+    /// Whether nobody reaches the storage now. An outage that was long is counted once it is over.
+    pub fn is_away(&self) -> bool {
+        let mut inner = self.inner();
+        let Some(Outage { since, until }) = inner.away else { return false };
+        if until > Instant::now() {
+            return true;
+        }
+        inner.away = None;
+        if until - since >= LONG {
+            inner.tally.hit(Fault::AwayLong, &[]);
+        }
+        false
     }
 
     /// From now on nothing goes wrong.
@@ -326,7 +351,6 @@ impl World {
         self.say(|_| "nothing goes wrong any more".into());
         let mut inner = self.inner();
         inner.calm = true;
-        inner.away = None;
         for machine in &mut inner.hosts {
             machine.cut = None;
             // Whoever waits for its end looks again then.
