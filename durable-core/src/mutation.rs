@@ -15,6 +15,12 @@ pub enum Rule {
     ClaimChecksOwner,
     /// A message that is sent again is recognised.
     OwnSuccess,
+    /// A variable that is set anew is written anew.
+    SetWrites,
+    /// What is got of a variable is what was recorded last.
+    GetsLast,
+    /// A variable's record is overwritten.
+    SetOverwrites,
     /// Who waits for something is woken once it is committed.
     WakeAfterCommit,
     /// An operation returns once its record is committed.

@@ -150,7 +150,7 @@ impl World {
             let before = inner.effects.returned.entry((run, key.clone())).or_insert_with(|| text.clone()).clone();
             if recorded != Some(op) {
                 Some(format!("{op} {key} of {id} returned {text}, and its record is {recorded:?}"))
-            } else if before != text && op != OpKind::Value {
+            } else if before != text {
                 Some(format!("{op} {key} of {id} returned {before}, and now {text}"))
             } else {
                 None

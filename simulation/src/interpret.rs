@@ -13,9 +13,10 @@ use std::time::Duration;
 
 use crate::effects::{Attempted, TIMED_OUT};
 use crate::link::{Link, after};
-use crate::program::{EVENTS, Member, Node, Step, Together};
+use crate::program::{EVENTS, Member, Node, Step, Together, Undo, Use, Value};
 use crate::tally::Place;
 use crate::transaction::Writes;
+use crate::values::Valued;
 
 /// What a process returns: what its operations have, by name.
 pub type Results = Vec<(String, String)>;
@@ -55,10 +56,17 @@ pub async fn interpret(link: Arc<Link>, proc: Process, index: usize) -> Result<R
         return Ok(results);
     };
     let compensating = Player::new(&link, player.proc.compensation(), Scope::Compensation);
-    for step in &program.compensation {
-        let step = Step { fatal: false, ..step.clone() };
-        if let Err(Stop::Cancelled(_)) = compensating.step(&step, None).await {
-            player.link.world.wrong(format!("a step of the compensation of {} was cancelled", player.proc.id()));
+    for undo in &program.compensation {
+        let done = match undo {
+            Undo::Step(step) => compensating.step(&Step { fatal: false, ..step.clone() }, None).await,
+            Undo::Value(value) => compensating.value(value, None).await,
+            Undo::Recall(name) => {
+                player.recall(name).await;
+                Ok(())
+            }
+        };
+        if let Err(Stop::Cancelled(_)) = done {
+            player.link.world.wrong(format!("{undo:?} in the compensation of {} was cancelled", player.proc.id()));
         }
     }
     Err(match stop {
@@ -99,9 +107,7 @@ impl Player {
     }
 
     fn returned(&self, op: OpKind, key: RecordKey, text: String) {
-        if op != OpKind::Value {
-            self.results.lock().unwrap_or_else(PoisonError::into_inner).push((key.to_string(), text.clone()));
-        }
+        self.results.lock().unwrap_or_else(PoisonError::into_inner).push((key.to_string(), text.clone()));
         self.link.world.returned(self.proc.run(), key, op, text);
     }
 
@@ -124,7 +130,7 @@ impl Player {
                 }
             }
             Node::Transaction(step) => self.transaction(step, key).await,
-            Node::Value { name, sets } => self.value(name, *sets).await,
+            Node::Value(value) => self.value(value, key).await,
             Node::Delay { name: of, ms: after } => {
                 let name = name(of, key);
                 let delayed = self.proc.delay(name.clone(), ms(*after)).await?;
@@ -261,18 +267,34 @@ impl Player {
         Ok(())
     }
 
-    async fn value(&self, of: &str, sets: u64) -> Done {
-        let name = name(of, None);
-        let value: u64 = self.proc.get(name.clone(), || 0).await?;
-        self.returned(OpKind::Value, self.key(&name), value.to_string());
-        if value > sets {
-            self.link.world.wrong(format!("{of} of {} is {value}", self.proc.id()));
-        }
-        for to in value + 1..=sets {
-            self.proc.set(name.clone(), to).await?;
-            self.returned(OpKind::Value, self.key(&name), to.to_string());
+    async fn value(&self, value: &Value, key: Option<u64>) -> Done {
+        let name = name(&value.name, value.keyed.then(|| key.unwrap_or(0)));
+        for of in &value.uses {
+            match *of {
+                Use::Get => {
+                    let got: u64 = self.proc.get(name.clone(), || 0).await?;
+                    self.valued(&name, Valued::Got(got));
+                }
+                Use::Set(to) => {
+                    self.proc.set(name.clone(), to).await?;
+                    self.valued(&name, Valued::Set(to));
+                }
+            }
         }
         Ok(())
+    }
+
+    fn valued(&self, name: &Name, valued: Valued) {
+        self.link.world.valued(self.proc.run(), self.proc.execution(), &self.key(name), valued);
+    }
+
+    /// Gets a variable when the process has failed or was cancelled: it is what it was.
+    async fn recall(&self, of: &str) {
+        let name = name(of, None);
+        match self.proc.get(name.clone(), || 0).await {
+            Ok(got) => self.valued(&name, Valued::Got(got)),
+            Err(Cancelled { .. }) => self.valued(&name, Valued::Cancelled),
+        }
     }
 
     async fn receive(&self, event: usize, timeout: Option<u64>) -> Done {

@@ -34,6 +34,12 @@ pub fn judge(world: &World, faultless: bool) {
             wrong.push(format!("{} was cancelled by nobody", row.id));
         }
         for (key, outcome) in inner.ledger.outcomes(run) {
+            let stands = at_once(world.memory.record(run, key)).ok().flatten();
+            let stands = stands.map(|record| (record.op, record.state, record.payload.into_string()));
+            if stands.as_ref() != Some(&(outcome.op, outcome.state, outcome.payload.clone())) {
+                let (id, payload) = (&row.id, &outcome.payload);
+                wrong.push(format!("{key} of {id} was recorded as {payload}, and stands as {stands:?}"));
+            }
             if outcome.op == OpKind::Transaction {
                 let written = inner.accounts.get(&(run, key.clone())).copied().unwrap_or(0);
                 let due = u64::from(outcome.state == RecordState::Done);

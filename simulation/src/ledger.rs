@@ -14,6 +14,8 @@ pub struct Ledger {
     pub rows: BTreeMap<RunId, Row>,
     pub ids: BTreeMap<String, RunId>,
     finals: BTreeMap<(RunId, RecordKey), Final>,
+    /// What variables were, in the order in which it was recorded, and under which claim.
+    pub values: BTreeMap<(RunId, RecordKey), Vec<(i64, String)>>,
     /// Failed attempts, by what is still open.
     pub failed: BTreeMap<(RunId, RecordKey), i32>,
     pub messages: BTreeMap<RunId, BTreeMap<i64, Message>>,
@@ -346,7 +348,8 @@ impl Ledger {
                 known.payload = payload;
                 return;
             }
-            Some(known) if known.op != OpKind::Value || record.op != OpKind::Value => {
+            // A variable without a key is overwritten.
+            Some(known) if known.op != OpKind::Value || record.op != OpKind::Value || !record.key.key.is_empty() => {
                 let same = known.claim == record.claim && known.payload == payload && known.state == record.state;
                 if !same {
                     let key = &record.key;
@@ -358,6 +361,15 @@ impl Ledger {
         }
         if record.state == RecordState::Pending {
             return;
+        }
+        if record.op == OpKind::Value {
+            let values = self.values.entry(place.clone()).or_default();
+            let value = (record.claim, payload.clone());
+            if values.last() == Some(&value) {
+                // Again.
+                return;
+            }
+            values.push(value);
         }
         if record.key.scope == Scope::Process && self.rows.get(&record.run).is_some_and(|row| row.cancelled) {
             wrong.push(format!("{} of {id} was recorded after the cancellation", record.key));

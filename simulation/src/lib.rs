@@ -13,6 +13,7 @@ pub mod report;
 pub mod seed;
 pub mod tally;
 pub mod transaction;
+pub mod values;
 pub mod world;
 
 pub use play::{Played, play};

@@ -8,8 +8,8 @@ pub const EVENTS: usize = 3;
 pub struct Program {
     /// What it does.
     pub nodes: Vec<Node>,
-    /// What it does in its compensation, if it fails or is cancelled: steps.
-    pub compensation: Vec<Step>,
+    /// What it does in its compensation, if it fails or is cancelled.
+    pub compensation: Vec<Undo>,
     /// Another process starts it, if any.
     pub child: bool,
 }
@@ -21,11 +21,7 @@ pub enum Node {
     /// It is dropped after so long, if it has not ended, and done again under its name. One operation alone.
     Dropped(Box<Node>, u64),
     Transaction(Step),
-    /// A value that is made once, and overwritten so many times.
-    Value {
-        name: String,
-        sets: u64,
-    },
+    Value(Value),
     Delay {
         name: String,
         ms: u64,
@@ -63,6 +59,31 @@ pub enum Together {
     All,
     Join,
     Unordered,
+}
+
+/// What is done in a compensation.
+#[derive(Clone, Debug)]
+pub enum Undo {
+    Step(Step),
+    Value(Value),
+    /// Gets what a variable of the process itself was last.
+    Recall(String),
+}
+
+/// What is done with a variable, that other nodes may use as well.
+#[derive(Clone, Debug)]
+pub struct Value {
+    pub name: String,
+    /// Under the key of the loop that it stands in: each key has a value of its own.
+    pub keyed: bool,
+    pub uses: Vec<Use>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Use {
+    Get,
+    /// Each sets another value.
+    Set(u64),
 }
 
 /// A step, or a transactional one.
@@ -134,7 +155,8 @@ fn receives(nodes: &[Node], times: u64, count: &mut [u64; EVENTS]) {
 
 fn results(nodes: &[Node]) -> usize {
     let of = |node: &Node| match node {
-        Node::Value { .. } => 0,
+        Node::Value(_) => 0,
+        Node::Dropped(node, _) => results(std::slice::from_ref(node)),
         Node::Child { awaited, .. } => 1 + usize::from(*awaited),
         Node::Both(_, branches) => branches.iter().map(|branch| results(branch)).sum(),
         Node::Loop { times, body } => *times as usize * results(body),

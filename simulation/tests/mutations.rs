@@ -39,6 +39,21 @@ fn a_retry_that_does_not_recognise_its_own_success() {
 }
 
 #[test]
+fn an_acknowledged_set_is_lost() {
+    noticed(Rule::SetWrites, 500);
+}
+
+#[test]
+fn get_returns_the_first_value_that_was_recorded() {
+    noticed(Rule::GetsLast, 500);
+}
+
+#[test]
+fn a_set_that_does_not_overwrite() {
+    noticed(Rule::SetOverwrites, 500);
+}
+
+#[test]
 fn a_wake_before_the_commit() {
     noticed(Rule::WakeAfterCommit, 500);
 }

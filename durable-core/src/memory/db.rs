@@ -244,6 +244,10 @@ impl Db {
                 (spawned.to_json(), Outcome::Spawned(spawned))
             }
         };
+        #[cfg(durable_mutations)]
+        if op.op == OpKind::Value && is_broken(Rule::SetOverwrites) && self.records.contains_key(&place) {
+            return outcome;
+        }
         let record = Record { op: op.op, state: op.state, payload, attempts: op.attempts, claim: op.claim };
         self.records.insert(place, record);
         if let Some(event) = op.takes.and_then(|number| self.events.get_mut(&(op.run, number))) {
