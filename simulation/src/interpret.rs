@@ -32,6 +32,12 @@ pub fn kind(index: usize) -> Definition<usize, Results> {
 /// What processes receive.
 pub const MESSAGES: [Event<String>; EVENTS] = [Event::new("E0"), Event::new("E1"), Event::new("E2")];
 
+/// What the body of a step fails with.
+const FAILED: &str = "failed";
+
+/// After which an attempt of a transaction is given up.
+const TRANSACTION_MS: u64 = 1_400;
+
 /// Why a program ends early.
 enum Stop {
     Cancelled(Cancelled),
@@ -55,6 +61,9 @@ pub async fn interpret(link: Arc<Link>, proc: Process, index: usize) -> Result<R
         results.sort();
         return Ok(results);
     };
+    if matches!(stop, Stop::Cancelled(_)) {
+        link.world.is_cancelled(player.proc.run());
+    }
     let compensating = Player::new(&link, player.proc.compensation(), Scope::Compensation);
     for undo in &program.compensation {
         let done = match undo {
@@ -202,7 +211,7 @@ impl Player {
         world.awake(host).await;
         world.mishap(host, Place::AfterEffect);
         world.awake(host).await;
-        if attempt.number() <= step.fails { Err("failed".into()) } else { Ok(self.value_of(&key)) }
+        if attempt.number() <= step.fails { Err(FAILED.into()) } else { Ok(self.value_of(&key)) }
     }
 
     async fn step(&self, step: &Step, key: Option<u64>) -> Done {
@@ -232,39 +241,51 @@ impl Player {
                 after(ms(step.takes)).await;
                 world.mishap(host, Place::BeforeCommit);
                 world.awake(host).await;
-                if call <= fails { Err("failed".to_owned()) } else { Ok(self.value_of(&key)) }
+                if call <= fails { Err(FAILED.to_owned()) } else { Ok(self.value_of(&key)) }
             }
         };
-        let made = Transaction::<Link, _, _>::new(&self.proc, name, statements).retry(retry(step)).timeout(ms(1_400));
+        let made =
+            Transaction::<Link, _, _>::new(&self.proc, name, statements).retry(retry(step)).timeout(ms(TRANSACTION_MS));
         let result = made.await;
-        // How often it was called is not how often it has failed: it may have been made again.
-        let step = Step { timeout: Some(0), ..step.clone() };
-        self.judge(OpKind::Transaction, &step, key.clone(), result)
+        self.judge(OpKind::Transaction, step, key.clone(), result)
     }
 
     fn judge(&self, op: OpKind, step: &Step, key: RecordKey, result: Result<String, StepError<String>>) -> Done {
-        let expected = if step.fails < step.attempts { Ok(self.value_of(&key)) } else { Err("failed") };
         let (text, succeeded) = match result {
-            Ok(value) => {
-                if step.timeout.is_none() && expected.as_ref() != Ok(&value) {
-                    self.link.world.wrong(format!("{key} of {} returned {value}", self.proc.id()));
-                }
-                (value, true)
-            }
-            Err(StepError::Failed(error)) => {
-                if step.timeout.is_none() && expected != Err(&error) {
-                    self.link.world.wrong(format!("{key} of {} failed: {error}", self.proc.id()));
-                }
-                (error, false)
-            }
             Err(StepError::Cancelled(cancelled)) => return Err(cancelled.into()),
-            Err(error) => (error.to_string(), false),
+            result => {
+                self.fits(op, step, &key, &result);
+                match result {
+                    Ok(value) => (value, true),
+                    Err(error) => (error.to_string(), false),
+                }
+            }
         };
         self.returned(op, key.clone(), text);
         if !succeeded && step.fatal {
             return Err(Stop::Failed(format!("{key} failed")));
         }
         Ok(())
+    }
+
+    /// A step returns only what its program lets it.
+    fn fits(&self, op: OpKind, step: &Step, key: &RecordKey, result: &Result<String, StepError<String>>) {
+        let world = &self.link.world;
+        // How often a transaction was called is not how often it has failed: it may have been made again.
+        let counted = op != OpKind::Transaction;
+        let fails = step.fails >= step.attempts;
+        let timeout = if counted { step.timeout } else { Some(TRANSACTION_MS) };
+        let fits = match result {
+            Ok(value) => *value == self.value_of(key) && !(counted && fails),
+            Err(StepError::Failed(error)) => error == FAILED && step.fails > 0 && (fails || !counted),
+            Err(StepError::TimedOut(after)) => {
+                timeout.map(ms) == Some(*after) && !(world.faultless && ms(step.takes) < *after)
+            }
+            Err(_) => false,
+        };
+        if !fits {
+            world.wrong(format!("{key} of {} returned {result:?}, and is {step:?}", self.proc.id()));
+        }
     }
 
     async fn value(&self, value: &Value, key: Option<u64>) -> Done {
@@ -368,9 +389,14 @@ impl Player {
                 Member::Step(step) => {
                     let name = name(&step.name, key);
                     let key = self.key(&name);
+                    let of = key.clone();
                     let made =
                         self.proc.step(name, move |attempt: Attempt| self.body(step, key.clone(), attempt, true));
-                    race.on(made.retry(retry(step)), |result| Ok((None, format!("{result:?}"))))
+                    race.on(made.retry(retry(step)), move |result| {
+                        // Its attempts have no time-out there.
+                        self.fits(OpKind::Step, &Step { timeout: None, ..step.clone() }, &of, &result);
+                        Ok((None, format!("{result:?}")))
+                    })
                 }
                 Member::Output(child) => {
                     let child = *child;

@@ -43,7 +43,7 @@ pub fn play(seed: u64, traced: bool) -> Played {
         let mut play = Play::new(seed, traced);
         play.storm().await;
         play.calm().await;
-        judge(&play.world, play.faultless);
+        judge(&play.world);
         play.world
     });
     drop(runtime);
@@ -73,8 +73,6 @@ struct Play {
     seed: Seed,
     world: Arc<World>,
     settings: Settings,
-    /// Nothing goes wrong at all.
-    faultless: bool,
     most_hosts: usize,
     hosts: Vec<(Place, JoinHandle<()>)>,
     /// Which of them run both kinds.
@@ -113,24 +111,15 @@ impl Play {
             hints: seed.permille(600),
             expiry,
         };
-        let world = Arc::new(World::new(seed.fork(), programs, odds, traced));
+        let world = Arc::new(World::new(seed.fork(), programs, odds, faultless, traced));
         let most_hosts = seed.between(1, 4) as usize;
-        Self {
-            seed,
-            world,
-            settings,
-            faultless,
-            most_hosts,
-            hosts: Vec::new(),
-            full: Vec::new(),
-            messages: 0,
-            started: 0,
-        }
+        Self { seed, world, settings, most_hosts, hosts: Vec::new(), full: Vec::new(), messages: 0, started: 0 }
     }
 
     /// Starts a host in a program of its own: for all kinds, or for some.
     fn start_host(&mut self, all: bool) {
-        let apart = if self.seed.permille(700) || self.faultless { 0 } else { self.seed.between(0, 7_200_000) as i64 };
+        let apart =
+            if self.seed.permille(700) || self.world.faultless { 0 } else { self.seed.between(0, 7_200_000) as i64 };
         let offset = TimeDelta::milliseconds(apart - if self.seed.permille(500) { 0 } else { apart * 2 });
         let host = {
             let mut inner = self.world.inner();
@@ -231,7 +220,7 @@ impl Play {
             350..600 => self.message(),
             600..680 => self.watch(),
             680..800 if others > 0 => self.start_host(false),
-            _ if self.faultless || alive.is_empty() => {}
+            _ if self.world.faultless || alive.is_empty() => {}
             800..840 => self.cancel(),
             840..870 => {
                 let host = *self.seed.one(&alive);
@@ -292,7 +281,7 @@ impl Play {
     fn call(&mut self, call: impl Future<Output = ()> + Send + 'static) {
         let world = self.world.clone();
         let patience =
-            (!self.faultless && !world.inner().calm && self.seed.permille(100)).then(|| ms(self.seed.ms(2_000)));
+            (!self.world.faultless && !world.inner().calm && self.seed.permille(100)).then(|| ms(self.seed.ms(2_000)));
         tokio::spawn(async move {
             match patience {
                 None => call.await,

@@ -121,6 +121,13 @@ impl Program {
         count
     }
 
+    /// The names of steps whose failure ends the process.
+    pub fn fatal(&self) -> Vec<&str> {
+        let mut names = Vec::new();
+        fatal(&self.nodes, &mut names);
+        names
+    }
+
     /// How many results it leaves if nothing ends it early.
     pub fn results(&self) -> usize {
         results(&self.nodes)
@@ -148,6 +155,18 @@ fn receives(nodes: &[Node], times: u64, count: &mut [u64; EVENTS]) {
             Node::Dropped(node, _) => receives(std::slice::from_ref(node), times, count),
             Node::Both(_, branches) => branches.iter().for_each(|branch| receives(branch, times, count)),
             Node::Loop { times: more, body } => receives(body, times * more, count),
+            _ => {}
+        }
+    }
+}
+
+fn fatal<'p>(nodes: &'p [Node], names: &mut Vec<&'p str>) {
+    for node in nodes {
+        match node {
+            Node::Step(step) | Node::Transaction(step) if step.fatal => names.push(&step.name),
+            Node::Dropped(node, _) => fatal(std::slice::from_ref(node), names),
+            Node::Both(_, branches) => branches.iter().for_each(|branch| fatal(branch, names)),
+            Node::Loop { body, .. } => fatal(body, names),
             _ => {}
         }
     }

@@ -27,6 +27,8 @@ const LONG: Duration = Duration::from_secs(120);
 pub struct World {
     pub memory: Memory,
     pub programs: Vec<Program>,
+    /// Nothing goes wrong at all.
+    pub faultless: bool,
     /// Something was written.
     pub wrote: Notify,
     /// A host died.
@@ -131,7 +133,7 @@ pub fn at_once<T>(future: impl Future<Output = T>) -> T {
 }
 
 impl World {
-    pub fn new(mut seed: Seed, programs: Vec<Program>, odds: Odds, traced: bool) -> Self {
+    pub fn new(mut seed: Seed, programs: Vec<Program>, odds: Odds, faultless: bool, traced: bool) -> Self {
         let beginning = DateTime::<Utc>::UNIX_EPOCH + TimeDelta::days(20_000);
         let inner = Inner {
             seed: seed.fork(),
@@ -151,6 +153,7 @@ impl World {
         Self {
             memory: Memory::starting_at(beginning),
             programs,
+            faultless,
             wrote: Notify::new(),
             died: Notify::new(),
             start: Instant::now(),
