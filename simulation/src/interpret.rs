@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::effects::{Attempted, TIMED_OUT};
+use crate::lateness::{Awaited, Waiting};
 use crate::link::{Link, after};
 use crate::program::{EVENTS, Member, Node, Step, Together, Undo, Use, Value};
 use crate::tally::Place;
@@ -55,6 +56,7 @@ type Done = Result<(), Stop>;
 /// Runs a program.
 pub async fn interpret(link: Arc<Link>, proc: Process, index: usize) -> Result<Results, Failure> {
     let program = link.world.programs[index].clone();
+    let _runs = link.world.waits(proc.run(), proc.execution(), Awaited::Runs);
     let player = Player::new(&link, proc, Scope::Process);
     let Err(stop) = player.nodes(&program.nodes, None).await else {
         let mut results = player.results.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -118,6 +120,10 @@ impl Player {
     fn returned(&self, op: OpKind, key: RecordKey, text: String) {
         self.results.lock().unwrap_or_else(PoisonError::into_inner).push((key.to_string(), text.clone()));
         self.link.world.returned(self.proc.run(), key, op, text);
+    }
+
+    fn waits(&self, what: Awaited) -> Waiting {
+        self.link.world.waits(self.proc.run(), self.proc.execution(), what)
     }
 
     fn nodes<'a>(&'a self, nodes: &'a [Node], key: Option<u64>) -> BoxFuture<'a, Done> {
@@ -319,6 +325,7 @@ impl Player {
     }
 
     async fn receive(&self, event: usize, timeout: Option<u64>) -> Done {
+        let _waits = self.waits(Awaited::Message(event));
         let receive = self.proc.event(MESSAGES[event]);
         let message = match timeout {
             Some(timeout) => receive.timeout(ms(timeout)).await?,
@@ -357,6 +364,7 @@ impl Player {
         };
         self.returned(OpKind::Spawn, key("+"), format!("{} {}", started.run(), started.existed()));
         if awaited {
+            let _waits = self.waits(Awaited::End(child));
             let text = self.ended(child, started.output(&self.proc).await)?;
             self.returned(OpKind::Output, key("="), text);
         }
@@ -377,6 +385,7 @@ impl Player {
     async fn race(&self, of: &str, members: &[Member], key: Option<u64>) -> Done {
         let name_of = name(of, key);
         let mut race = self.proc.race::<Result<(Option<usize>, String), Stop>>(name_of.clone());
+        let mut waits = Vec::new();
         for member in members {
             race = match member {
                 Member::Delay { name: of, ms: after } => {
@@ -384,6 +393,7 @@ impl Player {
                 }
                 Member::Receive(event) => {
                     let event = *event;
+                    waits.push(self.waits(Awaited::Message(event)));
                     race.on(self.proc.event(MESSAGES[event]), move |message| Ok((Some(event), message)))
                 }
                 Member::Step(step) => {
@@ -400,12 +410,14 @@ impl Player {
                 }
                 Member::Output(child) => {
                     let child = *child;
+                    waits.push(self.waits(Awaited::End(child)));
                     let output = self.proc.output(kind(child), format!("p{child}"));
                     race.on(output, move |output| self.ended(child, output).map(|text| (None, text)))
                 }
             };
         }
         let (event, text) = race.await??;
+        drop(waits);
         let key = self.key(&name_of);
         match event {
             None => self.returned(OpKind::Race, key, text),

@@ -33,7 +33,7 @@ pub fn judge(world: &World) {
         if stored.as_ref().map(|stored| stored.status) != Some(row.status) {
             wrong.push(format!("{} is {}, and stands as {stored:?}", row.id, row.status));
         }
-        if row.status == Status::Cancelled && !row.asked {
+        if row.status == Status::Cancelled && row.asked.is_none() {
             wrong.push(format!("{} was cancelled by nobody", row.id));
         }
         for (key, outcome) in inner.ledger.outcomes(run) {

@@ -6,6 +6,7 @@ use durable_core::storage::{
     Spawn, Status,
 };
 use std::collections::{BTreeMap, BTreeSet};
+use tokio::time::Instant;
 
 /// What is known.
 #[derive(Default)]
@@ -36,8 +37,10 @@ pub struct Row {
     pub status: Status,
     pub output: Option<String>,
     pub reason: Option<String>,
-    /// Somebody asked it to cancel.
-    pub asked: bool,
+    /// When it ended.
+    pub ended: Option<Instant>,
+    /// When somebody asked it to cancel.
+    pub asked: Option<Instant>,
     /// Its owner has recorded that.
     pub cancelled: bool,
 }
@@ -55,7 +58,9 @@ pub struct Message {
     pub event: String,
     pub payload: String,
     id: String,
-    taken: Option<RecordKey>,
+    /// When it came.
+    pub at: Instant,
+    pub taken: Option<RecordKey>,
 }
 
 type Violations = Vec<String>;
@@ -153,7 +158,7 @@ impl Ledger {
                 self.check_owner(me, *run, *claim, "a cancellation", wrong);
                 if let Some(row) = self.rows.get_mut(run) {
                     row.cancelled = true;
-                    if !row.asked {
+                    if row.asked.is_none() {
                         wrong.push(format!("{} was cancelled, and nobody had asked", row.id));
                     }
                 }
@@ -164,6 +169,7 @@ impl Ledger {
                     return;
                 }
                 row.status = finish.status;
+                row.ended = Some(Instant::now());
                 row.output = finish.output.as_deref().map(str::to_owned);
                 row.reason = finish.reason.as_deref().map(str::to_owned);
                 if finish.status == Status::Stuck {
@@ -197,8 +203,9 @@ impl Ledger {
             }
             (Op::Cancel { id }, Outcome::Asked { before: Some((run, status)), .. }) if !status.is_finished() => {
                 if let Some(row) = self.rows.get_mut(run) {
-                    row.asked = true;
+                    row.asked.get_or_insert_with(Instant::now);
                     if row.claim == 0 && row.owner.is_none() {
+                        row.ended = Some(Instant::now());
                         row.status = Status::Cancelled;
                     }
                 } else {
@@ -263,7 +270,8 @@ impl Ledger {
             status: if spawn.take { Status::Running } else { Status::Waiting },
             output: None,
             reason: None,
-            asked: false,
+            ended: None,
+            asked: None,
             cancelled: false,
         };
         self.rows.insert(run, row);
@@ -288,7 +296,8 @@ impl Ledger {
         if finished {
             wrong.push(format!("message {number} was put into {}, which had ended", self.id(run)));
         }
-        let message = Message { event: event.into(), payload: payload.into(), id: id.into(), taken: None };
+        let message =
+            Message { event: event.into(), payload: payload.into(), id: id.into(), at: Instant::now(), taken: None };
         self.messages.entry(run).or_default().insert(number, message);
     }
 

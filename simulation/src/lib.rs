@@ -5,6 +5,7 @@ pub mod draw;
 pub mod effects;
 pub mod interpret;
 pub mod judge;
+pub mod lateness;
 pub mod ledger;
 pub mod link;
 pub mod play;

@@ -11,6 +11,7 @@ use crate::draw;
 use crate::effects::Sent;
 use crate::interpret::{MESSAGES, interpret, kind};
 use crate::judge::{judge, unfinished};
+use crate::lateness::Lateness;
 use crate::link::Link;
 use crate::program::EVENTS;
 use crate::seed::Seed;
@@ -29,6 +30,9 @@ pub struct Played {
 
 /// So long after the last fault everything must have finished.
 const PATIENCE: Duration = Duration::from_secs(1_200);
+
+/// More than a seed needs, of places in memory and in a batch.
+const ROOM: usize = 1_000;
 
 /// Plays a seed from its beginning to its end.
 ///
@@ -99,11 +103,12 @@ impl Play {
             expiry,
             quiet: ms(seed.between(20, 3_000)),
             poll: ms(seed.between(100, 3_000)),
-            processes: if !room { seed.between(1, 4) as usize } else { 1_000 },
-            operations: if seed.permille(200) { seed.between(1, 4) as usize } else { 1_000 },
+            processes: if room { ROOM } else { seed.between(1, 4) as usize },
+            operations: if seed.permille(200) { seed.between(1, 4) as usize } else { ROOM },
         };
         let programs = draw::programs(&mut seed.fork(), room);
         let odds = Odds {
+            faultless,
             fault: if faultless { 0 } else { *seed.one(&[0, 10, 40, 100, 250]) },
             deaths: seed.below(6),
             latency: *seed.one(&[0, 1, 3, 30, 200]),
@@ -111,7 +116,13 @@ impl Play {
             hints: seed.permille(600),
             expiry,
         };
-        let world = Arc::new(World::new(seed.fork(), programs, odds, faultless, traced));
+        // A look, what is between it and the process's code, and something to spare: far below what heals by itself.
+        let round_trips = ms(odds.latency * 8);
+        let bound = settings.poll + round_trips + ms(4_000);
+        let grace = expiry + settings.heartbeat * 3 + round_trips + ms(3_000);
+        // Where there is no room, what is due may have to wait for some.
+        let lateness = Lateness::new((room && settings.operations == ROOM).then_some(bound), grace);
+        let world = Arc::new(World::new(seed.fork(), programs, odds, lateness, traced));
         let most_hosts = seed.between(1, 4) as usize;
         Self { seed, world, settings, most_hosts, hosts: Vec::new(), full: Vec::new(), messages: 0, started: 0 }
     }
@@ -208,8 +219,21 @@ impl Play {
             let world = self.world.clone();
             let _ = timeout(pause, world.died.notified()).await;
             self.reap();
+            self.look();
             self.act();
         }
+    }
+
+    /// Looks at what is late. Where no host runs all kinds, something may wait for one.
+    fn look(&self) {
+        let ready = self.alive().into_iter().any(|host| {
+            let started = self.hosts[host].0.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+            started && self.full[host] && !self.world.inner().hosts[host].stopping
+        });
+        if !ready {
+            self.world.trouble(Duration::ZERO);
+        }
+        self.world.prompt();
     }
 
     fn act(&mut self) {
@@ -254,6 +278,8 @@ impl Play {
                 self.world.say(|_| format!("the storage's clock jumps by {} ms", by.num_milliseconds()));
                 self.world.inner().tally.hit(Fault::Clock, &[]);
                 self.world.memory.jump(by);
+                // Who waits in memory for a time looks at the clock again so soon.
+                self.world.trouble(ms(30_000));
             }
             _ => {}
         }
@@ -267,6 +293,8 @@ impl Play {
         let Some(ending) = ending else { return };
         self.world.inner().tally.hit(Fault::Shutdown, &[]);
         self.world.say(|_| format!("host {host} is to shut down"));
+        self.world.inner().hosts[host].stopping = true;
+        self.world.trouble(grace);
         let world = self.world.clone();
         tokio::spawn(async move {
             ending.shutdown(grace).await;
@@ -382,7 +410,7 @@ impl Play {
             let result = handle.cancel().await;
             world.say(|_| format!("the cancellation of {id}: {result:?}"));
             let inner = world.inner();
-            let asked = inner.ledger.ids.get(&id).is_some_and(|run| inner.ledger.rows[run].asked);
+            let asked = inner.ledger.ids.get(&id).is_some_and(|run| inner.ledger.rows[run].asked.is_some());
             drop(inner);
             match result {
                 Ok(()) if !asked => world.wrong(format!("{id} was asked to cancel, and has not been")),
@@ -421,6 +449,7 @@ impl Play {
                 self.start_host(true);
             }
             sleep(ms(1_000)).await;
+            self.look();
             let missing = (0..roots).find(|index| !self.world.inner().ledger.ids.contains_key(&format!("p{index}")));
             if let Some(missing) = missing {
                 self.started = missing;

@@ -1,5 +1,7 @@
 //! What a process does: a program, that one durable function interprets.
 
+use crate::interpret::MESSAGES;
+
 /// How many events there are.
 pub const EVENTS: usize = 3;
 
@@ -121,6 +123,13 @@ impl Program {
         count
     }
 
+    /// The events of whose messages a race takes one, by their names, if its timer leaves it at least so long.
+    pub fn races(&self, name: &str, ms: u64) -> Vec<&'static str> {
+        let mut events = Vec::new();
+        races(&self.nodes, name, ms, &mut events);
+        events
+    }
+
     /// The names of steps whose failure ends the process.
     pub fn fatal(&self) -> Vec<&str> {
         let mut names = Vec::new();
@@ -155,6 +164,28 @@ fn receives(nodes: &[Node], times: u64, count: &mut [u64; EVENTS]) {
             Node::Dropped(node, _) => receives(std::slice::from_ref(node), times, count),
             Node::Both(_, branches) => branches.iter().for_each(|branch| receives(branch, times, count)),
             Node::Loop { times: more, body } => receives(body, times * more, count),
+            _ => {}
+        }
+    }
+}
+
+fn races(nodes: &[Node], of: &str, least: u64, events: &mut Vec<&'static str>) {
+    for node in nodes {
+        match node {
+            Node::Race { name, members } if name == of => {
+                let soon = |member: &Member| matches!(member, Member::Delay { ms, .. } if *ms < least);
+                if members.iter().any(soon) {
+                    continue;
+                }
+                let event = |member: &Member| match member {
+                    Member::Receive(event) => Some(MESSAGES[*event].name()),
+                    _ => None,
+                };
+                events.extend(members.iter().filter_map(event));
+            }
+            Node::Dropped(node, _) => races(std::slice::from_ref(node), of, least, events),
+            Node::Both(_, branches) => branches.iter().for_each(|branch| races(branch, of, least, events)),
+            Node::Loop { body, .. } => races(body, of, least, events),
             _ => {}
         }
     }

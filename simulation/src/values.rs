@@ -17,24 +17,24 @@ pub enum Valued {
 impl World {
     /// An execution of a run, under this claim, was told this of a variable.
     ///
-    /// It sees whatever was recorded under its own claim or an earlier one: those before it were loaded with it, and the
-    /// uses of one variable come one after the other. What a later execution has recorded it need not know.
+    /// It has seen whatever was recorded under its own claim or an earlier one, since the uses of one variable come one after
+    /// the other. It may have seen more, if it was taken from its host before that had read its records.
     pub fn valued(&self, run: RunId, claim: i64, key: &RecordKey, valued: Valued) {
         let wrong = {
             let inner = self.inner();
-            let values = inner.ledger.values.get(&(run, key.clone()));
-            let last = values.and_then(|values| values.iter().rev().find(|(by, _)| *by <= claim));
-            let fits = match (valued, last) {
-                (Valued::Got(got), Some((_, last))) => got.to_string() == *last,
-                // Who waits for the set has not been told of anything else under this claim since; with a key, the first one
-                // that was written stays.
-                (Valued::Set(to), Some((by, last))) => !key.key.is_empty() || *by == claim && to.to_string() == *last,
-                (Valued::Cancelled, last) => last.is_none(),
-                (_, None) => false,
+            let values = inner.ledger.values.get(&(run, key.clone())).map_or(&[][..], |values| values);
+            let seen = values.iter().rposition(|(by, _)| *by <= claim);
+            let newest = &values[seen.unwrap_or(0)..];
+            let fits = match valued {
+                Valued::Got(got) => newest.iter().any(|(_, value)| *value == got.to_string()),
+                // With a key, the first one that was written stays.
+                Valued::Set(_) if !key.key.is_empty() => !newest.is_empty(),
+                Valued::Set(to) => newest.first().is_some_and(|(by, value)| *by == claim && *value == to.to_string()),
+                Valued::Cancelled => seen.is_none(),
             };
             let id = inner.ledger.id(run);
             (!fits).then(|| {
-                format!("{key} of {id} under claim {claim}: {valued:?}, and what was recorded last is {last:?}")
+                format!("{key} of {id} under claim {claim}: {valued:?}, and what was recorded last is {newest:?}")
             })
         };
         self.say(|inner| format!("{key} of {}: {valued:?}", inner.ledger.id(run)));

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::effects::Effects;
+use crate::lateness::Lateness;
 use crate::ledger::Ledger;
 use crate::program::Program;
 use crate::seed::Seed;
@@ -44,6 +45,7 @@ pub struct Inner {
     pub ledger: Ledger,
     pub effects: Effects,
     pub tally: Tally,
+    pub lateness: Lateness,
     pub hosts: Vec<Machine>,
     /// What transactional steps have written.
     pub accounts: BTreeMap<(RunId, RecordKey), u64>,
@@ -70,6 +72,8 @@ struct Outage {
 pub struct Odds {
     /// So many calls in ten thousand go wrong.
     pub fault: u64,
+    /// Nothing goes wrong at all.
+    pub faultless: bool,
     /// At most so many hosts die by a fault.
     pub deaths: u64,
     /// A call may take so many milliseconds each way.
@@ -85,6 +89,8 @@ pub struct Odds {
 #[derive(Default)]
 pub struct Machine {
     pub alive: bool,
+    /// It is to shut down.
+    pub stopping: bool,
     pub paused: Option<Instant>,
     pub cut: Option<Instant>,
     /// When the last heartbeat that was acknowledged was sent.
@@ -133,14 +139,16 @@ pub fn at_once<T>(future: impl Future<Output = T>) -> T {
 }
 
 impl World {
-    pub fn new(mut seed: Seed, programs: Vec<Program>, odds: Odds, faultless: bool, traced: bool) -> Self {
+    pub fn new(mut seed: Seed, programs: Vec<Program>, odds: Odds, lateness: Lateness, traced: bool) -> Self {
         let beginning = DateTime::<Utc>::UNIX_EPOCH + TimeDelta::days(20_000);
+        let faultless = odds.faultless;
         let inner = Inner {
             seed: seed.fork(),
             odds,
             ledger: Ledger::default(),
             effects: Effects::default(),
             tally: Tally::default(),
+            lateness,
             hosts: Vec::new(),
             accounts: BTreeMap::new(),
             commits: BTreeMap::new(),
@@ -250,6 +258,7 @@ impl World {
             _ if seed.permille(500) => fate.arrival = ms(seed.ms(15_000)),
             _ => fate.answer = ms(seed.ms(15_000)),
         }
+        inner.lateness.trouble(now + fate.arrival + fate.answer);
         inner.tally.hit(fault, places);
         fate
     }
@@ -277,7 +286,10 @@ impl World {
             None => {}
             Some(Blow::Pause(pause)) => {
                 self.say(|_| format!("host {host} is paused for {} ms", pause.as_millis()));
-                self.inner().hosts[host].paused = Some(Instant::now() + pause);
+                let until = Instant::now() + pause;
+                let mut inner = self.inner();
+                inner.hosts[host].paused = Some(until);
+                inner.lateness.trouble(until);
             }
             Some(Blow::Kill) => self.kill(host),
         }
@@ -289,6 +301,7 @@ impl World {
         let hearts = {
             let mut inner = self.inner();
             inner.deaths += 1;
+            inner.lateness.trouble(Instant::now());
             let machine = &mut inner.hosts[host];
             machine.alive = false;
             let hearts = std::mem::take(&mut machine.hearts);
@@ -304,6 +317,7 @@ impl World {
         self.say(|_| format!("host {host} has shut down"));
         let mut inner = self.inner();
         inner.hosts[host].alive = false;
+        inner.lateness.trouble(Instant::now());
         inner.effects.host_gone(host);
     }
 
@@ -323,7 +337,9 @@ impl World {
         self.say(|_| format!("host {host} is cut off for {} ms", time.as_millis()));
         let mut inner = self.inner();
         inner.tally.hit(Fault::Cut, &[]);
-        inner.hosts[host].cut = Some(Instant::now() + time);
+        let until = Instant::now() + time;
+        inner.hosts[host].cut = Some(until);
+        inner.lateness.trouble(until);
     }
 
     /// Nobody reaches the storage for a while.
@@ -333,6 +349,7 @@ impl World {
         inner.tally.hit(Fault::Away, &[]);
         let since = Instant::now();
         inner.away = Some(Outage { since, until: since + time });
+        inner.lateness.trouble(since + time);
     }
 
     /// Whether nobody reaches the storage now. An outage that was long is counted once it is over.
@@ -354,6 +371,7 @@ impl World {
         self.say(|_| "nothing goes wrong any more".into());
         let mut inner = self.inner();
         inner.calm = true;
+        inner.lateness.trouble(Instant::now());
         for machine in &mut inner.hosts {
             machine.cut = None;
             // Whoever waits for its end looks again then.
@@ -369,6 +387,7 @@ impl World {
             told.into_iter().for_each(|line| self.say(|_| line));
         }
         if let Ok(outcomes) = &result {
+            self.timers(batch, outcomes);
             let wrong = self.inner().ledger.committed(batch, outcomes);
             wrong.into_iter().for_each(|wrong| self.wrong(wrong));
             self.wrote.notify_waiters();
