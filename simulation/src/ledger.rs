@@ -41,6 +41,8 @@ pub struct Row {
     pub ended: Option<Instant>,
     /// When somebody asked it to cancel.
     pub asked: Option<Instant>,
+    /// The newest claim under which it was parked.
+    pub parked: i64,
     /// Its owner has recorded that.
     pub cancelled: bool,
 }
@@ -199,7 +201,11 @@ impl Ledger {
                 self.disown(park.run);
                 if let Some(row) = self.rows.get_mut(&park.run) {
                     row.status = Status::Waiting;
+                    row.parked = park.claim;
                 }
+            }
+            (op, Outcome::Lost) if self.has_done(me, op) => {
+                wrong.push(format!("{me} is said to have lost what it has done before: {op:?}"));
             }
             (Op::Cancel { id }, Outcome::Asked { before: Some((run, status)), .. }) if !status.is_finished() => {
                 if let Some(row) = self.rows.get_mut(run) {
@@ -251,6 +257,9 @@ impl Ledger {
     }
 
     fn spawned(&mut self, me: InstanceId, spawn: &Spawn, run: RunId, existed: bool, wrong: &mut Violations) {
+        if existed && run == spawn.run {
+            wrong.push(format!("{} is said to have existed, and this very start has started it", spawn.id));
+        }
         if existed || self.rows.contains_key(&run) {
             if !self.rows.contains_key(&run) {
                 wrong.push(format!("{} is said to exist, and was never started", spawn.id));
@@ -272,6 +281,7 @@ impl Ledger {
             reason: None,
             ended: None,
             asked: None,
+            parked: 0,
             cancelled: false,
         };
         self.rows.insert(run, row);
@@ -324,6 +334,25 @@ impl Ledger {
             _ => record.payload.to_string(),
         };
         self.noted(record, payload, wrong);
+    }
+
+    /// Whether an earlier attempt of this instance's has done the same.
+    fn has_done(&self, me: InstanceId, op: &Op) -> bool {
+        let mine = |run, claim| self.executes(run, claim) == Some(me);
+        match op {
+            Op::Finish(end) => self.rows.get(&end.run).is_some_and(|row| {
+                row.owner.is_none() && row.claim == end.claim && row.status == end.status && mine(end.run, end.claim)
+            }),
+            Op::Park(park) => {
+                self.rows.get(&park.run).is_some_and(|row| row.parked >= park.claim) && mine(park.run, park.claim)
+            }
+            Op::Record(record) => {
+                let known = self.outcome(record.run, &record.key);
+                known.is_some_and(|known| known.claim == record.claim && known.state == record.state)
+                    && mine(record.run, record.claim)
+            }
+            _ => false,
+        }
     }
 
     /// Whether an earlier attempt of this instance's has written the record already; in its batch the run may have been

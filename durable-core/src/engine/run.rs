@@ -373,6 +373,8 @@ impl State {
         match (scope, self.cancel) {
             (Scope::Compensation, _) | (_, Cancel::No) => Some(false),
             (_, Cancel::Recorded) => Some(true),
+            #[cfg(durable_mutations)]
+            _ if is_broken(Rule::CancelStands) => Some(false),
             _ => None,
         }
     }
