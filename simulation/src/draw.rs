@@ -7,7 +7,7 @@ use crate::seed::Seed;
 pub const MOST: u64 = 9;
 
 /// The variables of a process: few, so that its nodes meet in them.
-const VARIABLES: [&str; 2] = ["v1", "v2"];
+pub const VARIABLES: [&str; 2] = ["v1", "v2"];
 
 /// The programs of a seed. Where there is little room in memory, none may hold a waker of its own while it waits: it would
 /// never leave.

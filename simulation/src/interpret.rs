@@ -15,7 +15,7 @@ use crate::effects::{Attempted, TIMED_OUT};
 use crate::lateness::{Awaited, Waiting};
 use crate::link::{Link, after};
 use crate::program::{EVENTS, Member, Node, Step, Together, Undo, Use, Value};
-use crate::tally::Place;
+use crate::tally::{Fault, Place, Sight};
 use crate::transaction::Writes;
 use crate::values::Valued;
 
@@ -66,6 +66,7 @@ pub async fn interpret(link: Arc<Link>, proc: Process, index: usize) -> Result<R
     if matches!(stop, Stop::Cancelled(_)) {
         link.world.is_cancelled(player.proc.run());
     }
+    link.world.saw(Sight::Compensated);
     let compensating = Player::new(&link, player.proc.compensation(), Scope::Compensation);
     for undo in &program.compensation {
         let done = match undo {
@@ -136,12 +137,16 @@ impl Player {
     }
 
     async fn node(&self, node: &Node, key: Option<u64>) -> Done {
+        self.link.world.saw(node.sight());
         match node {
             Node::Step(step) => self.step(step, key).await,
             Node::Dropped(node, after) => {
                 match tokio::time::timeout(ms(*after), Box::pin(self.node(node, key))).await {
                     Ok(done) => done,
-                    Err(_) => Box::pin(self.node(node, key)).await,
+                    Err(_) => {
+                        self.link.world.inner().tally.hit(Fault::OperationDropped, &[]);
+                        Box::pin(self.node(node, key)).await
+                    }
                 }
             }
             Node::Transaction(step) => self.transaction(step, key).await,
@@ -339,7 +344,10 @@ impl Player {
     fn received(&self, event: usize, message: Option<String>) {
         let world = &self.link.world;
         let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = message.unwrap_or_else(|| TIMED_OUT.into());
+        let text = message.unwrap_or_else(|| {
+            world.saw(Sight::GaveUp);
+            TIMED_OUT.into()
+        });
         let place = format!("{}/", MESSAGES[event].name());
         let before = results.iter().filter(|(name, _)| name.starts_with(&place)).count();
         results.push((format!("{place}{before}"), text.clone()));

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::interpret::MESSAGES;
 use crate::program::Program;
+use crate::tally::Sight;
 use crate::world::{Inner, World, at_once};
 
 /// How soon what is due must be taken, and what is known of that.
@@ -138,6 +139,7 @@ impl World {
                 lateness.idle.clear();
                 return;
             }
+            inner.tally.saw(Sight::Quiet);
             at_once(self.memory.list("default", &Filter { limit: 1_000, ..Default::default() })).unwrap_or_default()
         };
         let now = self.storage_now();
@@ -244,7 +246,7 @@ fn waits_too_long(inner: &Inner, row: &ProcessRow, now: DateTime<Utc>) -> Option
     if let Some(late) = idle.and_then(|since| lateness.late(*since)) {
         return Some(format!("{id} is owned by {:?}, which does not run it: {late:?} too long", row.owner));
     }
-    let asked = inner.ledger.rows.get(&row.run).filter(|row| !row.cancelled)?.asked;
-    let late = asked.and_then(|asked| lateness.late(asked));
+    let known = inner.ledger.rows.get(&row.run).filter(|row| !row.cancelled)?;
+    let late = known.asked.and_then(|asked| lateness.late(asked.max(known.claimed)));
     late.map(|late| format!("{id} was asked to cancel, and has not accepted it: {late:?} too long"))
 }

@@ -8,6 +8,9 @@ use durable_core::storage::{
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::time::Instant;
 
+use crate::mailbox::Message;
+use crate::tally::Sight;
+
 /// What is known.
 #[derive(Default)]
 pub struct Ledger {
@@ -19,7 +22,13 @@ pub struct Ledger {
     pub values: BTreeMap<(RunId, RecordKey), Vec<(i64, String)>>,
     /// Failed attempts, by what is still open.
     pub failed: BTreeMap<(RunId, RecordKey), i32>,
+    /// The newest record of what is open, and its claim.
+    pending: BTreeMap<(RunId, RecordKey), (i64, Box<str>)>,
     pub messages: BTreeMap<RunId, BTreeMap<i64, Message>>,
+    /// What was claimed under a claim that its instance has not been told of.
+    pub untold: BTreeSet<(RunId, i64)>,
+    /// What has been seen, and not been counted.
+    pub seen: Vec<Sight>,
     /// Who owned a run under which claim.
     claims: BTreeMap<(RunId, i64), InstanceId>,
 }
@@ -37,6 +46,8 @@ pub struct Row {
     pub status: Status,
     pub output: Option<String>,
     pub reason: Option<String>,
+    /// When it was claimed last.
+    pub claimed: Instant,
     /// When it ended.
     pub ended: Option<Instant>,
     /// When somebody asked it to cancel.
@@ -55,17 +66,15 @@ pub struct Final {
     pub claim: i64,
 }
 
-/// A message that is in a mailbox.
-pub struct Message {
-    pub event: String,
-    pub payload: String,
-    id: String,
-    /// When it came.
-    pub at: Instant,
-    pub taken: Option<RecordKey>,
+impl Final {
+    /// Whether it is this very record: a variable is set more than once under one claim.
+    fn is(&self, record: &RecordOp) -> bool {
+        let same = record.op != OpKind::Value || self.payload == *record.payload;
+        same && self.claim == record.claim && self.state == record.state
+    }
 }
 
-type Violations = Vec<String>;
+pub type Violations = Vec<String>;
 
 impl Ledger {
     pub fn enlisted(&mut self, instance: InstanceId) {
@@ -159,6 +168,9 @@ impl Ledger {
             (Op::AcceptCancel { run, claim }, Outcome::Recorded) => {
                 self.check_owner(me, *run, *claim, "a cancellation", wrong);
                 if let Some(row) = self.rows.get_mut(run) {
+                    if !row.cancelled {
+                        self.seen.push(Sight::Accepted);
+                    }
                     row.cancelled = true;
                     if row.asked.is_none() {
                         wrong.push(format!("{} was cancelled, and nobody had asked", row.id));
@@ -168,8 +180,15 @@ impl Ledger {
             (Op::Finish(finish), Outcome::Finished { .. }) => {
                 let Some(row) = self.rows.get_mut(&finish.run) else { return };
                 if row.owner.is_none() && row.status == finish.status && row.claim == finish.claim {
+                    self.seen.push(Sight::OwnEnd);
                     return;
                 }
+                self.seen.extend(match finish.status {
+                    Status::Completed => Some(Sight::Completed),
+                    Status::Cancelled => Some(Sight::Cancelled),
+                    Status::Failed => Some(Sight::Failed),
+                    _ => None,
+                });
                 row.status = finish.status;
                 row.ended = Some(Instant::now());
                 row.output = finish.output.as_deref().map(str::to_owned);
@@ -183,9 +202,11 @@ impl Ledger {
                 self.check_owner(me, finish.run, finish.claim, "an end", wrong);
                 self.disown(finish.run);
             }
+            (Op::Park(_), Outcome::Signalled(_)) => self.seen.push(Sight::NotParked),
             (Op::Park(park), Outcome::Recorded) => {
                 if self.rows.get(&park.run).is_none_or(|row| row.owner.is_none() || row.claim > park.claim) {
                     // Again.
+                    self.seen.push(Sight::OwnPark);
                     return;
                 }
                 self.check_owner(me, park.run, park.claim, "a park", wrong);
@@ -211,6 +232,7 @@ impl Ledger {
                 if let Some(row) = self.rows.get_mut(run) {
                     row.asked.get_or_insert_with(Instant::now);
                     if row.claim == 0 && row.owner.is_none() {
+                        self.seen.push(Sight::Unrun);
                         row.ended = Some(Instant::now());
                         row.status = Status::Cancelled;
                     }
@@ -229,8 +251,10 @@ impl Ledger {
                     }
                     row.owner = Some(me);
                     row.claim = claimed.claim;
+                    row.claimed = Instant::now();
                     row.status = Status::Running;
                     self.claims.insert((claimed.run, claimed.claim), me);
+                    self.untold.insert((claimed.run, claimed.claim));
                 }
             }
             _ => {}
@@ -260,6 +284,9 @@ impl Ledger {
         if existed && run == spawn.run {
             wrong.push(format!("{} is said to have existed, and this very start has started it", spawn.id));
         }
+        if !existed && self.rows.contains_key(&run) {
+            self.seen.push(Sight::OwnStart);
+        }
         if existed || self.rows.contains_key(&run) {
             if !self.rows.contains_key(&run) {
                 wrong.push(format!("{} is said to exist, and was never started", spawn.id));
@@ -279,6 +306,7 @@ impl Ledger {
             status: if spawn.take { Status::Running } else { Status::Waiting },
             output: None,
             reason: None,
+            claimed: Instant::now(),
             ended: None,
             asked: None,
             parked: 0,
@@ -287,32 +315,10 @@ impl Ledger {
         self.rows.insert(run, row);
     }
 
-    fn raised(&mut self, event: &str, id: &str, payload: &str, raised: Raised, wrong: &mut Violations) {
-        let Raised::Delivered { run, number, .. } = raised else { return };
-        let finished = self.rows.get(&run).is_some_and(|row| row.status.is_finished());
-        let messages = self.messages.entry(run).or_default();
-        if let Some(known) = messages.get(&number) {
-            if known.id != id {
-                wrong.push(format!("message {number} of {run} is {id}, and was {}", known.id));
-            }
-            return;
-        }
-        if let Some((first, _)) = messages.iter().find(|(_, message)| message.id == id) {
-            wrong.push(format!("the message {id} was put in twice: as {first} and as {number}"));
-        }
-        if messages.keys().last().is_some_and(|last| *last > number) {
-            wrong.push(format!("message {number} of {run} comes behind later ones"));
-        }
-        if finished {
-            wrong.push(format!("message {number} was put into {}, which had ended", self.id(run)));
-        }
-        let message =
-            Message { event: event.into(), payload: payload.into(), id: id.into(), at: Instant::now(), taken: None };
-        self.messages.entry(run).or_default().insert(number, message);
-    }
-
     fn recorded(&mut self, me: InstanceId, record: &RecordOp, outcome: &Outcome, wrong: &mut Violations) {
-        if !self.stood(me, record) {
+        if self.stood(me, record) {
+            self.seen.push(Sight::OwnRecord);
+        } else {
             self.check_owner(me, record.run, record.claim, "a record", wrong);
         }
         // A storage that was told so does not look for it, and has an error to show for it.
@@ -348,8 +354,7 @@ impl Ledger {
             }
             Op::Record(record) => {
                 let known = self.outcome(record.run, &record.key);
-                known.is_some_and(|known| known.claim == record.claim && known.state == record.state)
-                    && mine(record.run, record.claim)
+                known.is_some_and(|known| known.is(record)) && mine(record.run, record.claim)
             }
             _ => false,
         }
@@ -360,8 +365,8 @@ impl Ledger {
     fn stood(&self, me: InstanceId, record: &RecordOp) -> bool {
         let place = (record.run, record.key.clone());
         let stood = match self.finals.get(&place) {
-            Some(known) => known.claim == record.claim && known.state == record.state,
-            None => record.state == RecordState::Pending && self.failed.contains_key(&place),
+            Some(known) => known.is(record),
+            None => record.state == RecordState::Pending && self.pending.get(&place) == Some(&as_pending(record)),
         };
         stood && self.executes(record.run, record.claim) == Some(me)
     }
@@ -375,6 +380,7 @@ impl Ledger {
         }
         if record.state == RecordState::Pending {
             self.failed.insert(place.clone(), record.attempts);
+            self.pending.insert(place.clone(), as_pending(record));
         }
         match self.finals.get_mut(&place) {
             // Sent again, a message that nobody was there to take is judged anew; nobody has been told of it yet.
@@ -416,44 +422,14 @@ impl Ledger {
         self.finals.insert(place, outcome);
     }
 
-    fn taken(&mut self, run: RunId, number: i64, key: &RecordKey, wrong: &mut Violations) {
-        let id = self.id(run).to_owned();
-        let messages = self.messages.entry(run).or_default();
-        let Some(message) = messages.get(&number) else {
-            wrong.push(format!("{key} of {id} takes message {number}, which there is not"));
-            return;
-        };
-        match &message.taken {
-            Some(other) if other == key => return,
-            Some(other) => wrong.push(format!("{key} of {id} takes message {number}, which {other} has taken")),
-            None => {}
-        }
-        let event = message.event.clone();
-        let earlier =
-            messages.iter().find(|(at, other)| **at < number && other.event == event && other.taken.is_none());
-        if let Some((earlier, _)) = earlier {
-            wrong.push(format!("{key} of {id} takes message {number}, and {earlier} comes first"));
-        }
-        if let Some(message) = messages.get_mut(&number) {
-            message.taken = Some(key.clone());
-        }
-    }
-
-    /// In how many mailboxes a message with this payload is, counted with repetitions.
-    pub fn copies(&self, payload: &str) -> usize {
-        self.messages.values().flat_map(BTreeMap::values).filter(|message| message.payload == payload).count()
-    }
-
-    /// How many messages of an event a process was sent.
-    pub fn sent(&self, id: &str, event: &str) -> u64 {
-        let messages = self.ids.get(id).and_then(|run| self.messages.get(run));
-        messages.map_or(0, |messages| messages.values().filter(|message| message.event == event).count() as u64)
-    }
-
     /// The processes that have not ended.
     pub fn unfinished(&self) -> BTreeSet<&str> {
         self.rows.values().filter(|row| !row.status.is_finished()).map(|row| row.id.as_str()).collect()
     }
+}
+
+fn as_pending(record: &RecordOp) -> (i64, Box<str>) {
+    (record.claim, record.payload.clone())
 }
 
 /// The order in which kinds of operations take effect: that of the variants, effects with the starts and messages.

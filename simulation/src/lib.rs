@@ -1,13 +1,16 @@
 //! Schedules from a seed, and an oracle that knows what may come of them. See `ARCHITECTURE.md`.
 #![allow(missing_docs)]
 
+pub mod clients;
 pub mod draw;
 pub mod effects;
+pub mod fault;
 pub mod interpret;
 pub mod judge;
 pub mod lateness;
 pub mod ledger;
 pub mod link;
+pub mod mailbox;
 pub mod play;
 pub mod program;
 pub mod report;

@@ -1,6 +1,7 @@
 //! What a process does: a program, that one durable function interprets.
 
 use crate::interpret::MESSAGES;
+use crate::tally::Sight;
 
 /// How many events there are.
 pub const EVENTS: usize = 3;
@@ -113,6 +114,27 @@ pub enum Member {
     Delay { name: String, ms: u64 },
     Receive(usize),
     Output(usize),
+}
+
+impl Node {
+    /// As which it is counted.
+    pub fn sight(&self) -> Sight {
+        match self {
+            Self::Step(_) => Sight::Step,
+            Self::Dropped(..) => Sight::Dropped,
+            Self::Transaction(_) => Sight::Transaction,
+            Self::Value(_) => Sight::Variable,
+            Self::Delay { .. } => Sight::Delay,
+            Self::Receive { .. } => Sight::Receive,
+            Self::Raise { .. } => Sight::Raise,
+            Self::Child { .. } => Sight::Child,
+            Self::Race { .. } => Sight::Race,
+            Self::Both(Together::All, _) => Sight::All,
+            Self::Both(Together::Join, _) => Sight::Join,
+            Self::Both(Together::Unordered, _) => Sight::Unordered,
+            Self::Loop { .. } => Sight::Loop,
+        }
+    }
 }
 
 impl Program {

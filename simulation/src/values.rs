@@ -1,8 +1,8 @@
 //! The oracle of variables: what is got is what was recorded last.
 
-use durable_core::storage::{RecordKey, RunId};
+use durable_core::storage::{RecordKey, RunId, Scope};
 
-use crate::world::World;
+use crate::world::{Inner, World};
 
 /// What the process's code was told of a variable.
 #[derive(Clone, Copy, Debug)]
@@ -39,5 +39,33 @@ impl World {
         };
         self.say(|inner| format!("{key} of {}: {valued:?}", inner.ledger.id(run)));
         wrong.into_iter().for_each(|wrong| self.wrong(wrong));
+    }
+
+    /// How often a variable of a process has been recorded.
+    pub fn recorded(&self, id: &str, name: &str) -> usize {
+        let inner = self.inner();
+        inner.history(id, name).len()
+    }
+
+    /// A client was shown this of a variable: no older than what was recorded when it asked.
+    pub fn shown(&self, id: &str, name: &str, before: usize, value: Option<u64>) {
+        let wrong = {
+            let inner = self.inner();
+            let newest = &inner.history(id, name)[before.saturating_sub(1)..];
+            let fits = match value {
+                Some(value) => newest.iter().any(|(_, recorded)| *recorded == value.to_string()),
+                None => before == 0,
+            };
+            (!fits).then(|| format!("{name} of {id} is shown as {value:?}, and was {newest:?}"))
+        };
+        wrong.into_iter().for_each(|wrong| self.wrong(wrong));
+    }
+}
+
+impl Inner {
+    fn history(&self, id: &str, name: &str) -> &[(i64, String)] {
+        let key = RecordKey { scope: Scope::Process, name: name.into(), key: "".into() };
+        let run = self.ledger.ids.get(id).copied();
+        run.and_then(|run| self.ledger.values.get(&(run, key))).map_or(&[], |values| values)
     }
 }

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use durable_core::memory::Memory;
-use durable_core::storage::{Batch, Heart, InstanceId, Outcome, RecordKey, Result, RunId, Storage};
+use durable_core::storage::{Batch, Heart, InstanceId, Outcome, RecordKey, Result, RunId, Storage, StorageError};
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::future::{Future, pending};
@@ -19,7 +19,7 @@ use crate::lateness::Lateness;
 use crate::ledger::Ledger;
 use crate::program::Program;
 use crate::seed::Seed;
-use crate::tally::{Fault, Place, Tally};
+use crate::tally::{Fault, Place, Sight, Tally};
 
 /// An outage of more than this is one of its own kind: whoever keeps trying for seconds only does not see its end.
 const LONG: Duration = Duration::from_secs(120);
@@ -183,6 +183,11 @@ impl World {
         inner.trace.as_mut().into_iter().for_each(|trace| trace.push(line.clone()));
     }
 
+    /// Something that must be seen now and then.
+    pub fn saw(&self, sight: Sight) {
+        self.inner().tally.saw(sight);
+    }
+
     /// Something that must not be.
     pub fn wrong(&self, what: impl Display) {
         let what = what.to_string();
@@ -221,22 +226,25 @@ impl World {
         }
         let now = Instant::now();
         let gone = |until: Option<Instant>| until.is_some_and(|until| until > now);
-        if gone(inner.away.map(|away| away.until)) || gone(inner.hosts[host].cut) {
+        let away = gone(inner.away.map(|away| away.until));
+        if away || gone(inner.hosts[host].cut) {
+            inner.tally.met(if away { Fault::Away } else { Fault::Cut }, before);
             fate.verdict = if writes && seed.permille(100) { Verdict::Vanished } else { Verdict::Unavailable };
             fate.arrival = ms(seed.ms(2_000));
             return fate;
         }
-        let common = [Place::Polling, Place::Beating];
-        let factor = if before.iter().any(|place| !common.contains(place)) { 4 } else { 1 };
+        let factor = before.iter().map(|place| often(*place)).max().unwrap_or(1);
         if seed.below(10_000) >= odds.fault * factor {
             return fate;
         }
         let (fault, places) = match seed.below(100) {
-            0..20 => (Fault::Before, before),
+            0..18 => (Fault::Before, before),
+            18..20 => (Fault::Away, before),
             20..35 if writes => (Fault::Lost, after),
             35..43 if writes => (Fault::Vanished, before),
             43..58 if writes => (Fault::Late, after),
-            58..75 => (Fault::Delayed, before),
+            58..71 => (Fault::Delayed, before),
+            71..75 => (Fault::Cut, before),
             75..80 if inner.deaths < odds.deaths => (Fault::Killed, before),
             80..85 if inner.deaths < odds.deaths => (Fault::Killed, after),
             85..92 => (Fault::Paused, before),
@@ -253,12 +261,22 @@ impl World {
                 fate.verdict = Verdict::Lost;
                 fate.arrival = ms(seed.ms(20_000));
             }
+            Fault::Away => {
+                fate.verdict = Verdict::Unavailable;
+                let outage = Outage { since: now, until: now + ms(seed.ms(10_000)) };
+                inner.away = Some(outage);
+                inner.lateness.trouble(outage.until);
+            }
+            Fault::Cut => {
+                fate.verdict = Verdict::Unavailable;
+                inner.hosts[host].cut = Some(now + ms(seed.ms(20_000)));
+            }
             Fault::Killed => blow(Blow::Kill, &mut fate),
             Fault::Paused => blow(Blow::Pause(pause(seed, odds)), &mut fate),
             _ if seed.permille(500) => fate.arrival = ms(seed.ms(15_000)),
             _ => fate.answer = ms(seed.ms(15_000)),
         }
-        inner.lateness.trouble(now + fate.arrival + fate.answer);
+        inner.lateness.trouble((now + fate.arrival + fate.answer).max(inner.hosts[host].cut.unwrap_or(now)));
         inner.tally.hit(fault, places);
         fate
     }
@@ -388,11 +406,31 @@ impl World {
         }
         if let Ok(outcomes) = &result {
             self.timers(batch, outcomes);
-            let wrong = self.inner().ledger.committed(batch, outcomes);
+            let wrong = {
+                let mut inner = self.inner();
+                let inner = &mut *inner;
+                let wrong = inner.ledger.committed(batch, outcomes);
+                std::mem::take(&mut inner.ledger.seen).into_iter().for_each(|sight| inner.tally.saw(sight));
+                wrong
+            };
             wrong.into_iter().for_each(|wrong| self.wrong(wrong));
             self.wrote.notify_waiters();
+        } else if matches!(result, Err(StorageError::Fenced)) && self.inner().ledger.is_fenced(batch.fence.instance) {
+            self.saw(Sight::Zombie);
         }
         result
+    }
+}
+
+/// How much more often a call there goes wrong than one that is made all the time.
+fn often(place: Place) -> u64 {
+    use Place::{AfterCommit, Awaiting, Cancelling, Comparing, Delivering, Noting, Reading, Refencing, Retiring};
+    match place {
+        Place::Polling | Place::Beating | Place::Peering => 1,
+        Place::BeforeCommit | Place::Claiming | Place::Completing | Place::Parking => 10,
+        AfterCommit | Comparing | Delivering => 40,
+        Awaiting | Cancelling | Noting | Reading | Refencing | Retiring => 20,
+        _ => 4,
     }
 }
 
@@ -406,20 +444,28 @@ fn pause(seed: &mut Seed, odds: &Odds) -> Duration {
 #[derive(Debug)]
 pub struct Surroundings {
     start: Instant,
-    offset: TimeDelta,
+    offset: Mutex<TimeDelta>,
     ids: Mutex<Seed>,
 }
 
 impl Surroundings {
     pub fn new(offset: TimeDelta, seed: Seed) -> Arc<Self> {
-        Arc::new(Self { start: Instant::now(), offset, ids: Mutex::new(seed) })
+        Arc::new(Self { start: Instant::now(), offset: Mutex::new(offset), ids: Mutex::new(seed) })
+    }
+
+    /// Its clock jumps.
+    pub fn jump(&self, by: TimeDelta) {
+        *self.offset.lock().unwrap_or_else(PoisonError::into_inner) += by;
     }
 }
 
 impl durable_core::Surroundings for Surroundings {
     fn now(&self) -> DateTime<Utc> {
         let elapsed = TimeDelta::from_std(self.start.elapsed()).unwrap_or(TimeDelta::MAX);
-        DateTime::<Utc>::UNIX_EPOCH + TimeDelta::days(20_000) + elapsed + self.offset
+        DateTime::<Utc>::UNIX_EPOCH
+            + TimeDelta::days(20_000)
+            + elapsed
+            + *self.offset.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn since_boot(&self) -> Duration {
