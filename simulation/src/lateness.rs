@@ -205,7 +205,10 @@ impl World {
             _ => &payload["due"],
         };
         let due = due.as_str().and_then(|due| due.parse().ok()).and_then(|due| ago(now, due));
-        if let Some(late) = due.and_then(|due| inner.lateness.late(due)) {
+        // Until it was claimed it was for its row to be due. A host that gives it back may not know yet that the storage's clock
+        // has jumped backwards, and then it is due once that has caught up.
+        let claimed = inner.ledger.rows.get(&record.run)?.claimed;
+        if let Some(late) = due.and_then(|due| inner.lateness.late(due.max(claimed))) {
             return Some(format!("the timer {key} of {id} was taken {late:?} too late"));
         }
         let events = match record.op {
@@ -236,10 +239,11 @@ fn waits_too_long(inner: &Inner, row: &ProcessRow, now: DateTime<Utc>) -> Option
             return Some(format!("{id} is due, and was taken by nobody: {late:?} too long"));
         }
         let waits = row.waiting_for.as_deref().unwrap_or_default();
-        let waited = |event: &&str| waits.contains(&format!("event {event:?}"));
-        let mail =
-            MESSAGES.iter().map(|event| event.name()).filter(waited).find_map(|event| inner.mail(row.run, event));
-        let late = mail.and_then(|there| lateness.late(there));
+        let events =
+            (0..MESSAGES.len()).filter(|event| waits.contains(&format!("event {:?}", MESSAGES[*event].name())));
+        let ends = waits.split("output of process \"p").skip(1).filter_map(|rest| rest.split('"').next()?.parse().ok());
+        let mut awaited = events.map(Awaited::Message).chain(ends.map(Awaited::End));
+        let late = awaited.find_map(|what| lateness.late(inner.there(row.run, what)?));
         return late.map(|late| format!("{id} waits for {waits}, which has been there, {late:?} too long"));
     }
     let idle = lateness.idle.get(&(row.run, row.claim));
