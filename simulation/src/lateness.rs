@@ -25,6 +25,8 @@ pub struct Lateness {
     grace: Duration,
     /// Until when something went wrong.
     troubled: Option<Instant>,
+    /// When the storage's clock went back last.
+    pub went_back: Option<Instant>,
     waits: BTreeMap<u64, Wait>,
     serial: u64,
     /// Since when nobody was seen running what an instance owns.
@@ -243,7 +245,12 @@ fn waits_too_long(inner: &Inner, row: &ProcessRow, now: DateTime<Utc>) -> Option
             (0..MESSAGES.len()).filter(|event| waits.contains(&format!("event {:?}", MESSAGES[*event].name())));
         let ends = waits.split("output of process \"p").skip(1).filter_map(|rest| rest.split('"').next()?.parse().ok());
         let mut awaited = events.map(Awaited::Message).chain(ends.map(Awaited::End));
-        let late = awaited.find_map(|what| lateness.late(inner.there(row.run, what)?));
+        // What made it due before the storage's clock went back does so once that time has come again.
+        let again = lateness.went_back.filter(|_| row.wake_at.is_some());
+        let late = awaited.find_map(|what| {
+            let there = inner.there(row.run, what).filter(|there| again.is_none_or(|again| *there > again))?;
+            lateness.late(there)
+        });
         return late.map(|late| format!("{id} waits for {waits}, which has been there, {late:?} too long"));
     }
     let idle = lateness.idle.get(&(row.run, row.claim));

@@ -285,6 +285,9 @@ impl Play {
                 let fault = if by < TimeDelta::zero() { Fault::Backwards } else { Fault::Forwards };
                 self.world.inner().tally.hit(fault, &[]);
                 self.world.memory.jump(by);
+                if by < TimeDelta::zero() {
+                    self.world.inner().lateness.went_back = Some(Instant::now());
+                }
                 // Who waits in memory for a time looks at the clock again so soon.
                 self.world.trouble(ms(30_000));
             }
