@@ -13,8 +13,30 @@ pub enum Rule {
     ParkChecksSignals,
     /// Only a process that nobody owns is claimed.
     ClaimChecksOwner,
-    /// A message that is sent again is recognised.
-    OwnSuccess,
+    /// What is sent again is recognised by what it did before: a start,
+    OwnStart,
+    /// a message,
+    OwnMessage,
+    /// a record,
+    OwnRecord,
+    /// a park,
+    OwnPark,
+    /// an end;
+    OwnEnd,
+    /// what was claimed is found among what the instance owns.
+    OwnClaim,
+    /// A variable that is set anew is written anew.
+    SetWrites,
+    /// What is got of a variable is what was recorded last.
+    GetsLast,
+    /// A variable's record is overwritten.
+    SetOverwrites,
+    /// What has an unknown outcome is fenced off before it is sent again.
+    Refences,
+    /// No attempt of a step starts while the heartbeat is old.
+    Gate,
+    /// No success is recorded once the cancellation is on its way.
+    CancelStands,
     /// Who waits for something is woken once it is committed.
     WakeAfterCommit,
     /// An operation returns once its record is committed.

@@ -1,10 +1,13 @@
 //! Programs, drawn from a seed.
 
-use crate::program::{EVENTS, Member, Node, Program, Step, Together};
+use crate::program::{EVENTS, Member, Node, Program, Step, Together, Undo, Use, Value};
 use crate::seed::Seed;
 
 /// How many processes clients start; the others are children.
 pub const MOST: u64 = 9;
+
+/// The variables of a process: few, so that its nodes meet in them.
+pub const VARIABLES: [&str; 2] = ["v1", "v2"];
 
 /// The programs of a seed. Where there is little room in memory, none may hold a waker of its own while it waits: it would
 /// never leave.
@@ -14,10 +17,11 @@ pub fn programs(seed: &mut Seed, room: bool) -> Vec<Program> {
     let mut programs = Vec::new();
     for index in 0..starts + children {
         let child = index >= starts;
-        let mut draw = Draw { seed, room, index, starts, all: starts + children, names: 0, awaited: Vec::new() };
+        let mut draw =
+            Draw { seed, room, index, starts, all: starts + children, names: 0, values: 0, awaited: Vec::new() };
         let size = draw.seed.between(1, if child { 4 } else { 8 });
         let nodes = (0..size).map(|_| draw.node(&[0, 1, 2], 2)).collect();
-        let compensation = (0..draw.seed.below(3)).map(|_| draw.step()).collect();
+        let compensation = (0..draw.seed.below(4)).map(|_| draw.undo()).collect();
         programs.push(Program { nodes, compensation, child });
     }
     programs
@@ -30,6 +34,7 @@ struct Draw<'s> {
     starts: usize,
     all: usize,
     names: u32,
+    values: u64,
     /// Children that have a name in it already: each is used once.
     awaited: Vec<usize>,
 }
@@ -57,7 +62,7 @@ impl Draw<'_> {
                 let step = self.step();
                 Node::Transaction(Step { name: self.name("t"), takes: step.takes.min(800), timeout: None, ..step })
             }
-            11..13 => Node::Value { name: self.name("v"), sets: self.seed.below(3) },
+            11..13 => Node::Value(self.value()),
             13..16 => Node::Delay { name: self.name("d"), ms: self.seed.ms(30_000) },
             16..20 if !events.is_empty() => {
                 let timeout = self.seed.permille(400).then(|| self.seed.ms(20_000));
@@ -98,13 +103,31 @@ impl Draw<'_> {
         loop {
             let node = self.node(events, 0);
             let fits = match &node {
-                Node::Child { .. } | Node::Value { .. } => false,
+                Node::Child { .. } => false,
                 Node::Race { members, .. } => !members.iter().any(|member| matches!(member, Member::Output(_))),
                 _ => true,
             };
             if fits {
                 return node;
             }
+        }
+    }
+
+    fn value(&mut self) -> Value {
+        let (name, keyed) = ((*self.seed.one(&VARIABLES)).to_owned(), self.seed.permille(300));
+        let uses = self.seed.between(1, 4);
+        let uses = (0..uses).map(|_| {
+            self.values += 1;
+            if self.seed.permille(500) { Use::Get } else { Use::Set(self.values) }
+        });
+        Value { name, keyed, uses: uses.collect() }
+    }
+
+    fn undo(&mut self) -> Undo {
+        match self.seed.below(6) {
+            0..4 => Undo::Step(self.step()),
+            4 => Undo::Value(self.value()),
+            _ => Undo::Recall((*self.seed.one(&VARIABLES)).to_owned()),
         }
     }
 

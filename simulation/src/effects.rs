@@ -23,7 +23,7 @@ pub struct Effects {
     keys: BTreeMap<Uuid, (RunId, RecordKey)>,
     identities: BTreeMap<(RunId, RecordKey), Uuid>,
     /// What an operation has returned.
-    returned: BTreeMap<(RunId, RecordKey), String>,
+    pub returned: BTreeMap<(RunId, RecordKey), String>,
     /// What the receives of an event have returned, in order.
     received: BTreeMap<(RunId, &'static str), Vec<String>>,
     /// What clients wanted to send.
@@ -150,7 +150,7 @@ impl World {
             let before = inner.effects.returned.entry((run, key.clone())).or_insert_with(|| text.clone()).clone();
             if recorded != Some(op) {
                 Some(format!("{op} {key} of {id} returned {text}, and its record is {recorded:?}"))
-            } else if before != text && op != OpKind::Value {
+            } else if before != text {
                 Some(format!("{op} {key} of {id} returned {before}, and now {text}"))
             } else {
                 None
@@ -185,6 +185,15 @@ impl World {
             wrong
         };
         self.say(|inner| format!("receive {number} of {event} of {} returned {text}", inner.ledger.id(run)));
+        wrong.into_iter().for_each(|wrong| self.wrong(wrong));
+    }
+
+    /// The code of a run was told that it is cancelled.
+    pub fn is_cancelled(&self, run: RunId) {
+        let inner = self.inner();
+        let row = inner.ledger.rows.get(&run).filter(|row| !row.cancelled);
+        let wrong = row.map(|row| format!("{} was told of a cancellation that is not recorded", row.id));
+        drop(inner);
         wrong.into_iter().for_each(|wrong| self.wrong(wrong));
     }
 

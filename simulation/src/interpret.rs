@@ -12,10 +12,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::effects::{Attempted, TIMED_OUT};
+use crate::lateness::{Awaited, Waiting};
 use crate::link::{Link, after};
-use crate::program::{EVENTS, Member, Node, Step, Together};
-use crate::tally::Place;
+use crate::program::{EVENTS, Member, Node, Step, Together, Undo, Use, Value};
+use crate::tally::{Fault, Place, Sight};
 use crate::transaction::Writes;
+use crate::values::Valued;
 
 /// What a process returns: what its operations have, by name.
 pub type Results = Vec<(String, String)>;
@@ -30,6 +32,12 @@ pub fn kind(index: usize) -> Definition<usize, Results> {
 
 /// What processes receive.
 pub const MESSAGES: [Event<String>; EVENTS] = [Event::new("E0"), Event::new("E1"), Event::new("E2")];
+
+/// What the body of a step fails with.
+const FAILED: &str = "failed";
+
+/// After which an attempt of a transaction is given up.
+const TRANSACTION_MS: u64 = 1_400;
 
 /// Why a program ends early.
 enum Stop {
@@ -48,17 +56,29 @@ type Done = Result<(), Stop>;
 /// Runs a program.
 pub async fn interpret(link: Arc<Link>, proc: Process, index: usize) -> Result<Results, Failure> {
     let program = link.world.programs[index].clone();
+    let _runs = link.world.waits(proc.run(), proc.execution(), Awaited::Runs);
     let player = Player::new(&link, proc, Scope::Process);
     let Err(stop) = player.nodes(&program.nodes, None).await else {
         let mut results = player.results.into_inner().unwrap_or_else(PoisonError::into_inner);
         results.sort();
         return Ok(results);
     };
+    if matches!(stop, Stop::Cancelled(_)) {
+        link.world.is_cancelled(player.proc.run());
+    }
+    link.world.saw(Sight::Compensated);
     let compensating = Player::new(&link, player.proc.compensation(), Scope::Compensation);
-    for step in &program.compensation {
-        let step = Step { fatal: false, ..step.clone() };
-        if let Err(Stop::Cancelled(_)) = compensating.step(&step, None).await {
-            player.link.world.wrong(format!("a step of the compensation of {} was cancelled", player.proc.id()));
+    for undo in &program.compensation {
+        let done = match undo {
+            Undo::Step(step) => compensating.step(&Step { fatal: false, ..step.clone() }, None).await,
+            Undo::Value(value) => compensating.value(value, None).await,
+            Undo::Recall(name) => {
+                player.recall(name).await;
+                Ok(())
+            }
+        };
+        if let Err(Stop::Cancelled(_)) = done {
+            player.link.world.wrong(format!("{undo:?} in the compensation of {} was cancelled", player.proc.id()));
         }
     }
     Err(match stop {
@@ -99,10 +119,12 @@ impl Player {
     }
 
     fn returned(&self, op: OpKind, key: RecordKey, text: String) {
-        if op != OpKind::Value {
-            self.results.lock().unwrap_or_else(PoisonError::into_inner).push((key.to_string(), text.clone()));
-        }
+        self.results.lock().unwrap_or_else(PoisonError::into_inner).push((key.to_string(), text.clone()));
         self.link.world.returned(self.proc.run(), key, op, text);
+    }
+
+    fn waits(&self, what: Awaited) -> Waiting {
+        self.link.world.waits(self.proc.run(), self.proc.execution(), what)
     }
 
     fn nodes<'a>(&'a self, nodes: &'a [Node], key: Option<u64>) -> BoxFuture<'a, Done> {
@@ -115,16 +137,20 @@ impl Player {
     }
 
     async fn node(&self, node: &Node, key: Option<u64>) -> Done {
+        self.link.world.saw(node.sight());
         match node {
             Node::Step(step) => self.step(step, key).await,
             Node::Dropped(node, after) => {
                 match tokio::time::timeout(ms(*after), Box::pin(self.node(node, key))).await {
                     Ok(done) => done,
-                    Err(_) => Box::pin(self.node(node, key)).await,
+                    Err(_) => {
+                        self.link.world.inner().tally.hit(Fault::OperationDropped, &[]);
+                        Box::pin(self.node(node, key)).await
+                    }
                 }
             }
             Node::Transaction(step) => self.transaction(step, key).await,
-            Node::Value { name, sets } => self.value(name, *sets).await,
+            Node::Value(value) => self.value(value, key).await,
             Node::Delay { name: of, ms: after } => {
                 let name = name(of, key);
                 let delayed = self.proc.delay(name.clone(), ms(*after)).await?;
@@ -196,7 +222,7 @@ impl Player {
         world.awake(host).await;
         world.mishap(host, Place::AfterEffect);
         world.awake(host).await;
-        if attempt.number() <= step.fails { Err("failed".into()) } else { Ok(self.value_of(&key)) }
+        if attempt.number() <= step.fails { Err(FAILED.into()) } else { Ok(self.value_of(&key)) }
     }
 
     async fn step(&self, step: &Step, key: Option<u64>) -> Done {
@@ -226,33 +252,25 @@ impl Player {
                 after(ms(step.takes)).await;
                 world.mishap(host, Place::BeforeCommit);
                 world.awake(host).await;
-                if call <= fails { Err("failed".to_owned()) } else { Ok(self.value_of(&key)) }
+                if call <= fails { Err(FAILED.to_owned()) } else { Ok(self.value_of(&key)) }
             }
         };
-        let made = Transaction::<Link, _, _>::new(&self.proc, name, statements).retry(retry(step)).timeout(ms(1_400));
+        let made =
+            Transaction::<Link, _, _>::new(&self.proc, name, statements).retry(retry(step)).timeout(ms(TRANSACTION_MS));
         let result = made.await;
-        // How often it was called is not how often it has failed: it may have been made again.
-        let step = Step { timeout: Some(0), ..step.clone() };
-        self.judge(OpKind::Transaction, &step, key.clone(), result)
+        self.judge(OpKind::Transaction, step, key.clone(), result)
     }
 
     fn judge(&self, op: OpKind, step: &Step, key: RecordKey, result: Result<String, StepError<String>>) -> Done {
-        let expected = if step.fails < step.attempts { Ok(self.value_of(&key)) } else { Err("failed") };
         let (text, succeeded) = match result {
-            Ok(value) => {
-                if step.timeout.is_none() && expected.as_ref() != Ok(&value) {
-                    self.link.world.wrong(format!("{key} of {} returned {value}", self.proc.id()));
-                }
-                (value, true)
-            }
-            Err(StepError::Failed(error)) => {
-                if step.timeout.is_none() && expected != Err(&error) {
-                    self.link.world.wrong(format!("{key} of {} failed: {error}", self.proc.id()));
-                }
-                (error, false)
-            }
             Err(StepError::Cancelled(cancelled)) => return Err(cancelled.into()),
-            Err(error) => (error.to_string(), false),
+            result => {
+                self.fits(op, step, &key, &result);
+                match result {
+                    Ok(value) => (value, true),
+                    Err(error) => (error.to_string(), false),
+                }
+            }
         };
         self.returned(op, key.clone(), text);
         if !succeeded && step.fatal {
@@ -261,21 +279,58 @@ impl Player {
         Ok(())
     }
 
-    async fn value(&self, of: &str, sets: u64) -> Done {
-        let name = name(of, None);
-        let value: u64 = self.proc.get(name.clone(), || 0).await?;
-        self.returned(OpKind::Value, self.key(&name), value.to_string());
-        if value > sets {
-            self.link.world.wrong(format!("{of} of {} is {value}", self.proc.id()));
+    /// A step returns only what its program lets it.
+    fn fits(&self, op: OpKind, step: &Step, key: &RecordKey, result: &Result<String, StepError<String>>) {
+        let world = &self.link.world;
+        // How often a transaction was called is not how often it has failed: it may have been made again.
+        let counted = op != OpKind::Transaction;
+        let fails = step.fails >= step.attempts;
+        let timeout = if counted { step.timeout } else { Some(TRANSACTION_MS) };
+        let fits = match result {
+            Ok(value) => *value == self.value_of(key) && !(counted && fails),
+            Err(StepError::Failed(error)) => error == FAILED && step.fails > 0 && (fails || !counted),
+            Err(StepError::TimedOut(after)) => {
+                timeout.map(ms) == Some(*after) && !(world.faultless && ms(step.takes) < *after)
+            }
+            Err(_) => false,
+        };
+        if !fits {
+            world.wrong(format!("{key} of {} returned {result:?}, and is {step:?}", self.proc.id()));
         }
-        for to in value + 1..=sets {
-            self.proc.set(name.clone(), to).await?;
-            self.returned(OpKind::Value, self.key(&name), to.to_string());
+    }
+
+    async fn value(&self, value: &Value, key: Option<u64>) -> Done {
+        let name = name(&value.name, value.keyed.then(|| key.unwrap_or(0)));
+        for of in &value.uses {
+            match *of {
+                Use::Get => {
+                    let got: u64 = self.proc.get(name.clone(), || 0).await?;
+                    self.valued(&name, Valued::Got(got));
+                }
+                Use::Set(to) => {
+                    self.proc.set(name.clone(), to).await?;
+                    self.valued(&name, Valued::Set(to));
+                }
+            }
         }
         Ok(())
     }
 
+    fn valued(&self, name: &Name, valued: Valued) {
+        self.link.world.valued(self.proc.run(), self.proc.execution(), &self.key(name), valued);
+    }
+
+    /// Gets a variable when the process has failed or was cancelled: it is what it was.
+    async fn recall(&self, of: &str) {
+        let name = name(of, None);
+        match self.proc.get(name.clone(), || 0).await {
+            Ok(got) => self.valued(&name, Valued::Got(got)),
+            Err(Cancelled { .. }) => self.valued(&name, Valued::Cancelled),
+        }
+    }
+
     async fn receive(&self, event: usize, timeout: Option<u64>) -> Done {
+        let _waits = self.waits(Awaited::Message(event));
         let receive = self.proc.event(MESSAGES[event]);
         let message = match timeout {
             Some(timeout) => receive.timeout(ms(timeout)).await?,
@@ -289,7 +344,10 @@ impl Player {
     fn received(&self, event: usize, message: Option<String>) {
         let world = &self.link.world;
         let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = message.unwrap_or_else(|| TIMED_OUT.into());
+        let text = message.unwrap_or_else(|| {
+            world.saw(Sight::GaveUp);
+            TIMED_OUT.into()
+        });
         let place = format!("{}/", MESSAGES[event].name());
         let before = results.iter().filter(|(name, _)| name.starts_with(&place)).count();
         results.push((format!("{place}{before}"), text.clone()));
@@ -314,6 +372,7 @@ impl Player {
         };
         self.returned(OpKind::Spawn, key("+"), format!("{} {}", started.run(), started.existed()));
         if awaited {
+            let _waits = self.waits(Awaited::End(child));
             let text = self.ended(child, started.output(&self.proc).await)?;
             self.returned(OpKind::Output, key("="), text);
         }
@@ -334,6 +393,7 @@ impl Player {
     async fn race(&self, of: &str, members: &[Member], key: Option<u64>) -> Done {
         let name_of = name(of, key);
         let mut race = self.proc.race::<Result<(Option<usize>, String), Stop>>(name_of.clone());
+        let mut waits = Vec::new();
         for member in members {
             race = match member {
                 Member::Delay { name: of, ms: after } => {
@@ -341,23 +401,31 @@ impl Player {
                 }
                 Member::Receive(event) => {
                     let event = *event;
+                    waits.push(self.waits(Awaited::Message(event)));
                     race.on(self.proc.event(MESSAGES[event]), move |message| Ok((Some(event), message)))
                 }
                 Member::Step(step) => {
                     let name = name(&step.name, key);
                     let key = self.key(&name);
+                    let of = key.clone();
                     let made =
                         self.proc.step(name, move |attempt: Attempt| self.body(step, key.clone(), attempt, true));
-                    race.on(made.retry(retry(step)), |result| Ok((None, format!("{result:?}"))))
+                    race.on(made.retry(retry(step)), move |result| {
+                        // Its attempts have no time-out there.
+                        self.fits(OpKind::Step, &Step { timeout: None, ..step.clone() }, &of, &result);
+                        Ok((None, format!("{result:?}")))
+                    })
                 }
                 Member::Output(child) => {
                     let child = *child;
+                    waits.push(self.waits(Awaited::End(child)));
                     let output = self.proc.output(kind(child), format!("p{child}"));
                     race.on(output, move |output| self.ended(child, output).map(|text| (None, text)))
                 }
             };
         }
         let (event, text) = race.await??;
+        drop(waits);
         let key = self.key(&name_of);
         match event {
             None => self.returned(OpKind::Race, key, text),

@@ -1,11 +1,14 @@
 //! What a seed has come to in the end, beside what its programs say.
 
 use durable_core::Status;
-use durable_core::storage::{Filter, OpKind, RecordKey, RecordState, Scope, Storage};
+use durable_core::storage::{Filter, OpKind, RecordKey, RecordState, RunId, Scope, Storage};
+use std::collections::BTreeMap;
 
 use crate::effects::Sent;
 use crate::interpret::Results;
-use crate::world::{World, at_once};
+use crate::ledger::{Final, Row};
+use crate::program::{Program, Step, Undo, Use};
+use crate::world::{Inner, World, at_once};
 
 /// Says what has not finished.
 pub fn unfinished(world: &World) {
@@ -17,7 +20,7 @@ pub fn unfinished(world: &World) {
 }
 
 /// What came of it is what the programs say.
-pub fn judge(world: &World, faultless: bool) {
+pub fn judge(world: &World) {
     let mut wrong = Vec::new();
     let runs: Vec<_> = world.inner().ledger.rows.keys().copied().collect();
     for run in runs {
@@ -30,10 +33,16 @@ pub fn judge(world: &World, faultless: bool) {
         if stored.as_ref().map(|stored| stored.status) != Some(row.status) {
             wrong.push(format!("{} is {}, and stands as {stored:?}", row.id, row.status));
         }
-        if row.status == Status::Cancelled && !row.asked {
+        if row.status == Status::Cancelled && row.asked.is_none() {
             wrong.push(format!("{} was cancelled by nobody", row.id));
         }
         for (key, outcome) in inner.ledger.outcomes(run) {
+            let stands = at_once(world.memory.record(run, key)).ok().flatten();
+            let stands = stands.map(|record| (record.op, record.state, record.payload.into_string()));
+            if stands.as_ref() != Some(&(outcome.op, outcome.state, outcome.payload.clone())) {
+                let (id, payload) = (&row.id, &outcome.payload);
+                wrong.push(format!("{key} of {id} was recorded as {payload}, and stands as {stands:?}"));
+            }
             if outcome.op == OpKind::Transaction {
                 let written = inner.accounts.get(&(run, key.clone())).copied().unwrap_or(0);
                 let due = u64::from(outcome.state == RecordState::Done);
@@ -49,6 +58,7 @@ pub fn judge(world: &World, faultless: bool) {
                 }
             }
         }
+        wrong.extend(ending(&inner, run, row, program));
         if row.status != Status::Completed {
             continue;
         }
@@ -61,7 +71,7 @@ pub fn judge(world: &World, faultless: bool) {
                 wrong.push(format!("{name} of {} is {text} in the end, and was {:?}", row.id, results.get(name)));
             }
         }
-        if faultless {
+        if world.faultless {
             for (step, loops) in program.plain_steps() {
                 let of_step = |((of, key), _): &(&(_, RecordKey), &u32)| {
                     *of == run && *key.name == *step.name && key.scope == Scope::Process
@@ -89,4 +99,63 @@ pub fn judge(world: &World, faultless: bool) {
         }
     }
     wrong.into_iter().for_each(|wrong| world.wrong(wrong));
+}
+
+/// A process that failed has failed by a step that it cannot do without; it, and one that was cancelled, is compensated for as
+/// its program says, and no other.
+fn ending(inner: &Inner, run: RunId, row: &Row, program: &Program) -> Vec<String> {
+    let (id, status, mut wrong) = (&row.id, row.status, Vec::new());
+    let fatal = program.fatal();
+    let failed = |(key, outcome): &(&RecordKey, &Final)| {
+        outcome.state == RecordState::Failed && key.scope == Scope::Process && fatal.contains(&&*key.name)
+    };
+    let reasons: Vec<String> =
+        inner.ledger.outcomes(run).filter(failed).map(|(key, _)| format!("{key} failed")).collect();
+    if status == Status::Completed && !reasons.is_empty() {
+        wrong.push(format!("{id} has completed, and {reasons:?}"));
+    }
+    if status == Status::Failed && !row.reason.as_ref().is_some_and(|reason| reasons.contains(reason)) {
+        wrong.push(format!("{id} has failed, as {:?}, and {reasons:?}", row.reason));
+    }
+    // One that was cancelled before it ever ran has nothing to undo.
+    let undoes = matches!(status, Status::Failed | Status::Cancelled) && row.claim > 0;
+    if !undoes {
+        let undone = inner.ledger.outcomes(run).find(|(key, _)| key.scope == Scope::Compensation);
+        wrong.extend(undone.map(|(key, _)| format!("{id} is {status}, and {key} is recorded")));
+        return wrong;
+    }
+    let place =
+        |name: &str, key: &str| (run, RecordKey { scope: Scope::Compensation, name: name.into(), key: key.into() });
+    let mut last = BTreeMap::new();
+    for undo in &program.compensation {
+        match undo {
+            Undo::Step(Step { name, fails, attempts, timeout, .. }) => {
+                let place = place(name, "");
+                let recorded = inner.ledger.outcome(run, &place.1).map(|outcome| outcome.state);
+                let due = if fails < attempts { RecordState::Done } else { RecordState::Failed };
+                let fits = recorded == Some(due) || timeout.is_some() && recorded == Some(RecordState::Failed);
+                if !fits || !inner.effects.returned.contains_key(&place) {
+                    wrong.push(format!("{id} is {status}, and {} is {recorded:?}, not {due}", place.1));
+                }
+            }
+            Undo::Value(value) => {
+                let place = place(&value.name, if value.keyed { "0" } else { "" });
+                for of in &value.uses {
+                    // With a key, the first that was written stays.
+                    match of {
+                        Use::Set(to) if !value.keyed => last.insert(place.clone(), Some(*to)),
+                        Use::Set(_) | Use::Get => last.insert(place.clone(), last.get(&place).copied().flatten()),
+                    };
+                }
+            }
+            Undo::Recall(_) => {}
+        }
+    }
+    for (place, last) in last {
+        let recorded = inner.ledger.outcome(run, &place.1).map(|outcome| &outcome.payload);
+        if recorded.is_none_or(|recorded| last.is_some_and(|last| *recorded != last.to_string())) {
+            wrong.push(format!("{id} is {status}, and {} is {recorded:?}, not {last:?}", place.1));
+        }
+    }
+    wrong
 }

@@ -6,6 +6,10 @@ use durable_core::storage::{
     Spawn, Status,
 };
 use std::collections::{BTreeMap, BTreeSet};
+use tokio::time::Instant;
+
+use crate::mailbox::Message;
+use crate::tally::Sight;
 
 /// What is known.
 #[derive(Default)]
@@ -14,9 +18,17 @@ pub struct Ledger {
     pub rows: BTreeMap<RunId, Row>,
     pub ids: BTreeMap<String, RunId>,
     finals: BTreeMap<(RunId, RecordKey), Final>,
+    /// What variables were, in the order in which it was recorded, and under which claim.
+    pub values: BTreeMap<(RunId, RecordKey), Vec<(i64, String)>>,
     /// Failed attempts, by what is still open.
     pub failed: BTreeMap<(RunId, RecordKey), i32>,
+    /// The newest record of what is open, and its claim.
+    pending: BTreeMap<(RunId, RecordKey), (i64, Box<str>)>,
     pub messages: BTreeMap<RunId, BTreeMap<i64, Message>>,
+    /// What was claimed under a claim that its instance has not been told of.
+    pub untold: BTreeSet<(RunId, i64)>,
+    /// What has been seen, and not been counted.
+    pub seen: Vec<Sight>,
     /// Who owned a run under which claim.
     claims: BTreeMap<(RunId, i64), InstanceId>,
 }
@@ -34,8 +46,14 @@ pub struct Row {
     pub status: Status,
     pub output: Option<String>,
     pub reason: Option<String>,
-    /// Somebody asked it to cancel.
-    pub asked: bool,
+    /// When it was claimed last.
+    pub claimed: Instant,
+    /// When it ended.
+    pub ended: Option<Instant>,
+    /// When somebody asked it to cancel.
+    pub asked: Option<Instant>,
+    /// The newest claim under which it was parked.
+    pub parked: i64,
     /// Its owner has recorded that.
     pub cancelled: bool,
 }
@@ -48,15 +66,15 @@ pub struct Final {
     pub claim: i64,
 }
 
-/// A message that is in a mailbox.
-pub struct Message {
-    pub event: String,
-    pub payload: String,
-    id: String,
-    taken: Option<RecordKey>,
+impl Final {
+    /// Whether it is this very record: a variable is set more than once under one claim.
+    fn is(&self, record: &RecordOp) -> bool {
+        let same = record.op != OpKind::Value || self.payload == *record.payload;
+        same && self.claim == record.claim && self.state == record.state
+    }
 }
 
-type Violations = Vec<String>;
+pub type Violations = Vec<String>;
 
 impl Ledger {
     pub fn enlisted(&mut self, instance: InstanceId) {
@@ -150,8 +168,11 @@ impl Ledger {
             (Op::AcceptCancel { run, claim }, Outcome::Recorded) => {
                 self.check_owner(me, *run, *claim, "a cancellation", wrong);
                 if let Some(row) = self.rows.get_mut(run) {
+                    if !row.cancelled {
+                        self.seen.push(Sight::Accepted);
+                    }
                     row.cancelled = true;
-                    if !row.asked {
+                    if row.asked.is_none() {
                         wrong.push(format!("{} was cancelled, and nobody had asked", row.id));
                     }
                 }
@@ -159,9 +180,17 @@ impl Ledger {
             (Op::Finish(finish), Outcome::Finished { .. }) => {
                 let Some(row) = self.rows.get_mut(&finish.run) else { return };
                 if row.owner.is_none() && row.status == finish.status && row.claim == finish.claim {
+                    self.seen.push(Sight::OwnEnd);
                     return;
                 }
+                self.seen.extend(match finish.status {
+                    Status::Completed => Some(Sight::Completed),
+                    Status::Cancelled => Some(Sight::Cancelled),
+                    Status::Failed => Some(Sight::Failed),
+                    _ => None,
+                });
                 row.status = finish.status;
+                row.ended = Some(Instant::now());
                 row.output = finish.output.as_deref().map(str::to_owned);
                 row.reason = finish.reason.as_deref().map(str::to_owned);
                 if finish.status == Status::Stuck {
@@ -173,9 +202,11 @@ impl Ledger {
                 self.check_owner(me, finish.run, finish.claim, "an end", wrong);
                 self.disown(finish.run);
             }
+            (Op::Park(_), Outcome::Signalled(_)) => self.seen.push(Sight::NotParked),
             (Op::Park(park), Outcome::Recorded) => {
                 if self.rows.get(&park.run).is_none_or(|row| row.owner.is_none() || row.claim > park.claim) {
                     // Again.
+                    self.seen.push(Sight::OwnPark);
                     return;
                 }
                 self.check_owner(me, park.run, park.claim, "a park", wrong);
@@ -191,12 +222,18 @@ impl Ledger {
                 self.disown(park.run);
                 if let Some(row) = self.rows.get_mut(&park.run) {
                     row.status = Status::Waiting;
+                    row.parked = park.claim;
                 }
+            }
+            (op, Outcome::Lost) if self.has_done(me, op) => {
+                wrong.push(format!("{me} is said to have lost what it has done before: {op:?}"));
             }
             (Op::Cancel { id }, Outcome::Asked { before: Some((run, status)), .. }) if !status.is_finished() => {
                 if let Some(row) = self.rows.get_mut(run) {
-                    row.asked = true;
+                    row.asked.get_or_insert_with(Instant::now);
                     if row.claim == 0 && row.owner.is_none() {
+                        self.seen.push(Sight::Unrun);
+                        row.ended = Some(Instant::now());
                         row.status = Status::Cancelled;
                     }
                 } else {
@@ -214,8 +251,10 @@ impl Ledger {
                     }
                     row.owner = Some(me);
                     row.claim = claimed.claim;
+                    row.claimed = Instant::now();
                     row.status = Status::Running;
                     self.claims.insert((claimed.run, claimed.claim), me);
+                    self.untold.insert((claimed.run, claimed.claim));
                 }
             }
             _ => {}
@@ -242,6 +281,12 @@ impl Ledger {
     }
 
     fn spawned(&mut self, me: InstanceId, spawn: &Spawn, run: RunId, existed: bool, wrong: &mut Violations) {
+        if existed && run == spawn.run {
+            wrong.push(format!("{} is said to have existed, and this very start has started it", spawn.id));
+        }
+        if !existed && self.rows.contains_key(&run) {
+            self.seen.push(Sight::OwnStart);
+        }
         if existed || self.rows.contains_key(&run) {
             if !self.rows.contains_key(&run) {
                 wrong.push(format!("{} is said to exist, and was never started", spawn.id));
@@ -261,37 +306,19 @@ impl Ledger {
             status: if spawn.take { Status::Running } else { Status::Waiting },
             output: None,
             reason: None,
-            asked: false,
+            claimed: Instant::now(),
+            ended: None,
+            asked: None,
+            parked: 0,
             cancelled: false,
         };
         self.rows.insert(run, row);
     }
 
-    fn raised(&mut self, event: &str, id: &str, payload: &str, raised: Raised, wrong: &mut Violations) {
-        let Raised::Delivered { run, number, .. } = raised else { return };
-        let finished = self.rows.get(&run).is_some_and(|row| row.status.is_finished());
-        let messages = self.messages.entry(run).or_default();
-        if let Some(known) = messages.get(&number) {
-            if known.id != id {
-                wrong.push(format!("message {number} of {run} is {id}, and was {}", known.id));
-            }
-            return;
-        }
-        if let Some((first, _)) = messages.iter().find(|(_, message)| message.id == id) {
-            wrong.push(format!("the message {id} was put in twice: as {first} and as {number}"));
-        }
-        if messages.keys().last().is_some_and(|last| *last > number) {
-            wrong.push(format!("message {number} of {run} comes behind later ones"));
-        }
-        if finished {
-            wrong.push(format!("message {number} was put into {}, which had ended", self.id(run)));
-        }
-        let message = Message { event: event.into(), payload: payload.into(), id: id.into(), taken: None };
-        self.messages.entry(run).or_default().insert(number, message);
-    }
-
     fn recorded(&mut self, me: InstanceId, record: &RecordOp, outcome: &Outcome, wrong: &mut Violations) {
-        if !self.stood(me, record) {
+        if self.stood(me, record) {
+            self.seen.push(Sight::OwnRecord);
+        } else {
             self.check_owner(me, record.run, record.claim, "a record", wrong);
         }
         // A storage that was told so does not look for it, and has an error to show for it.
@@ -315,13 +342,31 @@ impl Ledger {
         self.noted(record, payload, wrong);
     }
 
+    /// Whether an earlier attempt of this instance's has done the same.
+    fn has_done(&self, me: InstanceId, op: &Op) -> bool {
+        let mine = |run, claim| self.executes(run, claim) == Some(me);
+        match op {
+            Op::Finish(end) => self.rows.get(&end.run).is_some_and(|row| {
+                row.owner.is_none() && row.claim == end.claim && row.status == end.status && mine(end.run, end.claim)
+            }),
+            Op::Park(park) => {
+                self.rows.get(&park.run).is_some_and(|row| row.parked >= park.claim) && mine(park.run, park.claim)
+            }
+            Op::Record(record) => {
+                let known = self.outcome(record.run, &record.key);
+                known.is_some_and(|known| known.is(record)) && mine(record.run, record.claim)
+            }
+            _ => false,
+        }
+    }
+
     /// Whether an earlier attempt of this instance's has written the record already; in its batch the run may have been
     /// given up.
     fn stood(&self, me: InstanceId, record: &RecordOp) -> bool {
         let place = (record.run, record.key.clone());
         let stood = match self.finals.get(&place) {
-            Some(known) => known.claim == record.claim && known.state == record.state,
-            None => record.state == RecordState::Pending && self.failed.contains_key(&place),
+            Some(known) => known.is(record),
+            None => record.state == RecordState::Pending && self.pending.get(&place) == Some(&as_pending(record)),
         };
         stood && self.executes(record.run, record.claim) == Some(me)
     }
@@ -335,6 +380,7 @@ impl Ledger {
         }
         if record.state == RecordState::Pending {
             self.failed.insert(place.clone(), record.attempts);
+            self.pending.insert(place.clone(), as_pending(record));
         }
         match self.finals.get_mut(&place) {
             // Sent again, a message that nobody was there to take is judged anew; nobody has been told of it yet.
@@ -346,7 +392,8 @@ impl Ledger {
                 known.payload = payload;
                 return;
             }
-            Some(known) if known.op != OpKind::Value || record.op != OpKind::Value => {
+            // A variable without a key is overwritten.
+            Some(known) if known.op != OpKind::Value || record.op != OpKind::Value || !record.key.key.is_empty() => {
                 let same = known.claim == record.claim && known.payload == payload && known.state == record.state;
                 if !same {
                     let key = &record.key;
@@ -359,6 +406,15 @@ impl Ledger {
         if record.state == RecordState::Pending {
             return;
         }
+        if record.op == OpKind::Value {
+            let values = self.values.entry(place.clone()).or_default();
+            let value = (record.claim, payload.clone());
+            if values.last() == Some(&value) {
+                // Again.
+                return;
+            }
+            values.push(value);
+        }
         if record.key.scope == Scope::Process && self.rows.get(&record.run).is_some_and(|row| row.cancelled) {
             wrong.push(format!("{} of {id} was recorded after the cancellation", record.key));
         }
@@ -366,44 +422,14 @@ impl Ledger {
         self.finals.insert(place, outcome);
     }
 
-    fn taken(&mut self, run: RunId, number: i64, key: &RecordKey, wrong: &mut Violations) {
-        let id = self.id(run).to_owned();
-        let messages = self.messages.entry(run).or_default();
-        let Some(message) = messages.get(&number) else {
-            wrong.push(format!("{key} of {id} takes message {number}, which there is not"));
-            return;
-        };
-        match &message.taken {
-            Some(other) if other == key => return,
-            Some(other) => wrong.push(format!("{key} of {id} takes message {number}, which {other} has taken")),
-            None => {}
-        }
-        let event = message.event.clone();
-        let earlier =
-            messages.iter().find(|(at, other)| **at < number && other.event == event && other.taken.is_none());
-        if let Some((earlier, _)) = earlier {
-            wrong.push(format!("{key} of {id} takes message {number}, and {earlier} comes first"));
-        }
-        if let Some(message) = messages.get_mut(&number) {
-            message.taken = Some(key.clone());
-        }
-    }
-
-    /// In how many mailboxes a message with this payload is, counted with repetitions.
-    pub fn copies(&self, payload: &str) -> usize {
-        self.messages.values().flat_map(BTreeMap::values).filter(|message| message.payload == payload).count()
-    }
-
-    /// How many messages of an event a process was sent.
-    pub fn sent(&self, id: &str, event: &str) -> u64 {
-        let messages = self.ids.get(id).and_then(|run| self.messages.get(run));
-        messages.map_or(0, |messages| messages.values().filter(|message| message.event == event).count() as u64)
-    }
-
     /// The processes that have not ended.
     pub fn unfinished(&self) -> BTreeSet<&str> {
         self.rows.values().filter(|row| !row.status.is_finished()).map(|row| row.id.as_str()).collect()
     }
+}
+
+fn as_pending(record: &RecordOp) -> (i64, Box<str>) {
+    (record.claim, record.payload.clone())
 }
 
 /// The order in which kinds of operations take effect: that of the variants, effects with the starts and messages.

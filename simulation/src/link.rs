@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
 use crate::ledger::Ledger;
-use crate::tally::Place;
+use crate::tally::{Fault, Place, Sight};
 use crate::world::{Verdict, World, at_once};
 
 /// See above.
@@ -26,6 +26,25 @@ pub struct Link {
 pub async fn after(time: Duration) {
     if !time.is_zero() {
         sleep(time).await;
+    }
+}
+
+/// A call that was sent, until it has come to something.
+struct UnderWay<'l>(&'l Link);
+
+impl UnderWay<'_> {
+    fn over(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.0.world.inner();
+        // A program that dies, or a seed that is over, drops all it has.
+        if inner.hosts[self.0.host].alive && !inner.calm {
+            inner.tally.hit(Fault::CallDropped, &[]);
+        }
     }
 }
 
@@ -60,6 +79,7 @@ impl Link {
         let there = world.clone();
         let act = make();
         let lost = fate.verdict != Verdict::Fine;
+        let under_way = UnderWay(self);
         tokio::spawn(async move {
             after(fate.arrival).await;
             if fate.verdict == Verdict::Vanished {
@@ -76,10 +96,12 @@ impl Link {
             // Sooner or later than it happens.
             sleep(fate.answer + Duration::from_millis(1)).await;
             world.awake(host).await;
+            under_way.over();
             return Err(StorageError::unknown("the connection was cut"));
         }
         let result = answer.await;
         world.awake(host).await;
+        under_way.over();
         result.unwrap_or_else(|_| Err(StorageError::unknown("the server is gone")))
     }
 
@@ -96,9 +118,11 @@ impl Link {
             return Err(StorageError::unavailable("no connection"));
         }
         let result = act(world);
+        let under_way = UnderWay(self);
         world.strike(*host, fate.after);
         after(fate.answer).await;
         world.awake(*host).await;
+        under_way.over();
         result
     }
 }
@@ -115,6 +139,8 @@ fn places(batch: &Batch) -> (Vec<Place>, Vec<Place>) {
             Op::Finish(_) => Place::Completing,
             Op::Park(_) => Place::Parking,
             Op::Claim { .. } => Place::Claiming,
+            Op::Await { .. } => Place::Awaiting,
+            Op::Seen { .. } => Place::Noting,
             _ => continue,
         };
         if !before.contains(&place) {
@@ -225,16 +251,37 @@ impl Storage for Link {
             return Err(StorageError::Fenced);
         }
         let (batch, host) = (batch.clone(), self.host);
-        self.write((&before, &after), move |world| world.commit(host, &batch)).await
+        let result = self.write((&before, &after), move |world| world.commit(host, &batch)).await;
+        let mut inner = self.world.inner();
+        for outcome in result.iter().flatten() {
+            if let Outcome::Claimed(claimed) = outcome {
+                for claimed in claimed {
+                    inner.ledger.untold.remove(&(claimed.run, claimed.claim));
+                }
+            }
+        }
+        drop(inner);
+        result
     }
 
     async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-        let places: &[Place] = if records { &[Place::Loading] } else { &[Place::Polling] };
+        let places: &[Place] = if records { &[Place::Loading] } else { &[Place::Delivering] };
+        if records {
+            let mut inner = self.world.inner();
+            let inner = &mut *inner;
+            for run in runs {
+                let claim = inner.ledger.rows.get(run).map_or(0, |row| row.claim);
+                // Its claim was never answered: it was found among what the instance owns.
+                if inner.ledger.untold.remove(&(*run, claim)) {
+                    inner.tally.saw(Sight::Stray);
+                }
+            }
+        }
         self.read(places, |world| at_once(world.memory.load(runs, records))).await
     }
 
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
-        self.read(&[Place::Polling], |world| at_once(world.memory.owned(instance, after, limit))).await
+        self.read(&[Place::Comparing], |world| at_once(world.memory.owned(instance, after, limit))).await
     }
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
@@ -251,7 +298,7 @@ impl Storage for Link {
     }
 
     async fn peers(&self, namespace: &str, me: InstanceId) -> Result<Peers> {
-        let mut peers = self.read(&[Place::Polling], |world| at_once(world.memory.peers(namespace, me))).await?;
+        let mut peers = self.read(&[Place::Peering], |world| at_once(world.memory.peers(namespace, me))).await?;
         if !self.world.inner().odds.proof {
             peers.peers.iter_mut().for_each(|peer| peer.lock = LockState::Unknown);
         }
@@ -299,15 +346,16 @@ impl Storage for Link {
     }
 
     async fn reinstate(&self) -> Result<usize> {
-        self.read(&[Place::Polling], |world| at_once(world.memory.reinstate())).await
+        let places = &[Place::Reinstating];
+        self.write((places, places), |world| at_once(world.memory.reinstate())).await
     }
 
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
-        self.read(&[Place::Polling], |world| at_once(world.memory.find(namespace, id, run))).await
+        self.read(&[Place::Finding], |world| at_once(world.memory.find(namespace, id, run))).await
     }
 
     async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
-        self.read(&[Place::Polling], |world| at_once(world.memory.record(run, key))).await
+        self.read(&[Place::Reading], |world| at_once(world.memory.record(run, key))).await
     }
 
     async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>> {

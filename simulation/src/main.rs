@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+/// Of so many seeds it is demanded that everything is hit.
+const ENOUGH: u64 = 2_000;
+
 fn main() -> ExitCode {
     let mut seeds = 1_000;
     let mut from = 0;
@@ -30,5 +33,8 @@ fn main() -> ExitCode {
     let report = durable_simulation::run(from, seeds, |failed| println!("{failed}"));
     println!("{}", report.places());
     println!("{report}");
-    if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    // Fewer seeds need not meet everything.
+    let missing = if seeds >= ENOUGH { report.missing() } else { Vec::new() };
+    missing.iter().for_each(|missing| println!("not hit as often as it must be: {missing}"));
+    if report.is_clean() && missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -1,18 +1,17 @@
 //! Plays a seed: hosts that come and go, clients, and the two phases.
 
 use chrono::TimeDelta;
-use durable_core::{Handle, HandleError, Host, RaiseError, SpawnError, with};
+use durable_core::{Handle, Host, with};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::draw;
-use crate::effects::Sent;
-use crate::interpret::{MESSAGES, interpret, kind};
+use crate::interpret::{interpret, kind};
 use crate::judge::{judge, unfinished};
+use crate::lateness::Lateness;
 use crate::link::Link;
-use crate::program::EVENTS;
 use crate::seed::Seed;
 use crate::tally::{Fault, Tally};
 use crate::world::{Machine, Odds, Surroundings, World};
@@ -30,6 +29,9 @@ pub struct Played {
 /// So long after the last fault everything must have finished.
 const PATIENCE: Duration = Duration::from_secs(1_200);
 
+/// More than a seed needs, of places in memory and in a batch.
+const ROOM: usize = 1_000;
+
 /// Plays a seed from its beginning to its end.
 ///
 /// # Panics
@@ -43,7 +45,7 @@ pub fn play(seed: u64, traced: bool) -> Played {
         let mut play = Play::new(seed, traced);
         play.storm().await;
         play.calm().await;
-        judge(&play.world, play.faultless);
+        judge(&play.world);
         play.world
     });
     drop(runtime);
@@ -67,22 +69,27 @@ struct Settings {
 }
 
 /// A host's place, filled once it has started.
-type Place = Arc<Mutex<Option<Host>>>;
+pub type Place = Arc<Mutex<Option<Host>>>;
 
-struct Play {
-    seed: Seed,
-    world: Arc<World>,
+/// A host's program, as it is played.
+pub struct Hosted {
+    pub place: Place,
+    start: JoinHandle<()>,
+    surroundings: Arc<Surroundings>,
+    /// It runs both kinds.
+    full: bool,
+}
+
+pub struct Play {
+    pub seed: Seed,
+    pub world: Arc<World>,
     settings: Settings,
-    /// Nothing goes wrong at all.
-    faultless: bool,
     most_hosts: usize,
-    hosts: Vec<(Place, JoinHandle<()>)>,
-    /// Which of them run both kinds.
-    full: Vec<bool>,
+    pub hosts: Vec<Hosted>,
     /// The next message's number.
-    messages: u64,
+    pub messages: u64,
     /// How many processes clients have begun to start.
-    started: usize,
+    pub started: usize,
 }
 
 fn ms(ms: u64) -> Duration {
@@ -101,11 +108,12 @@ impl Play {
             expiry,
             quiet: ms(seed.between(20, 3_000)),
             poll: ms(seed.between(100, 3_000)),
-            processes: if !room { seed.between(1, 4) as usize } else { 1_000 },
-            operations: if seed.permille(200) { seed.between(1, 4) as usize } else { 1_000 },
+            processes: if room { ROOM } else { seed.between(1, 4) as usize },
+            operations: if seed.permille(200) { seed.between(1, 4) as usize } else { ROOM },
         };
         let programs = draw::programs(&mut seed.fork(), room);
         let odds = Odds {
+            faultless,
             fault: if faultless { 0 } else { *seed.one(&[0, 10, 40, 100, 250]) },
             deaths: seed.below(6),
             latency: *seed.one(&[0, 1, 3, 30, 200]),
@@ -113,29 +121,26 @@ impl Play {
             hints: seed.permille(600),
             expiry,
         };
-        let world = Arc::new(World::new(seed.fork(), programs, odds, traced));
+        // A look, what is between it and the process's code, and something to spare: far below what heals by itself.
+        let round_trips = ms(odds.latency * 8);
+        let bound = settings.poll + round_trips + ms(4_000);
+        let grace = expiry + settings.heartbeat * 3 + round_trips + ms(3_000);
+        // Where there is no room, what is due may have to wait for some.
+        let lateness = Lateness::new((room && settings.operations == ROOM).then_some(bound), grace);
+        let world = Arc::new(World::new(seed.fork(), programs, odds, lateness, traced));
         let most_hosts = seed.between(1, 4) as usize;
-        Self {
-            seed,
-            world,
-            settings,
-            faultless,
-            most_hosts,
-            hosts: Vec::new(),
-            full: Vec::new(),
-            messages: 0,
-            started: 0,
-        }
+        Self { seed, world, settings, most_hosts, hosts: Vec::new(), messages: 0, started: 0 }
     }
 
     /// Starts a host in a program of its own: for all kinds, or for some.
     fn start_host(&mut self, all: bool) {
-        let apart = if self.seed.permille(700) || self.faultless { 0 } else { self.seed.between(0, 7_200_000) as i64 };
+        let apart =
+            if self.seed.permille(700) || self.world.faultless { 0 } else { self.seed.between(0, 7_200_000) as i64 };
         let offset = TimeDelta::milliseconds(apart - if self.seed.permille(500) { 0 } else { apart * 2 });
         let host = {
             let mut inner = self.world.inner();
             if apart > 60_000 {
-                inner.tally.hit(Fault::Clock, &[]);
+                inner.tally.hit(Fault::Apart, &[]);
             }
             inner.hosts.push(Machine { alive: true, ..Machine::default() });
             inner.hosts.len() - 1
@@ -148,10 +153,11 @@ impl Play {
             1 if !all => &[1],
             _ => &[0, 1],
         };
-        self.full.push(kinds.len() == 2);
+        let full = kinds.len() == 2;
+        let surroundings = Surroundings::new(offset, self.seed.fork());
         let actor = Arc::new(link.clone());
         let mut builder = Host::builder(link)
-            .surroundings(Surroundings::new(offset, self.seed.fork()))
+            .surroundings(surroundings.clone())
             .label("simulated")
             .heartbeat(heartbeat, expiry)
             .quiet_time(quiet)
@@ -174,10 +180,10 @@ impl Play {
                 }
             }
         });
-        self.hosts.push((place, start));
+        self.hosts.push(Hosted { place, start, surroundings, full });
     }
 
-    fn alive(&self) -> Vec<usize> {
+    pub fn alive(&self) -> Vec<usize> {
         let inner = self.world.inner();
         (0..inner.hosts.len()).filter(|host| inner.hosts[*host].alive).collect()
     }
@@ -185,7 +191,7 @@ impl Play {
     /// Takes away what is left of dead programs.
     fn reap(&mut self) {
         let alive = self.alive();
-        for (host, (place, start)) in self.hosts.iter().enumerate() {
+        for (host, Hosted { place, start, .. }) in self.hosts.iter().enumerate() {
             if !alive.contains(&host) {
                 start.abort();
                 let dead = place.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -195,13 +201,13 @@ impl Play {
     }
 
     /// A living host, as clients use it.
-    fn handle(&mut self, id: &str) -> Option<Handle> {
+    pub fn handle(&mut self, id: &str) -> Option<Handle> {
         let hosts = self.alive();
         if hosts.is_empty() {
             return None;
         }
         let host = *self.seed.one(&hosts);
-        let place = self.hosts[host].0.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = self.hosts[host].place.lock().unwrap_or_else(PoisonError::into_inner);
         place.as_ref().map(|host| host.get(id))
     }
 
@@ -211,13 +217,29 @@ impl Play {
             self.start_host(false);
         }
         let end = Instant::now() + ms(self.seed.between(5_000, 60_000));
-        while Instant::now() < end {
-            let pause = ms(1 + self.seed.ms(3_000));
+        // An outage ends by itself: the storm goes on until the storage is back.
+        while Instant::now() < end || self.world.is_away() {
+            // Nothing much can happen meanwhile.
+            let longest = if self.world.is_away() { 15_000 } else { 3_000 };
+            let pause = ms(1 + self.seed.ms(longest));
             let world = self.world.clone();
             let _ = timeout(pause, world.died.notified()).await;
             self.reap();
+            self.look();
             self.act();
         }
+    }
+
+    /// Looks at what is late. Where no host runs all kinds, something may wait for one.
+    fn look(&self) {
+        let ready = self.alive().into_iter().any(|host| {
+            let started = self.hosts[host].place.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+            started && self.hosts[host].full && !self.world.inner().hosts[host].stopping
+        });
+        if !ready {
+            self.world.trouble(Duration::ZERO);
+        }
+        self.world.prompt();
     }
 
     fn act(&mut self) {
@@ -226,9 +248,10 @@ impl Play {
         match self.seed.below(1000) {
             0..350 => self.start_process(),
             350..600 => self.message(),
-            600..680 => self.watch(),
+            600..650 => self.watch(),
+            650..680 => self.read(),
             680..800 if others > 0 => self.start_host(false),
-            _ if self.faultless || alive.is_empty() => {}
+            _ if self.world.faultless || alive.is_empty() => {}
             800..840 => self.cancel(),
             840..870 => {
                 let host = *self.seed.one(&alive);
@@ -246,32 +269,54 @@ impl Play {
                 self.world.cut(host, ms(time));
             }
             940..955 => {
-                let time = self.seed.ms(180_000);
-                self.world.away(ms(time));
+                let time =
+                    if self.seed.permille(200) { self.seed.between(120_000, 600_000) } else { self.seed.ms(60_000) };
+                if !self.world.is_away() {
+                    self.world.away(ms(time));
+                }
             }
             955..980 => {
                 let host = *self.seed.one(&alive);
                 self.shut_down(host);
             }
             980..990 => {
-                let by = TimeDelta::milliseconds(self.seed.ms(180_000) as i64);
-                let by = if self.seed.permille(500) { by } else { -by };
+                let by = self.jump();
                 self.world.say(|_| format!("the storage's clock jumps by {} ms", by.num_milliseconds()));
-                self.world.inner().tally.hit(Fault::Clock, &[]);
+                let fault = if by < TimeDelta::zero() { Fault::Backwards } else { Fault::Forwards };
+                self.world.inner().tally.hit(fault, &[]);
                 self.world.memory.jump(by);
+                if by < TimeDelta::zero() {
+                    self.world.inner().lateness.went_back = Some(Instant::now());
+                }
+                // Who waits in memory for a time looks at the clock again so soon.
+                self.world.trouble(ms(30_000));
+            }
+            990.. => {
+                let (host, by) = (*self.seed.one(&alive), self.jump());
+                self.world.say(|_| format!("host {host}'s clock jumps by {} ms", by.num_milliseconds()));
+                self.world.inner().tally.hit(Fault::OwnJump, &[]);
+                self.hosts[host].surroundings.jump(by);
             }
             _ => {}
         }
     }
 
+    /// How far a clock jumps: seconds at least.
+    fn jump(&mut self) -> TimeDelta {
+        let by = TimeDelta::milliseconds(1_000 + self.seed.ms(180_000) as i64);
+        if self.seed.permille(500) { by } else { -by }
+    }
+
     /// An orderly end.
     fn shut_down(&mut self, host: usize) {
         let grace = ms(self.seed.ms(8_000));
-        let place = self.hosts[host].0.clone();
+        let place = self.hosts[host].place.clone();
         let ending = place.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(ending) = ending else { return };
         self.world.inner().tally.hit(Fault::Shutdown, &[]);
         self.world.say(|_| format!("host {host} is to shut down"));
+        self.world.inner().hosts[host].stopping = true;
+        self.world.trouble(grace);
         let world = self.world.clone();
         tokio::spawn(async move {
             ending.shutdown(grace).await;
@@ -279,138 +324,6 @@ impl Play {
                 world.ended(host);
             }
             *place.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        });
-    }
-
-    /// A call of a client's, that may go away before it has its answer.
-    fn call(&mut self, call: impl Future<Output = ()> + Send + 'static) {
-        let world = self.world.clone();
-        let patience =
-            (!self.faultless && !world.inner().calm && self.seed.permille(100)).then(|| ms(self.seed.ms(2_000)));
-        tokio::spawn(async move {
-            match patience {
-                None => call.await,
-                Some(patience) => {
-                    if timeout(patience, call).await.is_err() {
-                        world.inner().tally.hit(Fault::Dropped, &[]);
-                    }
-                }
-            }
-        });
-    }
-
-    /// A client starts the next process.
-    fn start_process(&mut self) {
-        let next = self.world.programs.iter().position(|program| program.child).unwrap_or(self.world.programs.len());
-        let index = if self.started < next { self.started } else { self.seed.below(next as u64) as usize };
-        let id = format!("p{index}");
-        let hosts = self.alive();
-        if hosts.is_empty() {
-            return;
-        }
-        let host = *self.seed.one(&hosts);
-        let Some(host) = self.hosts[host].0.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return };
-        self.started = self.started.max(index + 1);
-        let spawn = host.spawn(kind(index), &*id, &index).into_future();
-        drop(host);
-        let world = self.world.clone();
-        self.call(async move {
-            match spawn.await {
-                Ok(handle) => {
-                    let known = world.inner().ledger.ids.get(&id).copied();
-                    if known.is_none() || known != handle.run() {
-                        world.wrong(format!("{id} was started as {:?}, and is {known:?}", handle.run()));
-                    }
-                }
-                Err(SpawnError::Unavailable(why)) => world.say(|_| format!("the start of {id}: {why}")),
-                Err(error) => world.wrong(format!("the start of {id}: {error}")),
-            }
-        });
-    }
-
-    /// A client sends a message to some process.
-    fn message(&mut self) {
-        let (to, event) = (self.seed.below(self.world.programs.len() as u64), self.seed.below(EVENTS as u64));
-        self.send(to as usize, event as usize);
-    }
-
-    fn send(&mut self, to: usize, event: usize) {
-        let id = format!("p{to}");
-        let handles: Vec<Handle> = (0..self.seed.between(1, 3)).filter_map(|_| self.handle(&id)).collect();
-        if handles.is_empty() {
-            return;
-        }
-        self.messages += 1;
-        let text = format!("c{}", self.messages);
-        // With an id it can be sent again.
-        let named = self.seed.permille(500);
-        let world = self.world.clone();
-        world.inner().effects.sent.insert(text.clone(), Sent::Unknown);
-        self.call(async move {
-            let mut unknown = false;
-            for handle in handles.into_iter().take(if named { 3 } else { 1 }) {
-                let mut raise = handle.raise(MESSAGES[event], &text);
-                if named {
-                    raise = raise.id(&text);
-                }
-                let sent = match raise.await {
-                    Ok(()) => Sent::Accepted,
-                    Err(RaiseError::NotFound { .. } | RaiseError::Finished { .. }) => Sent::Refused,
-                    Err(RaiseError::Unavailable(_)) => Sent::Unknown,
-                    Err(error) => {
-                        world.wrong(format!("the message {text}: {error}"));
-                        return;
-                    }
-                };
-                world.say(|_| format!("the message {text} to {id}: {sent:?}"));
-                let copies = world.inner().ledger.copies(&format!("{text:?}"));
-                if sent == Sent::Accepted && copies != 1 {
-                    world.wrong(format!("the message {text} was accepted, and is there {copies} times"));
-                }
-                if sent == Sent::Unknown {
-                    unknown = true;
-                    continue;
-                }
-                // What is refused now may still be on its way from a call before.
-                let sent = if unknown && sent == Sent::Refused { Sent::Unknown } else { sent };
-                world.inner().effects.sent.insert(text, sent);
-                return;
-            }
-        });
-    }
-
-    fn cancel(&mut self) {
-        let id = format!("p{}", self.seed.below(self.world.programs.len() as u64));
-        let Some(handle) = self.handle(&id) else { return };
-        let world = self.world.clone();
-        self.call(async move {
-            let result = handle.cancel().await;
-            world.say(|_| format!("the cancellation of {id}: {result:?}"));
-            let inner = world.inner();
-            let asked = inner.ledger.ids.get(&id).is_some_and(|run| inner.ledger.rows[run].asked);
-            drop(inner);
-            match result {
-                Ok(()) if !asked => world.wrong(format!("{id} was asked to cancel, and has not been")),
-                Ok(())
-                | Err(HandleError::NotFound { .. } | HandleError::Status { .. } | HandleError::Unavailable(_)) => {}
-                Err(error) => world.wrong(format!("the cancellation of {id}: {error}")),
-            }
-        });
-    }
-
-    /// A client awaits the end of some process.
-    fn watch(&mut self) {
-        let index = self.seed.below(self.world.programs.len() as u64) as usize;
-        let id = format!("p{index}");
-        let Some(handle) = self.handle(&id) else { return };
-        let (handle, world) = (handle.of(kind(index)), self.world.clone());
-        self.call(async move {
-            let text = match handle.output().await {
-                Ok(results) => serde_json::to_string(&results).unwrap_or_default(),
-                Err(durable_core::OutputError::Unavailable(_)) => return,
-                Err(error) => error.to_string(),
-            };
-            world.ended_as(&id, &text);
         });
     }
 
@@ -422,10 +335,11 @@ impl Play {
         let roots = self.world.programs.iter().filter(|program| !program.child).count();
         loop {
             self.reap();
-            if !self.alive().iter().any(|host| self.full[*host]) {
+            if !self.alive().iter().any(|host| self.hosts[*host].full) {
                 self.start_host(true);
             }
             sleep(ms(1_000)).await;
+            self.look();
             let missing = (0..roots).find(|index| !self.world.inner().ledger.ids.contains_key(&format!("p{index}")));
             if let Some(missing) = missing {
                 self.started = missing;
@@ -446,24 +360,5 @@ impl Play {
         }
         // What was on its way arrives.
         sleep(ms(30_000)).await;
-    }
-
-    /// Which processes have fewer messages than they could take.
-    fn wanting(&self) -> Vec<(usize, usize)> {
-        let inner = self.world.inner();
-        let mut wanting = Vec::new();
-        for (index, program) in self.world.programs.iter().enumerate() {
-            let id = format!("p{index}");
-            let there = inner.ledger.ids.get(&id).and_then(|run| inner.ledger.rows.get(run));
-            if there.is_none_or(|row| row.status.is_finished()) {
-                continue;
-            }
-            for (event, count) in program.receives().into_iter().enumerate() {
-                if inner.ledger.sent(&id, MESSAGES[event].name()) < count {
-                    wanting.push((index, event));
-                }
-            }
-        }
-        wanting
     }
 }

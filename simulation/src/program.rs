@@ -1,5 +1,8 @@
 //! What a process does: a program, that one durable function interprets.
 
+use crate::interpret::MESSAGES;
+use crate::tally::Sight;
+
 /// How many events there are.
 pub const EVENTS: usize = 3;
 
@@ -8,8 +11,8 @@ pub const EVENTS: usize = 3;
 pub struct Program {
     /// What it does.
     pub nodes: Vec<Node>,
-    /// What it does in its compensation, if it fails or is cancelled: steps.
-    pub compensation: Vec<Step>,
+    /// What it does in its compensation, if it fails or is cancelled.
+    pub compensation: Vec<Undo>,
     /// Another process starts it, if any.
     pub child: bool,
 }
@@ -21,11 +24,7 @@ pub enum Node {
     /// It is dropped after so long, if it has not ended, and done again under its name. One operation alone.
     Dropped(Box<Node>, u64),
     Transaction(Step),
-    /// A value that is made once, and overwritten so many times.
-    Value {
-        name: String,
-        sets: u64,
-    },
+    Value(Value),
     Delay {
         name: String,
         ms: u64,
@@ -65,6 +64,31 @@ pub enum Together {
     Unordered,
 }
 
+/// What is done in a compensation.
+#[derive(Clone, Debug)]
+pub enum Undo {
+    Step(Step),
+    Value(Value),
+    /// Gets what a variable of the process itself was last.
+    Recall(String),
+}
+
+/// What is done with a variable, that other nodes may use as well.
+#[derive(Clone, Debug)]
+pub struct Value {
+    pub name: String,
+    /// Under the key of the loop that it stands in: each key has a value of its own.
+    pub keyed: bool,
+    pub uses: Vec<Use>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Use {
+    Get,
+    /// Each sets another value.
+    Set(u64),
+}
+
 /// A step, or a transactional one.
 #[derive(Clone, Debug)]
 pub struct Step {
@@ -92,12 +116,47 @@ pub enum Member {
     Output(usize),
 }
 
+impl Node {
+    /// As which it is counted.
+    pub fn sight(&self) -> Sight {
+        match self {
+            Self::Step(_) => Sight::Step,
+            Self::Dropped(..) => Sight::Dropped,
+            Self::Transaction(_) => Sight::Transaction,
+            Self::Value(_) => Sight::Variable,
+            Self::Delay { .. } => Sight::Delay,
+            Self::Receive { .. } => Sight::Receive,
+            Self::Raise { .. } => Sight::Raise,
+            Self::Child { .. } => Sight::Child,
+            Self::Race { .. } => Sight::Race,
+            Self::Both(Together::All, _) => Sight::All,
+            Self::Both(Together::Join, _) => Sight::Join,
+            Self::Both(Together::Unordered, _) => Sight::Unordered,
+            Self::Loop { .. } => Sight::Loop,
+        }
+    }
+}
+
 impl Program {
     /// How many messages of each event it can take at most.
     pub fn receives(&self) -> [u64; EVENTS] {
         let mut count = [0; EVENTS];
         receives(&self.nodes, 1, &mut count);
         count
+    }
+
+    /// The events of whose messages a race takes one, by their names, if its timer leaves it at least so long.
+    pub fn races(&self, name: &str, ms: u64) -> Vec<&'static str> {
+        let mut events = Vec::new();
+        races(&self.nodes, name, ms, &mut events);
+        events
+    }
+
+    /// The names of steps whose failure ends the process.
+    pub fn fatal(&self) -> Vec<&str> {
+        let mut names = Vec::new();
+        fatal(&self.nodes, &mut names);
+        names
     }
 
     /// How many results it leaves if nothing ends it early.
@@ -132,9 +191,44 @@ fn receives(nodes: &[Node], times: u64, count: &mut [u64; EVENTS]) {
     }
 }
 
+fn races(nodes: &[Node], of: &str, least: u64, events: &mut Vec<&'static str>) {
+    for node in nodes {
+        match node {
+            Node::Race { name, members } if name == of => {
+                let soon = |member: &Member| matches!(member, Member::Delay { ms, .. } if *ms < least);
+                if members.iter().any(soon) {
+                    continue;
+                }
+                let event = |member: &Member| match member {
+                    Member::Receive(event) => Some(MESSAGES[*event].name()),
+                    _ => None,
+                };
+                events.extend(members.iter().filter_map(event));
+            }
+            Node::Dropped(node, _) => races(std::slice::from_ref(node), of, least, events),
+            Node::Both(_, branches) => branches.iter().for_each(|branch| races(branch, of, least, events)),
+            Node::Loop { body, .. } => races(body, of, least, events),
+            _ => {}
+        }
+    }
+}
+
+fn fatal<'p>(nodes: &'p [Node], names: &mut Vec<&'p str>) {
+    for node in nodes {
+        match node {
+            Node::Step(step) | Node::Transaction(step) if step.fatal => names.push(&step.name),
+            Node::Dropped(node, _) => fatal(std::slice::from_ref(node), names),
+            Node::Both(_, branches) => branches.iter().for_each(|branch| fatal(branch, names)),
+            Node::Loop { body, .. } => fatal(body, names),
+            _ => {}
+        }
+    }
+}
+
 fn results(nodes: &[Node]) -> usize {
     let of = |node: &Node| match node {
-        Node::Value { .. } => 0,
+        Node::Value(_) => 0,
+        Node::Dropped(node, _) => results(std::slice::from_ref(node)),
         Node::Child { awaited, .. } => 1 + usize::from(*awaited),
         Node::Both(_, branches) => branches.iter().map(|branch| results(branch)).sum(),
         Node::Loop { times, body } => *times as usize * results(body),

@@ -26,7 +26,12 @@ impl Report {
         self.failed.is_empty()
     }
 
-    /// Where faults hit, in a line.
+    /// What was not hit as often as it must be.
+    pub fn missing(&self) -> Vec<String> {
+        self.tally.missing(self.seeds).into_iter().chain(self.tally.impossible()).collect()
+    }
+
+    /// Where faults hit, and what came of it.
     pub fn places(&self) -> String {
         self.tally.places()
     }

@@ -3,143 +3,25 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fault {
-    /// The call fails before it happens.
-    Before,
-    /// It happens, and the answer is lost.
-    Lost,
-    /// It does not happen, and nobody is told.
-    Vanished,
-    /// The answer is lost, and it happens later.
-    Late,
-    Delayed,
-    /// A caller goes away in the middle.
-    Dropped,
-    Killed,
-    Paused,
-    /// One host does not reach the storage.
-    Cut,
-    /// No host does.
-    Away,
-    /// A host's clock is apart from the storage's.
-    Clock,
-    /// An orderly end.
-    Shutdown,
-}
-
-impl Fault {
-    pub const ALL: [Self; 12] = [
-        Self::Before,
-        Self::Lost,
-        Self::Vanished,
-        Self::Late,
-        Self::Delayed,
-        Self::Dropped,
-        Self::Killed,
-        Self::Paused,
-        Self::Cut,
-        Self::Away,
-        Self::Clock,
-        Self::Shutdown,
-    ];
-
-    fn text(self) -> &'static str {
-        match self {
-            Self::Before => "error before",
-            Self::Lost => "answer lost",
-            Self::Vanished => "lost with its answer",
-            Self::Late => "arrived late",
-            Self::Delayed => "delayed",
-            Self::Dropped => "call dropped",
-            Self::Killed => "host killed",
-            Self::Paused => "host paused",
-            Self::Cut => "host cut off",
-            Self::Away => "storage away",
-            Self::Clock => "clock apart",
-            Self::Shutdown => "shutdown",
-        }
-    }
-}
-
-/// Where it goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
-    BeforeEffect,
-    AfterEffect,
-    BeforeRecord,
-    AfterRecord,
-    Starting,
-    Raising,
-    Parking,
-    Completing,
-    Cancelling,
-    Claiming,
-    Loading,
-    Polling,
-    Beating,
-    Enlisting,
-    Refencing,
-    TakingOver,
-    Retiring,
-    BeforeCommit,
-    AfterCommit,
-}
-
-impl Place {
-    pub const ALL: [Self; 19] = [
-        Self::BeforeEffect,
-        Self::AfterEffect,
-        Self::BeforeRecord,
-        Self::AfterRecord,
-        Self::Starting,
-        Self::Raising,
-        Self::Parking,
-        Self::Completing,
-        Self::Cancelling,
-        Self::Claiming,
-        Self::Loading,
-        Self::Polling,
-        Self::Beating,
-        Self::Enlisting,
-        Self::Refencing,
-        Self::TakingOver,
-        Self::Retiring,
-        Self::BeforeCommit,
-        Self::AfterCommit,
-    ];
-
-    fn text(self) -> &'static str {
-        match self {
-            Self::BeforeEffect => "before an effect",
-            Self::AfterEffect => "between effect and record",
-            Self::BeforeRecord => "before a record",
-            Self::AfterRecord => "after a record",
-            Self::Starting => "starting",
-            Self::Raising => "raising",
-            Self::Parking => "parking",
-            Self::Completing => "completing",
-            Self::Cancelling => "cancelling",
-            Self::Claiming => "claiming",
-            Self::Loading => "between claim and load",
-            Self::Polling => "looking for work",
-            Self::Beating => "at a heartbeat",
-            Self::Enlisting => "enlisting",
-            Self::Refencing => "fencing off a batch",
-            Self::TakingOver => "taking over",
-            Self::Retiring => "retiring",
-            Self::BeforeCommit => "before a transaction's commit",
-            Self::AfterCommit => "after a transaction's commit",
-        }
-    }
-}
+pub use crate::fault::{Fault, Place, Sight};
 
 /// How often.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tally {
     faults: BTreeMap<Fault, u64>,
     places: BTreeMap<Place, u64>,
+    pairs: BTreeMap<(Fault, Place), u64>,
+    sights: BTreeMap<Sight, u64>,
+}
+
+fn add<K: Ord + Copy>(counts: &mut BTreeMap<K, u64>, others: &BTreeMap<K, u64>) {
+    for (key, count) in others {
+        *counts.entry(*key).or_default() += count;
+    }
+}
+
+fn count<K: Ord>(counts: &BTreeMap<K, u64>, key: &K) -> u64 {
+    counts.get(key).copied().unwrap_or(0)
 }
 
 impl Tally {
@@ -149,34 +31,78 @@ impl Tally {
         for place in places {
             *self.places.entry(*place).or_default() += 1;
         }
+        self.met(fault, places);
+    }
+
+    /// Somebody here met with what went wrong elsewhere.
+    pub fn met(&mut self, fault: Fault, places: &[Place]) {
+        for place in places {
+            *self.pairs.entry((fault, *place)).or_default() += 1;
+        }
+    }
+
+    /// This has come of it.
+    pub fn saw(&mut self, sight: Sight) {
+        *self.sights.entry(sight).or_default() += 1;
     }
 
     pub fn add(&mut self, other: &Self) {
-        for (fault, count) in &other.faults {
-            *self.faults.entry(*fault).or_default() += count;
-        }
-        for (place, count) in &other.places {
-            *self.places.entry(*place).or_default() += count;
-        }
+        add(&mut self.faults, &other.faults);
+        add(&mut self.places, &other.places);
+        add(&mut self.pairs, &other.pairs);
+        add(&mut self.sights, &other.sights);
     }
 
-    /// What was hit less often than this, if anything.
-    pub fn below(&self, least: u64) -> Vec<&'static str> {
-        let faults = Fault::ALL.iter().filter(|fault| self.faults.get(fault).is_none_or(|count| *count < least));
-        let places = Place::ALL.iter().filter(|place| self.places.get(place).is_none_or(|count| *count < least));
-        faults.map(|fault| fault.text()).chain(places.map(|place| place.text())).collect()
+    /// What was hit less often than it must be in so many seeds, if anything.
+    pub fn missing(&self, seeds: u64) -> Vec<String> {
+        // A pair may be hit by chance only, but it is.
+        let (often, now_and_then, seldom) = (seeds / 100, seeds / 200, seeds / 2_000);
+        let mut missing = Vec::new();
+        let mut demand = |what: String, count: u64, least: u64| {
+            if count < least {
+                missing.push(format!("{what}: {count} times, not {least}"));
+            }
+        };
+        for fault in Fault::ALL {
+            demand(fault.text().into(), count(&self.faults, fault), often);
+        }
+        for place in Place::ALL {
+            demand(place.text().into(), count(&self.places, place), often);
+        }
+        for sight in Sight::ALL {
+            demand(sight.text().into(), count(&self.sights, sight), now_and_then);
+        }
+        for fault in Fault::ALL.iter().filter(|fault| fault.has_place()) {
+            for place in Place::ALL.iter().filter(|place| fault.meets(**place)) {
+                demand(format!("{} {}", fault.text(), place.text()), count(&self.pairs, &(*fault, *place)), seldom);
+            }
+        }
+        missing
     }
 
-    /// Where things went wrong, in a line.
+    /// What was counted that nobody thinks can be.
+    pub fn impossible(&self) -> Vec<String> {
+        let impossible = |(fault, place): &&(Fault, Place)| fault.has_place() && !fault.meets(*place);
+        self.pairs
+            .keys()
+            .filter(impossible)
+            .map(|(fault, place)| format!("{} {}", fault.text(), place.text()))
+            .collect()
+    }
+
+    /// Where things went wrong, and what came of it, in two lines.
     pub fn places(&self) -> String {
-        let text = |place: &Place| format!("{} {}", self.places.get(place).unwrap_or(&0), place.text());
-        Place::ALL.iter().map(text).collect::<Vec<_>>().join(", ")
+        let place = |place: &Place| format!("{} {}", count(&self.places, place), place.text());
+        let sight = |sight: &Sight| format!("{} {}", count(&self.sights, sight), sight.text());
+        let places: Vec<String> = Place::ALL.iter().map(place).collect();
+        let sights: Vec<String> = Sight::ALL.iter().map(sight).collect();
+        format!("{}\n{}", places.join(", "), sights.join(", "))
     }
 }
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = |fault: &Fault| format!("{} {}", self.faults.get(fault).unwrap_or(&0), fault.text());
+        let text = |fault: &Fault| format!("{} {}", count(&self.faults, fault), fault.text());
         f.write_str(&Fault::ALL.iter().map(text).collect::<Vec<_>>().join(", "))
     }
 }

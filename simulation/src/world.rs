@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use durable_core::memory::Memory;
-use durable_core::storage::{Batch, Heart, InstanceId, Outcome, RecordKey, Result, RunId, Storage};
+use durable_core::storage::{Batch, Heart, InstanceId, Outcome, RecordKey, Result, RunId, Storage, StorageError};
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::future::{Future, pending};
@@ -15,15 +15,21 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::effects::Effects;
+use crate::lateness::Lateness;
 use crate::ledger::Ledger;
 use crate::program::Program;
 use crate::seed::Seed;
-use crate::tally::{Fault, Place, Tally};
+use crate::tally::{Fault, Place, Sight, Tally};
+
+/// An outage of more than this is one of its own kind: whoever keeps trying for seconds only does not see its end.
+const LONG: Duration = Duration::from_secs(120);
 
 /// See above.
 pub struct World {
     pub memory: Memory,
     pub programs: Vec<Program>,
+    /// Nothing goes wrong at all.
+    pub faultless: bool,
     /// Something was written.
     pub wrote: Notify,
     /// A host died.
@@ -39,6 +45,7 @@ pub struct Inner {
     pub ledger: Ledger,
     pub effects: Effects,
     pub tally: Tally,
+    pub lateness: Lateness,
     pub hosts: Vec<Machine>,
     /// What transactional steps have written.
     pub accounts: BTreeMap<(RunId, RecordKey), u64>,
@@ -46,11 +53,18 @@ pub struct Inner {
     pub commits: BTreeMap<RunId, u32>,
     /// Nothing goes wrong any more.
     pub calm: bool,
-    away: Option<Instant>,
+    away: Option<Outage>,
     deaths: u64,
     /// What must not be.
     pub wrong: Vec<String>,
     pub trace: Option<Vec<String>>,
+}
+
+/// A time in which nobody reaches the storage.
+#[derive(Clone, Copy)]
+struct Outage {
+    since: Instant,
+    until: Instant,
 }
 
 /// How likely what is.
@@ -58,6 +72,8 @@ pub struct Inner {
 pub struct Odds {
     /// So many calls in ten thousand go wrong.
     pub fault: u64,
+    /// Nothing goes wrong at all.
+    pub faultless: bool,
     /// At most so many hosts die by a fault.
     pub deaths: u64,
     /// A call may take so many milliseconds each way.
@@ -73,6 +89,8 @@ pub struct Odds {
 #[derive(Default)]
 pub struct Machine {
     pub alive: bool,
+    /// It is to shut down.
+    pub stopping: bool,
     pub paused: Option<Instant>,
     pub cut: Option<Instant>,
     /// When the last heartbeat that was acknowledged was sent.
@@ -121,14 +139,16 @@ pub fn at_once<T>(future: impl Future<Output = T>) -> T {
 }
 
 impl World {
-    pub fn new(mut seed: Seed, programs: Vec<Program>, odds: Odds, traced: bool) -> Self {
+    pub fn new(mut seed: Seed, programs: Vec<Program>, odds: Odds, lateness: Lateness, traced: bool) -> Self {
         let beginning = DateTime::<Utc>::UNIX_EPOCH + TimeDelta::days(20_000);
+        let faultless = odds.faultless;
         let inner = Inner {
             seed: seed.fork(),
             odds,
             ledger: Ledger::default(),
             effects: Effects::default(),
             tally: Tally::default(),
+            lateness,
             hosts: Vec::new(),
             accounts: BTreeMap::new(),
             commits: BTreeMap::new(),
@@ -141,6 +161,7 @@ impl World {
         Self {
             memory: Memory::starting_at(beginning),
             programs,
+            faultless,
             wrote: Notify::new(),
             died: Notify::new(),
             start: Instant::now(),
@@ -160,6 +181,11 @@ impl World {
         }
         let line = format!("{:>8} {}", self.start.elapsed().as_millis(), what(&inner));
         inner.trace.as_mut().into_iter().for_each(|trace| trace.push(line.clone()));
+    }
+
+    /// Something that must be seen now and then.
+    pub fn saw(&self, sight: Sight) {
+        self.inner().tally.saw(sight);
     }
 
     /// Something that must not be.
@@ -200,22 +226,25 @@ impl World {
         }
         let now = Instant::now();
         let gone = |until: Option<Instant>| until.is_some_and(|until| until > now);
-        if gone(inner.away) || gone(inner.hosts[host].cut) {
+        let away = gone(inner.away.map(|away| away.until));
+        if away || gone(inner.hosts[host].cut) {
+            inner.tally.met(if away { Fault::Away } else { Fault::Cut }, before);
             fate.verdict = if writes && seed.permille(100) { Verdict::Vanished } else { Verdict::Unavailable };
             fate.arrival = ms(seed.ms(2_000));
             return fate;
         }
-        let common = [Place::Polling, Place::Beating];
-        let factor = if before.iter().any(|place| !common.contains(place)) { 4 } else { 1 };
+        let factor = before.iter().map(|place| often(*place)).max().unwrap_or(1);
         if seed.below(10_000) >= odds.fault * factor {
             return fate;
         }
         let (fault, places) = match seed.below(100) {
-            0..20 => (Fault::Before, before),
+            0..18 => (Fault::Before, before),
+            18..20 => (Fault::Away, before),
             20..35 if writes => (Fault::Lost, after),
             35..43 if writes => (Fault::Vanished, before),
             43..58 if writes => (Fault::Late, after),
-            58..75 => (Fault::Delayed, before),
+            58..71 => (Fault::Delayed, before),
+            71..75 => (Fault::Cut, before),
             75..80 if inner.deaths < odds.deaths => (Fault::Killed, before),
             80..85 if inner.deaths < odds.deaths => (Fault::Killed, after),
             85..92 => (Fault::Paused, before),
@@ -232,11 +261,22 @@ impl World {
                 fate.verdict = Verdict::Lost;
                 fate.arrival = ms(seed.ms(20_000));
             }
+            Fault::Away => {
+                fate.verdict = Verdict::Unavailable;
+                let outage = Outage { since: now, until: now + ms(seed.ms(10_000)) };
+                inner.away = Some(outage);
+                inner.lateness.trouble(outage.until);
+            }
+            Fault::Cut => {
+                fate.verdict = Verdict::Unavailable;
+                inner.hosts[host].cut = Some(now + ms(seed.ms(20_000)));
+            }
             Fault::Killed => blow(Blow::Kill, &mut fate),
             Fault::Paused => blow(Blow::Pause(pause(seed, odds)), &mut fate),
             _ if seed.permille(500) => fate.arrival = ms(seed.ms(15_000)),
             _ => fate.answer = ms(seed.ms(15_000)),
         }
+        inner.lateness.trouble((now + fate.arrival + fate.answer).max(inner.hosts[host].cut.unwrap_or(now)));
         inner.tally.hit(fault, places);
         fate
     }
@@ -264,7 +304,10 @@ impl World {
             None => {}
             Some(Blow::Pause(pause)) => {
                 self.say(|_| format!("host {host} is paused for {} ms", pause.as_millis()));
-                self.inner().hosts[host].paused = Some(Instant::now() + pause);
+                let until = Instant::now() + pause;
+                let mut inner = self.inner();
+                inner.hosts[host].paused = Some(until);
+                inner.lateness.trouble(until);
             }
             Some(Blow::Kill) => self.kill(host),
         }
@@ -276,6 +319,7 @@ impl World {
         let hearts = {
             let mut inner = self.inner();
             inner.deaths += 1;
+            inner.lateness.trouble(Instant::now());
             let machine = &mut inner.hosts[host];
             machine.alive = false;
             let hearts = std::mem::take(&mut machine.hearts);
@@ -291,6 +335,7 @@ impl World {
         self.say(|_| format!("host {host} has shut down"));
         let mut inner = self.inner();
         inner.hosts[host].alive = false;
+        inner.lateness.trouble(Instant::now());
         inner.effects.host_gone(host);
     }
 
@@ -310,7 +355,9 @@ impl World {
         self.say(|_| format!("host {host} is cut off for {} ms", time.as_millis()));
         let mut inner = self.inner();
         inner.tally.hit(Fault::Cut, &[]);
-        inner.hosts[host].cut = Some(Instant::now() + time);
+        let until = Instant::now() + time;
+        inner.hosts[host].cut = Some(until);
+        inner.lateness.trouble(until);
     }
 
     /// Nobody reaches the storage for a while.
@@ -318,7 +365,23 @@ impl World {
         self.say(|_| format!("the storage is away for {} ms", time.as_millis()));
         let mut inner = self.inner();
         inner.tally.hit(Fault::Away, &[]);
-        inner.away = Some(Instant::now() + time);
+        let since = Instant::now();
+        inner.away = Some(Outage { since, until: since + time });
+        inner.lateness.trouble(since + time);
+    }
+
+    /// Whether nobody reaches the storage now. An outage that was long is counted once it is over.
+    pub fn is_away(&self) -> bool {
+        let mut inner = self.inner();
+        let Some(Outage { since, until }) = inner.away else { return false };
+        if until > Instant::now() {
+            return true;
+        }
+        inner.away = None;
+        if until - since >= LONG {
+            inner.tally.hit(Fault::AwayLong, &[]);
+        }
+        false
     }
 
     /// From now on nothing goes wrong.
@@ -326,7 +389,7 @@ impl World {
         self.say(|_| "nothing goes wrong any more".into());
         let mut inner = self.inner();
         inner.calm = true;
-        inner.away = None;
+        inner.lateness.trouble(Instant::now());
         for machine in &mut inner.hosts {
             machine.cut = None;
             // Whoever waits for its end looks again then.
@@ -342,11 +405,32 @@ impl World {
             told.into_iter().for_each(|line| self.say(|_| line));
         }
         if let Ok(outcomes) = &result {
-            let wrong = self.inner().ledger.committed(batch, outcomes);
+            self.timers(batch, outcomes);
+            let wrong = {
+                let mut inner = self.inner();
+                let inner = &mut *inner;
+                let wrong = inner.ledger.committed(batch, outcomes);
+                std::mem::take(&mut inner.ledger.seen).into_iter().for_each(|sight| inner.tally.saw(sight));
+                wrong
+            };
             wrong.into_iter().for_each(|wrong| self.wrong(wrong));
             self.wrote.notify_waiters();
+        } else if matches!(result, Err(StorageError::Fenced)) && self.inner().ledger.is_fenced(batch.fence.instance) {
+            self.saw(Sight::Zombie);
         }
         result
+    }
+}
+
+/// How much more often a call there goes wrong than one that is made all the time.
+fn often(place: Place) -> u64 {
+    use Place::{AfterCommit, Awaiting, Cancelling, Comparing, Delivering, Noting, Reading, Refencing, Retiring};
+    match place {
+        Place::Polling | Place::Beating | Place::Peering => 1,
+        Place::BeforeCommit | Place::Claiming | Place::Completing | Place::Parking => 10,
+        AfterCommit | Comparing | Delivering => 40,
+        Awaiting | Cancelling | Noting | Reading | Refencing | Retiring => 20,
+        _ => 4,
     }
 }
 
@@ -360,20 +444,28 @@ fn pause(seed: &mut Seed, odds: &Odds) -> Duration {
 #[derive(Debug)]
 pub struct Surroundings {
     start: Instant,
-    offset: TimeDelta,
+    offset: Mutex<TimeDelta>,
     ids: Mutex<Seed>,
 }
 
 impl Surroundings {
     pub fn new(offset: TimeDelta, seed: Seed) -> Arc<Self> {
-        Arc::new(Self { start: Instant::now(), offset, ids: Mutex::new(seed) })
+        Arc::new(Self { start: Instant::now(), offset: Mutex::new(offset), ids: Mutex::new(seed) })
+    }
+
+    /// Its clock jumps.
+    pub fn jump(&self, by: TimeDelta) {
+        *self.offset.lock().unwrap_or_else(PoisonError::into_inner) += by;
     }
 }
 
 impl durable_core::Surroundings for Surroundings {
     fn now(&self) -> DateTime<Utc> {
         let elapsed = TimeDelta::from_std(self.start.elapsed()).unwrap_or(TimeDelta::MAX);
-        DateTime::<Utc>::UNIX_EPOCH + TimeDelta::days(20_000) + elapsed + self.offset
+        DateTime::<Utc>::UNIX_EPOCH
+            + TimeDelta::days(20_000)
+            + elapsed
+            + *self.offset.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn since_boot(&self) -> Duration {

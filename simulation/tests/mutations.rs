@@ -34,8 +34,63 @@ fn a_claim_without_the_owner_check() {
 }
 
 #[test]
-fn a_retry_that_does_not_recognise_its_own_success() {
-    noticed(Rule::OwnSuccess, 500);
+fn a_start_that_is_not_recognised() {
+    noticed(Rule::OwnStart, 500);
+}
+
+#[test]
+fn a_message_that_is_not_recognised() {
+    noticed(Rule::OwnMessage, 500);
+}
+
+#[test]
+fn a_record_that_is_not_recognised() {
+    noticed(Rule::OwnRecord, 500);
+}
+
+#[test]
+fn a_park_that_is_not_recognised() {
+    noticed(Rule::OwnPark, 500);
+}
+
+#[test]
+fn an_end_that_is_not_recognised() {
+    noticed(Rule::OwnEnd, 500);
+}
+
+#[test]
+fn a_claim_that_is_not_found_among_what_is_owned() {
+    noticed(Rule::OwnClaim, 5_000);
+}
+
+#[test]
+fn an_acknowledged_set_is_lost() {
+    noticed(Rule::SetWrites, 500);
+}
+
+#[test]
+fn get_returns_the_first_value_that_was_recorded() {
+    noticed(Rule::GetsLast, 500);
+}
+
+#[test]
+fn a_set_that_does_not_overwrite() {
+    noticed(Rule::SetOverwrites, 500);
+}
+
+#[test]
+fn a_batch_that_is_not_fenced_off() {
+    noticed(Rule::Refences, 500);
+}
+
+#[test]
+fn an_attempt_with_an_old_heartbeat() {
+    noticed(Rule::Gate, 500);
+}
+
+#[test]
+fn a_success_after_the_cancellation() {
+    noticed(Rule::CancelStands, 500);
 }
 
 #[test]

@@ -14,6 +14,8 @@ use super::names::{NameState, Names, Usage};
 use super::queue::{Answer, From, Job};
 use super::wake::{Context, Inside, RootWake};
 use super::{Core, lock};
+#[cfg(durable_mutations)]
+use crate::mutation::{Rule, is_broken};
 use crate::storage::{
     Ended, EventRow, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId, RunState,
     Scope, Target,
@@ -278,6 +280,11 @@ impl Run {
             let mut state = self.state();
             let name = state.names.of(key);
             name.recording = false;
+            #[cfg(durable_mutations)]
+            let record = match name.record.take() {
+                Some(first) if first.op == OpKind::Value && is_broken(Rule::GetsLast) => first,
+                _ => record,
+            };
             name.record = Some(record);
         }
         self.name_changed();
@@ -368,6 +375,8 @@ impl State {
         match (scope, self.cancel) {
             (Scope::Compensation, _) | (_, Cancel::No) => Some(false),
             (_, Cancel::Recorded) => Some(true),
+            #[cfg(durable_mutations)]
+            _ if is_broken(Rule::CancelStands) => Some(false),
             _ => None,
         }
     }

@@ -137,6 +137,9 @@ impl Db {
         let current = || self.processes.get(&self.current_run(namespace, &spawn.id)?);
         self.processes.get(&spawn.run).or_else(current).map(|process| Spawned {
             run: process.row.run,
+            #[cfg(durable_mutations)]
+            existed: process.row.run != spawn.run || is_broken(Rule::OwnStart),
+            #[cfg(not(durable_mutations))]
             existed: process.row.run != spawn.run,
             kind: process.row.kind.clone(),
             digest: process.digest.clone(),
@@ -188,7 +191,7 @@ impl Db {
         let mine = self.processes.get(&run).is_some_and(|process| process.row.owner == Some(me));
         let events = self.events.range((run, 0)..=(run, i64::MAX));
         #[cfg(durable_mutations)]
-        let events = events.take(if is_broken(Rule::OwnSuccess) { 0 } else { usize::MAX });
+        let events = events.take(if is_broken(Rule::OwnMessage) { 0 } else { usize::MAX });
         match events.into_iter().find(|(_, event)| event.id == raise.event_id) {
             Some((&(_, number), _)) => Raised::Delivered { run, number, mine },
             None => Raised::Finished,
@@ -228,6 +231,10 @@ impl Db {
             && there.state != RecordState::Pending
             && there.op != OpKind::Value
         {
+            #[cfg(durable_mutations)]
+            if is_broken(Rule::OwnRecord) {
+                return Outcome::Lost;
+            }
             // An earlier attempt of the same write, or somebody else's.
             if there.claim != op.claim {
                 return Outcome::Lost;
@@ -244,6 +251,10 @@ impl Db {
                 (spawned.to_json(), Outcome::Spawned(spawned))
             }
         };
+        #[cfg(durable_mutations)]
+        if op.op == OpKind::Value && is_broken(Rule::SetOverwrites) && self.records.contains_key(&place) {
+            return outcome;
+        }
         let record = Record { op: op.op, state: op.state, payload, attempts: op.attempts, claim: op.claim };
         self.records.insert(place, record);
         if let Some(event) = op.takes.and_then(|number| self.events.get_mut(&(op.run, number))) {
@@ -286,6 +297,8 @@ impl Db {
             let mine_before = self.processes.get(&finish.run).is_some_and(|process| {
                 process.row.owner.is_none() && process.row.claim == finish.claim && process.row.status == finish.status
             });
+            #[cfg(durable_mutations)]
+            let mine_before = mine_before && !is_broken(Rule::OwnEnd);
             return match mine_before {
                 true if finish.status.is_finished() => {
                     Outcome::Finished { wakes: self.wake_waiters(me, finish.run, now) }
@@ -317,6 +330,8 @@ impl Db {
     fn park(&mut self, me: InstanceId, park: &Park, now: DateTime<Utc>) -> Outcome {
         let Some(process) = self.owned_process(me, park.run, park.claim) else {
             let parked_before = self.processes.get(&park.run).is_some_and(|p| p.row.calm_claim >= park.claim);
+            #[cfg(durable_mutations)]
+            let parked_before = parked_before && !is_broken(Rule::OwnPark);
             return if parked_before { Outcome::Recorded } else { Outcome::Lost };
         };
         if park.seen.is_some_and(|seen| seen != process.row.signals) {

@@ -87,6 +87,8 @@ impl<'p, T: Send + 'p> IntoFuture for Set<'p, T> {
             };
             match operation.begin().await? {
                 Begun::Recorded(_) if !operation.key.key.is_empty() => return Ok(()),
+                #[cfg(durable_mutations)]
+                Begun::Recorded(_) if crate::mutation::is_broken(crate::mutation::Rule::SetWrites) => return Ok(()),
                 // An unkeyed one writes again.
                 Begun::Recorded(_) | Begun::Open(_) => {}
             }
