@@ -6,8 +6,22 @@ use super::Subject;
 use super::scene::{Actor, KIND, NAMESPACE, key, load, record, spawn, spawned, with_effect};
 use crate::process::latest;
 use crate::storage::{
-    Counted, Effect, Filter, Forget, Op, OpKind, Outcome, Poll, RunId, Spawn, Spawned, Status, Storage,
+    Counted, Effect, Filter, Forget, Op, OpKind, Outcome, Park, Poll, RunId, Spawn, Spawned, Status, Storage,
 };
+
+/// What is given back is due by the storage's clock, however far ahead that of its instance is.
+pub async fn what_is_given_back_is_due<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let later = Some(chrono::Utc::now() + TimeDelta::days(1));
+    for (id, seen, due) in [("given-back", None, true), ("parked", Some(0), false)] {
+        let run = actor.start(id).await;
+        let park = Park { run, claim: 1, wake_at: later, seen, waiting_for: None };
+        assert_eq!(actor.commit(vec![Op::Park(park)]).await.unwrap(), [Outcome::Recorded]);
+        let row = actor.row(id).await;
+        assert_eq!(row.wake_at.unwrap() <= row.status_at, due, "{id}: {row:?}");
+    }
+}
 
 /// The same id again is the process that is there, whatever else is different.
 pub async fn a_start_is_there_once<S: Subject>(subject: &S) {

@@ -341,7 +341,7 @@ impl Db {
         row.status = Status::Waiting;
         row.owner = None;
         row.calm_claim = row.claim;
-        row.wake_at = park.wake_at;
+        row.wake_at = park.wake_at.map(|at| if park.seen.is_none() { at.min(now) } else { at });
         row.waiting_for = park.waiting_for.clone();
         row.status_at = now;
         process.signalled = false;

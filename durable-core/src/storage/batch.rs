@@ -222,7 +222,8 @@ pub struct Park {
     pub claim: i64,
     /// When it is due; none if only a signal wakes it.
     pub wake_at: Option<DateTime<Utc>>,
-    /// Parks only if no signal came after this number; none gives it back in any case.
+    /// Parks only if no signal came after this number; none gives it back in any case, and if it has a due time, it is due
+    /// by the storage's own clock at once: the engine's may be ahead of one that was set back.
     pub seen: Option<i64>,
     /// What it waits for, in words.
     pub waiting_for: Option<Box<str>>,

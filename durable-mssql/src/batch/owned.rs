@@ -139,8 +139,8 @@ fn park(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
         ]);
     }
     let j = table.named(sql, "j");
-    let set = "status = N'waiting', owner = NULL, calm_claim = p.claim, signalled = 0, wake_at = j.wake_at,
-        waiting_for = j.waiting_for, status_at = @now";
+    let set = "status = N'waiting', owner = NULL, calm_claim = p.claim, signalled = 0,
+        wake_at = CASE WHEN j.seen IS NULL AND j.wake_at > @now THEN @now ELSE j.wake_at END, waiting_for = j.waiting_for, status_at = @now";
     change(sql, of, &j, set, " AND (j.seen IS NULL OR j.seen = p.signals)");
 }
 

@@ -290,7 +290,9 @@ pub(super) fn parked(sql: &mut Sql, of: &Of<'_>, parks: &[(usize, &Park)], gate:
         .named("j");
     format!(
         "UPDATE {of}.processes p SET status = 'waiting', owner = NULL, calm_claim = p.claim, signalled = false,
-             wake_at = j.wake_at::timestamptz, waiting_for = j.waiting_for, status_at = now()
+             wake_at = CASE WHEN j.seen IS NULL AND j.wake_at IS NOT NULL THEN least(j.wake_at::timestamptz, now())
+                 ELSE j.wake_at::timestamptz END,
+             waiting_for = j.waiting_for, status_at = now()
          FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner IS NOT DISTINCT FROM {me}
              AND (j.seen IS NULL OR j.seen = p.signals) AND {gate} RETURNING p.run"
     )

@@ -159,7 +159,13 @@ impl Plan<'_> {
                      AND {FENCED}
                  ON CONFLICT (run) DO UPDATE SET status = excluded.status, owner = NULL, calm_claim = claim,
                      signalled = 0, wake_at = excluded.wake_at, waiting_for = excluded.waiting_for, status_at = {NOW}",
-                change("status, wake_at, waiting_for", "'waiting', j.value->>2, j.value->>4")
+                change(
+                    "status, wake_at, waiting_for",
+                    &format!(
+                        "'waiting', CASE WHEN j.value->>3 IS NULL THEN min(j.value->>2, {NOW}) ELSE j.value->>2 END,
+                             j.value->>4"
+                    )
+                )
             ),
             [rows.arg(), instance.clone(), instance, generation],
         );
