@@ -17,7 +17,7 @@ pub async fn only_what_is_due_is_claimed<S: Subject>(subject: &S) {
     let stuck = actor.start("stuck").await;
     actor.finish(stuck, 1, Status::Stuck).await;
     let later = actor.start("later").await;
-    actor.park(later, 1, Some(actor.now().await + TimeDelta::hours(1)), None).await;
+    actor.park(later, 1, Some(actor.now().await + TimeDelta::hours(1)), Some(0)).await;
     let soon = actor.start("soon").await;
     actor.park(soon, 1, Some(actor.now().await - TimeDelta::hours(1)), None).await;
     actor.one(Op::Spawn(spawn("new"))).await;

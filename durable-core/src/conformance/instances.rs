@@ -194,7 +194,7 @@ pub async fn polling<S: Subject>(subject: &S) {
     actor.one(Op::Spawn(Spawn { kind: "third".into(), ..spawn("q") })).await;
     let later = actor.start("later").await;
     let tomorrow = idle.now + chrono::TimeDelta::days(1);
-    actor.park(later, 1, Some(tomorrow), None).await;
+    actor.park(later, 1, Some(tomorrow), Some(0)).await;
     let due = poll(&[KIND, "other"], vec![]).await.due;
     assert_eq!(due.len(), 1);
     assert!(&*due[0].0 == KIND && due[0].1 <= actor.now().await, "the earliest: {due:?}");

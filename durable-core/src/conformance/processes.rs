@@ -305,7 +305,7 @@ pub async fn due_times_to_the_end_of_time<S: Subject>(subject: &S) {
     let actor = Actor::new(&storage).await;
     let (past, future) = (actor.start("past").await, actor.start("future").await);
     actor.park(past, 1, Some(chrono::DateTime::UNIX_EPOCH), None).await;
-    actor.park(future, 1, Some(latest()), None).await;
+    actor.park(future, 1, Some(latest()), Some(0)).await;
     assert_eq!(actor.row("future").await.wake_at, Some(latest()));
     assert_eq!(actor.row("past").await.wake_at, Some(chrono::DateTime::UNIX_EPOCH));
     assert_eq!(actor.claim(9).await.iter().map(|c| c.run).collect::<Vec<_>>(), [past]);
