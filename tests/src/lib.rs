@@ -13,8 +13,12 @@ use durable_core::storage::Storage;
 use durable_core::{Handle, Host, HostBuilder, Info, Status};
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 pub use durable_core::memory::Memory;
 pub use durable_mssql::Mssql;
@@ -233,10 +237,31 @@ pub fn long() -> bool {
     std::env::var_os("DURABLE_LONG").is_some()
 }
 
-/// The log that `RUST_LOG` asks for.
+/// The log that `RUST_LOG` asks for. Warnings and errors are kept as well.
 pub fn log() {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
+    let asked = tracing_subscriber::EnvFilter::from_default_env();
+    let shown = tracing_subscriber::fmt::layer().with_test_writer().with_filter(asked);
+    let kept = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(|| Kept).with_filter(LevelFilter::WARN);
+    let _ = tracing_subscriber::registry().with(shown).with(kept).try_init();
+}
+
+static KEPT: Mutex<String> = Mutex::new(String::new());
+
+struct Kept;
+
+impl std::io::Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        KEPT.lock().unwrap().push_str(&String::from_utf8_lossy(bytes));
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Whether a warning or an error with all of these in it was logged in this program.
+pub fn logged(parts: &[&str]) -> bool {
+    KEPT.lock().unwrap().lines().any(|line| parts.iter().all(|part| line.contains(part)))
 }
 
 /// A builder with short times, so that tests need not wait for long.
@@ -271,7 +296,7 @@ pub async fn until_status<O, E>(handle: &Handle<O, E>, status: Status) -> Info {
 
 /// Counts what happened, by name.
 #[derive(Clone, Default)]
-pub struct Effects(Arc<std::sync::Mutex<Vec<String>>>);
+pub struct Effects(Arc<Mutex<Vec<String>>>);
 
 impl Effects {
     /// It happened.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use chrono::{DateTime, Utc};
+use durable_core::storage::Storage;
 use durable_core::*;
 use durable_tests::*;
 use futures_util::future::join_all;
@@ -111,6 +112,21 @@ async fn texts_that_are_refused<B: Backend>() {
                 let awaited = proc.race("race").on(proc.output(USE, text), |output| output.unwrap_err().to_string());
                 return Ok(awaited.await?);
             }
+            10 => drop(proc.delay(text, Duration::ZERO).await?),
+            11 => drop(proc.delay(("timer", text), Duration::ZERO).await?),
+            12 => drop(proc.raise("there", TEXT, &String::new()).key(text).await),
+            13 => {
+                let event = Event::<String>::new(constant(&text));
+                return Ok(proc.raise("there", event, &String::new()).await.unwrap_err().to_string());
+            }
+            14 => {
+                let kind = Definition::<(u8, String), String>::new(constant(&text));
+                return Ok(proc.spawn(kind, "other", &(9, String::new())).await.map(drop).unwrap_err().to_string());
+            }
+            15 => {
+                // An old name that no step can have had is nobody's: it runs under the new one.
+                return Ok(proc.step("new", || async { Ok::<_, Failure>("ran".to_owned()) }).was(text).await?);
+            }
             _ => {}
         }
         Ok::<_, Failure>(String::new())
@@ -150,14 +166,14 @@ async fn texts_that_are_refused<B: Backend>() {
     assert_eq!(count(&host).await, 1, "nothing was written");
     let mut started = 1;
     for (n, (text, why)) in refused().into_iter().enumerate() {
-        for what in 0..5 {
+        for what in (0..5).chain(10..13) {
             // No key at all is what an empty one is.
-            if !(what == 2 && text.is_empty()) {
+            if !([2, 11, 12].contains(&what) && text.is_empty()) {
                 stuck(&host, USE, format!("{what}-{n}"), &(what, text.clone()), why).await;
                 started += 1;
             }
         }
-        for what in 5..7 {
+        for what in [5, 6, 13, 14] {
             let told = host.spawn(USE, format!("{what}-{n}"), &(what, text.clone())).await.unwrap().output().await;
             assert!(told.as_ref().unwrap().contains(why), "{why:?} is not in {told:?}");
             started += 1;
@@ -167,6 +183,9 @@ async fn texts_that_are_refused<B: Backend>() {
             assert!(told.as_ref().unwrap().starts_with("there is no process"), "{told:?}");
             started += 1;
         }
+        let ran = host.spawn(USE, format!("15-{n}"), &(15, text)).await.unwrap();
+        assert_eq!(ran.output().await.unwrap(), "ran");
+        started += 1;
     }
     assert_eq!(count(&host).await, started);
 }
@@ -258,6 +277,186 @@ async fn texts_of_errors<B: Backend>() {
         let panicked = host.spawn(FAIL, format!("panicked-{n}"), &(true, text)).await.unwrap();
         let reason = until_status(&panicked, Status::Stuck).await.reason.unwrap();
         assert!(reason.contains(&shown[..shown.len().min(1000)]), "{reason}");
+    }
+}
+
+// --- In transactions -----------------------------------------------------------------------------------------------
+
+/// What each database has for transactions. What is put into the service's own is committed, whether it was refused or not.
+trait Transacts: Sql {
+    fn transaction(proc: &Process, name: impl Into<Name> + Send) -> impl Future<Output = Result<(), Failure>> + Send;
+    fn spawn_in<I: Serialize + Sync>(
+        &self,
+        host: &Host,
+        kind: Definition<I, String>,
+        id: &str,
+        input: &I,
+    ) -> impl Future<Output = Result<(), String>> + Send;
+    fn raise_in<T: Serialize + Sync>(
+        &self,
+        host: &Host,
+        id: &str,
+        event: Event<T>,
+        message: &str,
+        payload: &T,
+    ) -> impl Future<Output = Result<(), String>> + Send;
+}
+
+macro_rules! by_sqlx {
+    ($backend:ty, $storage:ident) => {
+        impl Transacts for $backend {
+            async fn transaction(proc: &Process, name: impl Into<Name> + Send) -> Result<(), Failure> {
+                use $storage::Transactions;
+                Ok(proc.transaction(name, async |_| Ok::<_, Failure>(())).await?)
+            }
+            async fn spawn_in<I: Serialize + Sync>(
+                &self,
+                host: &Host,
+                kind: Definition<I, String>,
+                id: &str,
+                input: &I,
+            ) -> Result<(), String> {
+                use $storage::Outbox;
+                let mut connection = Sql::connection(self).await;
+                let mut tx = sqlx::Connection::begin(&mut connection).await.unwrap();
+                let spawned = host.spawn_in(&mut *tx, kind, id, input).await;
+                tx.commit().await.unwrap();
+                spawned.map(drop).map_err(|error| error.to_string())
+            }
+            async fn raise_in<T: Serialize + Sync>(
+                &self,
+                host: &Host,
+                id: &str,
+                event: Event<T>,
+                message: &str,
+                payload: &T,
+            ) -> Result<(), String> {
+                use $storage::Outbox;
+                let mut connection = Sql::connection(self).await;
+                let mut tx = sqlx::Connection::begin(&mut connection).await.unwrap();
+                let raised = host.raise_in(&mut *tx, id, event, payload).id(message).await;
+                tx.commit().await.unwrap();
+                raised.map_err(|error| error.to_string())
+            }
+        }
+    };
+}
+by_sqlx!(SqliteFile, durable_sqlite);
+by_sqlx!(PostgresSchema, durable_postgres);
+
+impl Transacts for MssqlSchema {
+    async fn transaction(proc: &Process, name: impl Into<Name> + Send) -> Result<(), Failure> {
+        use durable_mssql::Transactions;
+        Ok(proc.transaction(name, async |_| Ok::<_, Failure>(())).await?)
+    }
+    async fn spawn_in<I: Serialize + Sync>(
+        &self,
+        host: &Host,
+        kind: Definition<I, String>,
+        id: &str,
+        input: &I,
+    ) -> Result<(), String> {
+        use durable_mssql::Outbox;
+        let mut client = self.connect().await;
+        client.simple_query("BEGIN TRANSACTION").await.unwrap().into_results().await.unwrap();
+        let spawned = host.spawn_in(&mut client, kind, id, input).await;
+        client.simple_query("COMMIT").await.unwrap().into_results().await.unwrap();
+        spawned.map(drop).map_err(|error| error.to_string())
+    }
+    async fn raise_in<T: Serialize + Sync>(
+        &self,
+        host: &Host,
+        id: &str,
+        event: Event<T>,
+        message: &str,
+        payload: &T,
+    ) -> Result<(), String> {
+        use durable_mssql::Outbox;
+        let mut client = self.connect().await;
+        client.simple_query("BEGIN TRANSACTION").await.unwrap().into_results().await.unwrap();
+        let raised = host.raise_in(&mut client, id, event, payload).id(message).await;
+        client.simple_query("COMMIT").await.unwrap().into_results().await.unwrap();
+        raised.map_err(|error| error.to_string())
+    }
+}
+
+on_each_database!(texts_refused_in_transactions, payloads_in_transactions);
+
+async fn texts_refused_in_transactions<B: Transacts>() {
+    const USE: Definition<(u8, String), String> = Definition::new("use");
+    let backend = B::new().await;
+    let uses = async |proc: Process, (what, text): (u8, String)| {
+        match what {
+            0 => B::transaction(&proc, text).await?,
+            1 => B::transaction(&proc, ("key", text)).await?,
+            _ => {}
+        }
+        Ok::<_, Failure>(String::new())
+    };
+    let host = quick(&backend).await.register(USE, uses).start().await.unwrap();
+    let input = (9, String::new());
+    host.spawn(USE, "there", &input).await.unwrap().output().await.unwrap();
+    for (text, why) in refused() {
+        let kind = Definition::<(u8, String), String>::new(constant(&text));
+        let event = Event::<String>::new(constant(&text));
+        for told in [
+            backend.spawn_in(&host, USE, &text, &input).await,
+            backend.spawn_in(&host, kind, "other", &input).await,
+            backend.raise_in(&host, &text, TEXT, "message", &text).await,
+            backend.raise_in(&host, "there", event, "message", &text).await,
+            backend.raise_in(&host, "there", TEXT, &text, &text).await,
+        ] {
+            let error = told.unwrap_err();
+            assert!(error.contains(why), "{why:?} is not in {error:?}");
+        }
+    }
+    assert_eq!(count(&host).await, 1, "something was written");
+    for (n, (text, why)) in refused().into_iter().enumerate() {
+        stuck(&host, USE, format!("0-{n}"), &(0, text.clone()), why).await;
+        // No key at all is what an empty one is.
+        if !text.is_empty() {
+            stuck(&host, USE, format!("1-{n}"), &(1, text), why).await;
+        }
+    }
+}
+
+async fn payloads_in_transactions<B: Transacts>() {
+    type Deep = Box<RawValue>;
+    const ECHO: Definition<Deep, String> = Definition::new("echo");
+    const RAW: Event<Deep> = Event::new("Raw");
+    const MOST: usize = limits::DEFAULT_PAYLOAD;
+    const DEEPEST: usize = 127;
+    fn text(bytes: usize) -> Deep {
+        RawValue::from_string(format!("\"{}\"", "x".repeat(bytes - 2))).unwrap()
+    }
+    fn deep(depth: usize) -> Deep {
+        RawValue::from_string(format!("{}7{}", "[".repeat(depth), "]".repeat(depth))).unwrap()
+    }
+    let backend = B::new().await;
+    let echo = async |proc: Process, input: Deep| {
+        let message = proc.event(RAW).await?;
+        assert_eq!(input.get(), message.get());
+        Ok::<_, Failure>(message.get().len().to_string())
+    };
+    let host = quick(&backend).await.register(ECHO, echo).start().await.unwrap();
+    for (n, (works, not, why)) in [
+        (text(MOST), text(MOST + 1), "1048577 bytes of JSON; at most 1048576 are allowed"),
+        (deep(DEEPEST), deep(DEEPEST + 1), "its JSON is 128 levels deep; at most 127 are allowed"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (id, none) = (format!("it-{n}"), format!("none-{n}"));
+        backend.spawn_in(&host, ECHO, &id, &works).await.unwrap();
+        for told in
+            [backend.spawn_in(&host, ECHO, &none, &not).await, backend.raise_in(&host, &id, RAW, "message", &not).await]
+        {
+            let error = told.unwrap_err();
+            assert!(error.contains(why), "{why:?} is not in {error:?}");
+        }
+        assert!(matches!(host.get(none).status().await, Err(HandleError::NotFound { .. })));
+        backend.raise_in(&host, &id, RAW, "message", &works).await.unwrap();
+        assert_eq!(host.get(id).of(ECHO).output().await.unwrap(), works.get().len().to_string());
     }
 }
 
@@ -501,10 +700,14 @@ async fn a_flood_of_messages<B: Backend>() {
     const COUNT: Definition<u32, u32> = Definition::new("count");
     const GO: Event<u32> = Event::new("Go");
     let backend = B::new().await;
+    const END: Event<()> = Event::new("End");
     let (sent, received) = if long() { (100_000, 20_000) } else { (5_000, 500) };
     let count_them = async move |proc: Process, most: u32| {
         for n in 0..most {
             assert_eq!(proc.event(GO).await?, n);
+        }
+        if most > 0 {
+            proc.event(END).await?;
         }
         Ok::<_, Failure>(most)
     };
@@ -520,12 +723,20 @@ async fn a_flood_of_messages<B: Backend>() {
     let rest: Vec<u32> = (received..sent).collect();
     for some in rest.chunks(2_000) {
         for raised in join_all(some.iter().map(|n| flooded.raise(GO, n).id(n).into_future())).await {
-            // It may have ended meanwhile.
-            assert!(matches!(raised, Ok(()) | Err(RaiseError::Finished { .. })), "{raised:?}");
+            raised.unwrap();
         }
     }
+    let has_its_own = |info: Info| info.waiting_for.is_some_and(|what| what.contains("End"));
+    while !has_its_own(flooded.status().await.unwrap()) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // All of them were put in: what it has not received waits.
+    let run = flooded.status().await.unwrap().run;
+    let loaded = backend.storage().await.load(&[run], false).await.unwrap().remove(0);
+    assert_eq!(loaded.state.unwrap().unwrap().events.len(), (sent - received) as usize);
     let neighbour = host.spawn(COUNT, "neighbour", &0).await.unwrap();
     assert_eq!(neighbour.output().await.unwrap(), 0);
+    flooded.raise(END, &()).await.unwrap();
     assert_eq!(flooded.output().await.unwrap(), received);
     flooded.delete().await.unwrap();
     assert_eq!(count(&host).await, 1);

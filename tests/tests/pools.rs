@@ -4,6 +4,7 @@
 
 use durable_postgres::{Connect, Transactions, *};
 use durable_tests::crash::scene::{LONG, Scene};
+use durable_tests::crash::worker::EXPIRY;
 use durable_tests::*;
 use sqlx::postgres::PgConnection;
 use sqlx::{Connection, Executor};
@@ -58,7 +59,8 @@ fn closures_that_take_all_transactions() {
     });
 }
 
-/// The service takes every connection that its role may have, and those of two hosts are lost.
+/// The service takes every connection that its role may have, and those of two hosts are lost, for more than two expiries:
+/// from half an expiry on, no attempt begins, and when there are connections again all goes on.
 #[test]
 fn a_service_that_takes_all_connections() {
     Server::run(async |server| {
@@ -67,12 +69,13 @@ fn a_service_that_takes_all_connections() {
             GRANT CREATE ON DATABASE durable TO service";
         session.execute(sqlx::raw_sql(role)).await.unwrap();
         let url = server.url().replace("durable:durable@", "service:service@");
-        let scene = Scene::on(PostgresSchema::on(&url), WORKER, 150, Duration::from_millis(400));
+        let (pace, rounds) = if long() { (5000, 3) } else { (400, 1) };
+        let scene = Scene::on(PostgresSchema::on(&url), WORKER, 150, Duration::from_millis(pace));
         let mut tasks = Vec::new();
         for number in 1..=2 {
             tasks.push(scene.start_here(scene.backend.storage().await, number));
         }
-        for round in 1..=if long() { 6 } else { 1 } {
+        for round in 1..=rounds {
             scene.until_begun(round * 150).await;
             let theirs = format!("FROM pg_stat_activity WHERE application_name = '{}'", scene.backend.name());
             let count = format!("SELECT count(*) {theirs}");
@@ -89,10 +92,16 @@ fn a_service_that_takes_all_connections() {
                 }
                 session.execute(scene.backend.sql(&end)).await.unwrap();
             }
+            // Until the last acknowledged heartbeat is too old, and what its look has let pass has begun.
+            tokio::time::sleep(EXPIRY * 3 / 4).await;
             let begun = scene.begun();
-            tokio::time::sleep(Duration::from_secs(2)).await;
-            println!("{} connections taken; {} attempts begun meanwhile", all.len(), scene.begun() - begun);
+            tokio::time::sleep(EXPIRY * 3 / 2).await;
+            assert_eq!(scene.begun(), begun, "attempts begin without a heartbeat; {} connections are taken", all.len());
             assert!(!tasks.iter().any(JoinHandle::is_finished), "they ended before");
+            drop(all);
+            if round < rounds {
+                scene.until_begun(begun + 1).await;
+            }
         }
         for task in tasks {
             tokio::time::timeout(LONG, task).await.expect("an instance does not end").unwrap();

@@ -4,11 +4,15 @@
 
 use durable_core::storage::{Storage, StorageError};
 use durable_core::*;
+use durable_sqlite::Transactions;
+use durable_tests::crash::shared::Shared;
 use durable_tests::*;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Executor, Row};
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
+use tokio::io::AsyncBufReadExt;
 
 const GO: Event<u32> = Event::new("Go");
 const IT: Definition<u32, u32> = Definition::new("it");
@@ -258,37 +262,136 @@ fn dropped_calls_leave_nothing_open() {
     });
 }
 
-/// Another program that holds the write lock: everybody waits, nobody is taken for dead, nothing fails.
+/// A program that holds the write lock from when somebody asks for it.
+struct Holder {
+    program: tokio::process::Child,
+    said: tokio::io::Lines<tokio::io::BufReader<tokio::process::ChildStdout>>,
+}
+
+impl Holder {
+    fn start(path: &str) -> Self {
+        let mut program = tokio::process::Command::new(env!("CARGO_BIN_EXE_holder"));
+        program.arg(path).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+        let mut program = program.spawn().unwrap();
+        let said = tokio::io::BufReader::new(program.stdout.take().unwrap()).lines();
+        Self { program, said }
+    }
+
+    async fn says(&mut self, what: &str) {
+        assert_eq!(self.said.next_line().await.unwrap().as_deref(), Some(what));
+    }
+
+    async fn lets_go(mut self) {
+        drop(self.program.stdin.take());
+        assert!(self.program.wait().await.unwrap().success());
+    }
+}
+
+/// Another program that holds the write lock while processes are in the middle of steps and of transactional ones: everybody
+/// waits, nobody is taken for dead, nothing fails, and nothing happens twice. All settings are the hosts' own.
 #[test]
 fn somebody_else_holds_the_write_lock() {
+    #[derive(PartialEq, PartialOrd, Clone, Copy)]
+    enum Lock {
+        Free,
+        Asked,
+        Held,
+    }
+    const MANY: u32 = 24;
+    const HALF_THE_EXPIRY: Duration = Duration::from_secs(5);
     test(async {
         let backend = SqliteFile::new().await;
-        let builder = async || quick(&backend).await.call_timeout(Duration::from_secs(90)).register(IT, it);
+        let effects = Effects::default();
+        let (now, lock) = tokio::sync::watch::channel(Lock::Free);
+        let it = {
+            let effects = effects.clone();
+            move |proc: Process, n: u32| {
+                let (effects, mut lock) = (effects.clone(), lock.clone());
+                async move {
+                    let does = |what: &str| effects.add(format!("{what} {n}"));
+                    let lock_of_step = lock.clone();
+                    let step = proc.step("step", || {
+                        let mut lock = lock_of_step.clone();
+                        does("step");
+                        async move {
+                            // These are in the middle of it.
+                            if n % 4 == 1 {
+                                lock.wait_for(|lock| *lock == Lock::Held).await.unwrap();
+                            }
+                            Ok::<_, Failure>(())
+                        }
+                    });
+                    step.await?;
+                    if n % 4 > 1 {
+                        lock.wait_for(|lock| *lock == Lock::Held).await.unwrap();
+                    }
+                    if n % 4 == 2 {
+                        // No attempt begins without a heartbeat.
+                        tokio::time::sleep(HALF_THE_EXPIRY + Duration::from_millis(500)).await;
+                        proc.step("late", || async { Ok::<_, Failure>(does("late")) }).await?;
+                    }
+                    let lock_of_transaction = lock.clone();
+                    let put = proc.transaction("put", async |mut tx| {
+                        does("put");
+                        let put = sqlx::query("INSERT INTO put VALUES (?)").bind(n);
+                        put.execute(&mut *tx).await?;
+                        // This one is in the middle of it when the other program asks.
+                        if n == 0 {
+                            lock_of_transaction.clone().wait_for(|lock| *lock >= Lock::Asked).await.unwrap();
+                        }
+                        Ok::<_, sqlx::Error>(())
+                    });
+                    put.failure().await?;
+                    let went = proc.event(GO).await?;
+                    Ok::<_, Failure>(n + went)
+                }
+            }
+        };
+        let builder = async || Host::builder(backend.storage().await).register(IT, it.clone());
         let hosts = [builder().await.start().await.unwrap(), builder().await.start().await.unwrap()];
+        backend.execute("CREATE TABLE put (n INTEGER)").await;
+        backend.execute(SqliteFile::COUNT_TAKEOVERS).await;
         let mut handles = Vec::new();
-        for n in 0..10 {
-            handles.push(hosts[n % 2].spawn(IT, format!("it-{n}"), &1).await.unwrap());
+        // The first one last: it keeps everybody from writing.
+        for n in (0..MANY).rev() {
+            if n == 0 {
+                until("all are on their way", async || (1..MANY).all(|n| effects.count(&format!("step {n}")) == 1))
+                    .await;
+            }
+            handles.push(hosts[n as usize % 2].spawn(IT, format!("it-{n}"), &n).await.unwrap());
         }
-        let before = instances(&backend).await;
-        let mut connection = connect(&backend.path()).await;
-        connection.execute("BEGIN IMMEDIATE").await.unwrap();
+        handles.reverse();
+        until("one is within a transaction", async || effects.count("put 0") == 1).await;
+        let mut holder = Holder::start(&backend.path());
+        holder.says("asks").await;
+        now.send(Lock::Asked).unwrap();
+        holder.says("holds").await;
+        now.send(Lock::Held).unwrap();
         let raising: Vec<_> = handles
             .iter()
             .map(|handle| {
                 let handle = handle.clone();
-                tokio::spawn(async move { handle.raise(GO, &1).await })
+                tokio::spawn(async move { handle.raise(GO, &1).id("go").await })
             })
             .collect();
-        // Longer than the expiry.
+        let begun = async || effects.all().iter().filter(|effect| !effect.starts_with("step")).count();
+        let before = begun().await;
         tokio::time::sleep(Duration::from_secs(if long() { 60 } else { 6 })).await;
-        connection.execute("ROLLBACK").await.unwrap();
-        for raised in raising {
-            raised.await.unwrap().unwrap();
+        assert_eq!(begun().await, before, "something began: {:?}", effects.all());
+        holder.lets_go().await;
+        for (raised, handle) in raising.into_iter().zip(&handles) {
+            // Whoever was told that it takes too long, asks again.
+            if raised.await.unwrap().is_err() {
+                handle.raise(GO, &1).id("go").await.unwrap();
+            }
         }
-        for handle in &handles {
-            assert_eq!(handle.output().await.unwrap(), 2);
+        for (n, handle) in (0..).zip(&handles) {
+            assert_eq!(handle.output().await.unwrap(), n + 1);
+            let times = ["step", "put", "late"].map(|what| effects.count(&format!("{what} {n}")));
+            assert_eq!(times, [1, 1, usize::from(n % 4 == 2)], "{n}");
         }
-        assert_eq!(instances(&backend).await, before, "somebody was taken for dead");
+        assert_eq!(backend.number("SELECT count(*) FROM put").await, i64::from(MANY));
+        assert_eq!(backend.taken_over().await, 0, "somebody was taken for dead");
     });
 }
 
@@ -308,12 +411,4 @@ fn other_programs_are_noticed() {
         handle.raise(GO, &1).await.unwrap();
         assert_eq!(handle.output().await.unwrap(), 2);
     });
-}
-
-/// The instances that the others know.
-async fn instances(backend: &SqliteFile) -> Vec<String> {
-    let peers = backend.storage().await.peers("default", InstanceId::new()).await.unwrap().peers;
-    let mut ids: Vec<_> = peers.iter().map(|peer| peer.instance.to_string()).collect();
-    ids.sort();
-    ids
 }

@@ -121,10 +121,13 @@ impl Drop for Worker {
     }
 }
 
+/// After this time of silence a worker is taken over.
+pub const EXPIRY: Duration = Duration::from_secs(2);
+
 /// The settings of all workers: short times, so that tests need not wait for long.
 pub fn settings(builder: HostBuilder) -> HostBuilder {
     builder
-        .heartbeat(Duration::from_millis(300), Duration::from_secs(2))
+        .heartbeat(Duration::from_millis(300), EXPIRY)
         // So long before the timers of the workload are due that a slow disk leaves time to park.
         .quiet_time(Duration::from_millis(5))
         .poll(Duration::from_millis(200))
