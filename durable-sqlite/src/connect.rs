@@ -129,6 +129,7 @@ impl Open {
         }
         if self.verify_only { migrate::verify(&mut writer).await } else { migrate::migrate(&mut writer).await }
             .map_err(|error| named(&path, error))?;
+        may_write(&mut writer).await.map_err(explain)?;
         let page: i64 = sqlx::query("PRAGMA page_size").fetch_one(&mut writer).await.map_err(explain)?.get(0);
         let files = Arc::new(Files::opened(&path, with_suffix(&path, "-wal"), page.unsigned_abs()));
         files.check().map_err(StorageError::unavailable)?;
@@ -192,6 +193,17 @@ pub(crate) async fn connect(options: &SqliteConnectOptions) -> sqlx::Result<Sqli
     }
 }
 
+/// Whether this program may write at all: SQLite opens what it may only read, and tells whoever writes there later.
+async fn may_write(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    const BUSY: i32 = 5;
+    // (`BEGIN IMMEDIATE` only begins to read there.)
+    match sqlx::query("DELETE FROM durable_audit WHERE 0").execute(connection).await {
+        // Somebody else writes.
+        Err(error) if crate::errors::code(&error).is_some_and(|code| code & 0xff == BUSY) => Ok(()),
+        wrote => wrote.map(drop),
+    }
+}
+
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
@@ -228,7 +240,8 @@ fn explain(path: &Path, error: sqlx::Error) -> StorageError {
             "{shown} cannot be opened or created ({error}); does the folder exist, and may this program write to it?"
         )),
         Some(READ_ONLY) => StorageError::unavailable(format!(
-            "{shown} cannot be written ({error}); the file and its folder must be writable for SQLite's journal"
+            "{shown} cannot be written ({error}); the file, what SQLite has put beside it (-wal, -shm), and its \
+             folder must be writable"
         )),
         _ => named(path, reading(error)),
     }

@@ -1,5 +1,5 @@
 //! File systems of a test's own: one that becomes full, and one on a disk in a file, which fails or loses its power.
-//! Mounting them needs root.
+//! Mounting them needs root. And what any user can do to files and programs.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -119,6 +119,30 @@ impl Drop for Disk {
 /// Whether nobody may write to a file, whatever they may otherwise and whoever has it open. Fails where that is unknown.
 pub fn immutable(file: &Path, immutable: bool) -> Result<(), String> {
     done(Command::new("chattr").arg(if immutable { "+i" } else { "-i" }).arg(file))
+}
+
+/// A program in this folder that runs another one after these lines of `sh`, in `exec`'s place.
+pub fn wrapped(folder: &Path, lines: &str) -> &'static str {
+    let path = folder.join("wrapped");
+    std::fs::write(&path, format!("#!/bin/sh\n{lines}\n")).unwrap();
+    mode(&path, 0o755);
+    text(&path).leak()
+}
+
+/// What a file's owner and others may do with it.
+pub fn mode(file: &Path, mode: u32) {
+    std::fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+}
+
+/// How long the files are that a program may write, or without a limit. Fails where nobody can set that.
+pub fn longest_file(program: u32, limit: Option<u64>) -> Result<(), String> {
+    let limit = limit.map_or_else(|| "unlimited".to_owned(), |limit| limit.to_string());
+    done(Command::new("prlimit").arg(format!("--pid={program}")).arg(format!("--fsize={limit}:")))
+}
+
+/// Whether there is such a program to run, and it does what it is told. Or why not.
+pub fn can(program: &str, arguments: &[&str]) -> Result<(), String> {
+    done(Command::new(program).args(arguments))
 }
 
 fn text(path: &Path) -> String {

@@ -6,9 +6,9 @@ use durable_core::storage::StorageError;
 use durable_core::*;
 use durable_tests::crash::scene::{LONG, Scene};
 use durable_tests::crash::worker::Worker;
-use durable_tests::disk::{Disk, immutable};
+use durable_tests::disk::{Disk, can, immutable, longest_file, mode, wrapped};
 use durable_tests::*;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const WORKER: &str = env!("CARGO_BIN_EXE_worker");
@@ -106,6 +106,35 @@ async fn whole(backend: &SqliteFile) {
     assert_eq!(backend.texts("PRAGMA integrity_check").await, ["ok"]);
 }
 
+/// Files that may not become longer than a limit, again and again, beneath two programs: whatever the system says to that,
+/// they wait, and go on by themselves. It is no full disk (SQLite calls it an error of the disk's), but needs no root.
+#[test]
+fn files_that_may_not_grow() {
+    const WHAT: &str = "files that may not grow";
+    // More than the test's own journal needs, less than SQLite's when it begins anew.
+    const LIMIT: u64 = 1 << 20;
+    if let Err(why) = can("prlimit", &["--fsize=1000000:", "true"]) {
+        return not_run(WHAT, &why);
+    }
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        // A write beyond it is to be an error, not a signal that ends the program.
+        let worker = wrapped(folder.path(), &format!("trap '' XFSZ\nexec '{WORKER}' \"$@\""));
+        let processes = 60 * rounds() as u32;
+        let scene = Scene::<SqliteFile>::new(worker, processes, Duration::from_millis(40)).await;
+        let mut workers = [scene.start(None), scene.start(None)];
+        for round in 1..=rounds() {
+            scene.until_begun(round * 60).await;
+            workers.iter().for_each(|worker| longest_file(worker.id(), Some(LIMIT)).unwrap());
+            until_it_stands(&scene, &mut workers).await;
+            workers.iter().for_each(|worker| longest_file(worker.id(), None).unwrap());
+        }
+        ended_well(workers);
+        scene.check().await;
+        whole(&scene.backend).await;
+    });
+}
+
 // --- Read-only -----------------------------------------------------------------------------------------------------
 
 /// A file system that is read-only when the program starts: it says so, and changes nothing.
@@ -129,6 +158,48 @@ fn a_read_only_file_system() {
         let handle = host.get("it").of(IT);
         handle.raise(GO, &1).await.unwrap();
         assert_eq!(handle.output().await.unwrap(), 2);
+    });
+}
+
+/// A file, or the folder of one, that this user may not write: the program says so, and changes nothing. Needs no root: who
+/// is root does without what root may do.
+#[test]
+fn what_nobody_may_write() {
+    const WHAT: &str = "files that may not be written";
+    const AS_ANYBODY: [&str; 2] = ["--inh-caps=-all", "--bounding-set=-all"];
+    let is_root = std::fs::metadata("/proc/self").is_ok_and(|file| std::os::unix::fs::MetadataExt::uid(&file) == 0);
+    if is_root && let Err(why) = can("setpriv", &[AS_ANYBODY[0], AS_ANYBODY[1], "true"]) {
+        return not_run(WHAT, &why);
+    }
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let told = folder.path().join("told");
+        let setpriv = if is_root { format!("setpriv {}", AS_ANYBODY.join(" ")) } else { String::new() };
+        let worker =
+            wrapped(folder.path(), &format!("exec {setpriv} '{WORKER}' \"$@\" 2>'{}'", told.to_str().unwrap()));
+        let scene = Scene::<SqliteFile>::new(worker, 20, Duration::from_millis(5)).await;
+        drop(scene.backend.storage().await);
+        scene.backend.closed().await;
+        let file = PathBuf::from(scene.backend.path());
+        let before = std::fs::read(&file).unwrap();
+        for (what, forbidden, allowed) in [(file.parent().unwrap(), 0o555, 0o755), (&*file, 0o444, 0o644)] {
+            mode(what, forbidden);
+            let ended_well = scene.start(None).wait(LONG);
+            mode(what, allowed);
+            // SQLite gives what it puts there the file's own mode.
+            for beside in ["-wal", "-shm"].map(|suffix| scene.backend.path() + suffix) {
+                if Path::new(&beside).exists() {
+                    mode(beside.as_ref(), 0o644);
+                }
+            }
+            let told = std::fs::read_to_string(&told).unwrap();
+            // When it opens the file, not when it gives up waiting for a first answer.
+            let says_so = told.contains(&format!("{} cannot be", scene.backend.path())) && told.contains("writ");
+            assert!(!ended_well && says_so, "{what:?}: {told}");
+            assert!(std::fs::read(&file).unwrap() == before, "{what:?}: it was changed");
+        }
+        ended_well([scene.start(None)]);
+        scene.check().await;
     });
 }
 
