@@ -120,7 +120,8 @@ pub(crate) fn strangers(schema: &Schema) -> Sql {
     let next = |after: &str| {
         format!("SET @owner = (SELECT TOP (1) p.owner FROM {schema}.processes AS p WHERE {after} ORDER BY p.owner)")
     };
-    sql.push("DECLARE @owner BINARY(16), @every TABLE (instance BINARY(16))");
+    sql.push("DECLARE @owner BINARY(16)");
+    sql.push("DECLARE @every TABLE (instance BINARY(16))");
     sql.push(next("p.owner IS NOT NULL"));
     sql.push(format!(
         "WHILE @owner IS NOT NULL BEGIN

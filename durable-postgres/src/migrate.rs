@@ -91,7 +91,8 @@ pub(crate) async fn migrate(connection: &mut PgConnection, schema: &Schema) -> R
         let ended = connection.execute(end).await;
         match result? {
             Ok(()) => return ended.map(|_| ()).map_err(|e| explain(schema, e)),
-            // Where the lock excludes nobody, or the schema is being made by other hands, another may have been first.
+            // Where the lock excludes nobody, or the schema is being made by other hands, another may have been first. And
+            // programs that run on the tables may lock them in another order than a migration does.
             Err(error) if code(&error).is_some_and(|code| is_race(&code)) => {
                 tokio::time::sleep(std::time::Duration::from_millis(50)).await;
             }
@@ -106,7 +107,8 @@ fn is_race(code: &str) -> bool {
     const DUPLICATE_TABLE: &str = "42P07";
     const UNIQUE: &str = "23505";
     const SERIALIZATION: &str = "40001";
-    [DUPLICATE_SCHEMA, DUPLICATE_TABLE, UNIQUE, SERIALIZATION].contains(&code)
+    const DEADLOCK: &str = "40P01";
+    [DUPLICATE_SCHEMA, DUPLICATE_TABLE, UNIQUE, SERIALIZATION, DEADLOCK].contains(&code)
 }
 
 fn key(schema: &Schema) -> [u8; 8] {
