@@ -21,8 +21,8 @@ pub async fn orphans<B: Sql>(backend: &B) -> Vec<String> {
         (
             "former runs without a current one",
             format!(
-                "processes f WHERE f.current = {} AND NOT EXISTS (SELECT 1 FROM {prefix}processes p
-                     WHERE p.namespace = f.namespace AND p.id = f.id AND p.current <> f.current)",
+                "processes f WHERE f.\"current\" = {} AND NOT EXISTS (SELECT 1 FROM {prefix}processes p
+                     WHERE p.namespace = f.namespace AND p.id = f.id AND p.\"current\" <> f.\"current\")",
                 B::FALSE
             ),
         ),

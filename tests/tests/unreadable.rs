@@ -21,6 +21,8 @@ trait Spoilt: Sql {
     const PREFIX: &'static str;
     /// A cell as text, in SQL.
     const SHOWN: &'static str;
+    /// The same of an id.
+    const SHOWN_ID: &'static str = Self::SHOWN;
     /// Puts texts together.
     const AND: &'static str;
     /// The type of a text of any length.
@@ -211,6 +213,7 @@ impl Spoilt for PostgresSchema {
 impl Spoilt for MssqlSchema {
     const PREFIX: &'static str = "";
     const SHOWN: &'static str = "COALESCE(CONVERT(NVARCHAR(MAX), \"{}\"), N'∅')";
+    const SHOWN_ID: &'static str = "COALESCE(CONVERT(NVARCHAR(36), CONVERT(UNIQUEIDENTIFIER, \"{}\")), N'∅')";
     const AND: &'static str = " + ";
     const TEXT: &'static str = "NVARCHAR(MAX)";
     const NTH: &'static str = "OFFSET {} ROWS FETCH NEXT 1 ROWS ONLY";
@@ -255,9 +258,12 @@ impl Spoilt for MssqlSchema {
 }
 
 /// All rows, as text.
-async fn everything<B: Spoilt>(backend: &B, columns: &[Vec<String>]) -> Vec<String> {
+async fn everything<B: Spoilt>(backend: &B, columns: &[Vec<(String, String)>]) -> Vec<String> {
     let rows = TABLES.iter().zip(columns).map(|((table, _), columns)| {
-        let cells = columns.iter().map(|column| B::SHOWN.replace("{}", column));
+        let cells = columns.iter().map(|(column, kind)| {
+            let shown = if kind == "binary" { B::SHOWN_ID } else { B::SHOWN };
+            shown.replace("{}", column)
+        });
         let cells = cells.collect::<Vec<_>>().join(&format!("{0}' '{0}", B::AND));
         format!("SELECT {cells} FROM {}{table}", B::PREFIX)
     });
@@ -294,8 +300,6 @@ async fn cells_of_any_form<B: Spoilt>() {
         columns.push(columns_of.into_iter().filter_map(split).collect::<Vec<(String, String)>>());
         assert!(columns.last().is_some_and(|columns| columns.len() > 1), "{table} has no columns");
     }
-    let named_columns = |columns: &Vec<(String, String)>| columns.iter().map(|(name, _)| name.clone()).collect();
-    let names: Vec<Vec<String>> = columns.iter().map(named_columns).collect();
     for round in 0..rounds {
         if round % 20 == 19 {
             backend = B::new().await;
@@ -347,7 +351,7 @@ async fn cells_of_any_form<B: Spoilt>() {
             vec![Op::Delete { id: id("ended").into() }],
         ];
         for batch in batches {
-            let before = everything(&backend, &names).await;
+            let before = everything(&backend, &columns).await;
             match storage.commit(&ops::batch(me, 0, batch.clone())).await {
                 Ok(outcomes) => {
                     for outcome in &outcomes {
@@ -359,7 +363,7 @@ async fn cells_of_any_form<B: Spoilt>() {
                 // It is told after the commit.
                 Err(StorageError::Unknown(_)) => {}
                 Err(error) => {
-                    assert_eq!(everything(&backend, &names).await, before, "{batch:?} failed, by half: {error}");
+                    assert_eq!(everything(&backend, &columns).await, before, "{batch:?} failed, by half: {error}");
                 }
             }
         }
