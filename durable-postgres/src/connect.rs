@@ -77,7 +77,9 @@ impl Connect {
     }
 
     /// How long a statement may take, and how long it may wait for a lock, before it is given up and tried again; 30 s
-    /// and 2 s by default.
+    /// and 2 s by default. The server sees to both. A server that is gone without a word cannot: an answer is waited for as
+    /// long as both together, four times that for what takes several statements, an hour for a deletion, which may take as
+    /// long as it takes; and that to a heartbeat for 3 s longer than a lock.
     pub fn statement_timeout(mut self, statement: Duration, lock: Duration) -> Self {
         (self.bounds.statement, self.bounds.lock) = (statement, lock);
         self
