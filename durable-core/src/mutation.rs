@@ -35,6 +35,12 @@ pub enum Rule {
     Refences,
     /// No attempt of a step starts while the heartbeat is old.
     Gate,
+    /// No cancellation is seen before everything that was recorded has been asked for.
+    ReplaySeesNoCancel,
+    /// Nothing begins before everything that was recorded has been asked for.
+    ReplayBeginsNothing,
+    /// Records that the code does not ask for make the process stuck.
+    JudgesUnvisited,
     /// No success is recorded once the cancellation is on its way.
     CancelStands,
     /// Who waits for something is woken once it is committed.

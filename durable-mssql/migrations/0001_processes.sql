@@ -62,6 +62,8 @@ CREATE TABLE {schema}.steps (
     state       NVARCHAR(16)  COLLATE Latin1_General_BIN2 NOT NULL,
     payload     NVARCHAR(MAX) NOT NULL,
     attempts    INT           NOT NULL,
+    -- in which order a run's records were sent to be written
+    seq         INT           NOT NULL,
     claim       BIGINT        NOT NULL,
     recorded_at DATETIME2(6)  NOT NULL,
     CONSTRAINT steps_key PRIMARY KEY CLUSTERED (run, scope, name, [key])
@@ -154,6 +156,7 @@ CREATE TABLE {schema}.audit (
     state        NVARCHAR(16)  COLLATE Latin1_General_BIN2 NOT NULL,
     payload      NVARCHAR(MAX) NOT NULL,
     attempts     INT           NOT NULL,
+    seq          INT           NOT NULL,
     claim        BIGINT        NOT NULL,
     recorded_at  DATETIME2(6)  NOT NULL,
     CONSTRAINT audit_key PRIMARY KEY CLUSTERED (audit)

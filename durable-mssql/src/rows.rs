@@ -105,7 +105,7 @@ fn read_process(row: &Row) -> Result<ProcessRow> {
 
 /// The columns of [`record`], of a table that is called `s`.
 pub(crate) const RECORD: &str =
-    "s.run, CONVERT(INT, s.scope) AS scope, s.name, s.[key], s.op, s.state, s.payload, s.attempts, s.claim";
+    "s.run, CONVERT(INT, s.scope) AS scope, s.name, s.[key], s.op, s.state, s.payload, s.attempts, s.claim, s.seq";
 
 pub(crate) fn record(row: &Row) -> Result<(RecordKey, Record)> {
     let named = || format!(" name {:?} key {:?}", text(row, 2).unwrap_or_default(), text(row, 3).unwrap_or_default());
@@ -123,6 +123,7 @@ fn read_record(row: &Row) -> Result<(RecordKey, Record)> {
         payload: text(row, 6)?,
         attempts: get(row, 7)?,
         claim: get(row, 8)?,
+        seq: get(row, 9)?,
     };
     Ok((key, record))
 }

@@ -62,6 +62,7 @@ fn record(effect: Option<Effect>) -> RecordOp {
         replaces: false,
         payload: "{}".into(),
         attempts: 0,
+        seq: 1,
         takes: Some(1),
         effect,
         awaited: Some(run()),

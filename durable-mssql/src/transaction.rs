@@ -224,12 +224,12 @@ fn held(lock: &str) -> String {
 /// The locks are held until the commit: on the fence, against a take-over; on the process's row, against the cancellation
 /// being recorded, and for whoever must know whether this commit is still on its way.
 pub(crate) fn write(schema: &Schema, bounds: Bounds, lock: &str, instance: InstanceId, record: &RecordOp) -> Sql {
-    let RecordOp { run, claim, key, op, state, payload, attempts, .. } = record;
+    let RecordOp { run, claim, key, op, state, payload, attempts, seq, .. } = record;
     let mut sql = Sql::default();
     let (me, run, claim) = (sql.id(instance.0), sql.id(run.0), sql.number(*claim));
     let (scope, name, key) = (sql.number(key.scope as i64), sql.text(&*key.name), sql.text(&*key.key));
     let (op, state, payload) = (sql.text(op.as_str()), sql.text(state.as_str()), sql.text(&**payload));
-    let attempts = sql.number(i64::from(*attempts));
+    let (attempts, seq) = (sql.number(i64::from(*attempts)), sql.number(i64::from(*seq)));
     let (own, fence) = (sql.text(lock), sql.text(fence::lock(schema, instance.0)));
     sql.push(ALONE);
     sql.push(format!("SET LOCK_TIMEOUT {}", bounds.lock_ms()));
@@ -264,12 +264,13 @@ pub(crate) fn write(schema: &Schema, bounds: Bounds, lock: &str, instance: Insta
     sql.push(format!(
         "IF @verdict = 0
          BEGIN
-             UPDATE s SET op = {op}, state = {state}, payload = {payload}, attempts = {attempts}, claim = @claim,
-                     recorded_at = SYSUTCDATETIME()
+             UPDATE s SET op = {op}, state = {state}, payload = {payload}, attempts = {attempts}, seq = {seq},
+                     claim = @claim, recorded_at = SYSUTCDATETIME()
                  FROM {schema}.steps AS s WHERE {place} AND s.state = N'pending';
              IF @@ROWCOUNT = 0
-                 INSERT INTO {schema}.steps (run, scope, name, [key], op, state, payload, attempts, claim, recorded_at)
-                     VALUES (@run, {scope}, {name}, {key}, {op}, {state}, {payload}, {attempts}, @claim,
+                 INSERT INTO {schema}.steps (run, scope, name, [key], op, state, payload, attempts, seq, claim,
+                         recorded_at)
+                     VALUES (@run, {scope}, {name}, {key}, {op}, {state}, {payload}, {attempts}, {seq}, @claim,
                          SYSUTCDATETIME());
          END"
     ));

@@ -63,6 +63,8 @@ CREATE TABLE {schema}.steps (
     state       text        COLLATE "C" NOT NULL,
     payload     json        NOT NULL,
     attempts    integer     NOT NULL,
+    -- in which order a run's records were sent to be written
+    seq         integer     NOT NULL,
     claim       bigint      NOT NULL,
     recorded_at timestamptz NOT NULL,
     PRIMARY KEY (run, scope, name, key)
@@ -153,6 +155,7 @@ CREATE TABLE {schema}.audit (
     state        text        COLLATE "C" NOT NULL,
     payload      json        NOT NULL,
     attempts     integer     NOT NULL,
+    seq          integer     NOT NULL,
     claim        bigint      NOT NULL,
     recorded_at  timestamptz NOT NULL
 );

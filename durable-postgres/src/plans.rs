@@ -27,15 +27,15 @@ const FILL: &[&str] = &[
          CASE WHEN n % 3 = 0 THEN '00000000-0000-7000-8000-00000000000a'::uuid END, 1, 0,
          CASE WHEN n % 3 = 1 THEN now() + n * interval '1 minute' END, 0, n % 30 = 0, false, '{}', 'd', now(), now()
      FROM generate_series(1, 20000) n",
-    "INSERT INTO {s}.steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
-     SELECT run, 0, 'step', n::text, 'step', 'done', '1', 0, 1, now()
+    "INSERT INTO {s}.steps (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)
+     SELECT run, 0, 'step', n::text, 'step', 'done', '1', 0, n, 1, now()
      FROM (SELECT run FROM {s}.processes LIMIT 100000) p, generate_series(1, 3) n",
     "INSERT INTO {s}.events (run, number, name, event_id, payload, raised_at, taken_at)
      SELECT run, n, 'event', n::text, '1', now(), now()
      FROM (SELECT run FROM {s}.processes LIMIT 50000) p, generate_series(1, 3) n",
     "INSERT INTO {s}.waiters (target, waiter) SELECT run, gen_random_uuid() FROM (SELECT run FROM {s}.processes
          LIMIT 20000) p",
-    "INSERT INTO {s}.audit SELECT gen_random_uuid(), run, now(), scope, name, key, op, state, payload, attempts, claim,
+    "INSERT INTO {s}.audit SELECT gen_random_uuid(), run, now(), scope, name, key, op, state, payload, attempts, seq, claim,
          recorded_at FROM (SELECT * FROM {s}.steps LIMIT 20000) s",
     "INSERT INTO {s}.inbox (namespace, what, id, name, token, payload, digest, restart, put_at, refused)
      SELECT 'default', 'message', 'done-' || n, 'event', n::text, '1', '', false, now(), 'the process has ended'
@@ -77,6 +77,7 @@ fn batch_of(kind: Kind) -> Batch {
         replaces: false,
         payload: "1".into(),
         attempts: 0,
+        seq: 1,
         takes: None,
         effect: None,
         awaited: None,

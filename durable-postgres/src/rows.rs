@@ -148,7 +148,7 @@ const NOTHING: &str = "NULL::timestamptz, NULL::text, NULL::bigint";
 pub(crate) fn record_columns() -> String {
     format!(
         "s.run, s.name, s.key, s.op, s.payload, NULL::json, s.state, NULL::uuid, s.claim, \
-         s.attempts::bigint, NULL::timestamptz, NULL::text, s.scope::bigint, {REST}"
+         s.attempts::bigint, NULL::timestamptz, s.scope::text, s.seq::bigint, {REST}"
     )
 }
 
@@ -159,8 +159,8 @@ pub(crate) fn record(row: &PgRow) -> Result<(RecordKey, Record)> {
 
 fn read_record(row: &PgRow) -> Result<(RecordKey, Record)> {
     let (op, state): (&str, &str) = (get(row, 3)?, get(row, 6)?);
-    let (attempts, scope): (i64, i64) = (get(row, 9)?, get(row, 12)?);
-    let scope = Scope::read(scope)?;
+    let (attempts, scope, seq): (i64, &str, i64) = (get(row, 9)?, get(row, 11)?, get(row, 12)?);
+    let scope = Scope::read(scope.parse().map_err(StorageError::schema)?)?;
     let key = RecordKey { scope, name: text(row, 1)?.into(), key: text(row, 2)?.into() };
     let record = Record {
         op: OpKind::read("op", op)?,
@@ -168,6 +168,7 @@ fn read_record(row: &PgRow) -> Result<(RecordKey, Record)> {
         payload: json(row, 4)?,
         attempts: i32::try_from(attempts).map_err(StorageError::schema)?,
         claim: get(row, 8)?,
+        seq: i32::try_from(seq).map_err(StorageError::schema)?,
     };
     Ok((key, record))
 }

@@ -53,6 +53,8 @@ CREATE TABLE durable_steps (
     state       TEXT    NOT NULL,
     payload     TEXT    NOT NULL,
     attempts    INTEGER NOT NULL,
+    -- in which order a run's records were sent to be written
+    seq         INTEGER NOT NULL,
     claim       INTEGER NOT NULL,
     recorded_at TEXT    NOT NULL,
     PRIMARY KEY (run, scope, name, key)
@@ -111,6 +113,7 @@ CREATE TABLE durable_audit (
     state        TEXT    NOT NULL,
     payload      TEXT    NOT NULL,
     attempts     INTEGER NOT NULL,
+    seq          INTEGER NOT NULL,
     claim        INTEGER NOT NULL,
     recorded_at  TEXT    NOT NULL
 ) WITHOUT ROWID;

@@ -30,6 +30,7 @@ fn everything() -> Batch {
             replaces: false,
             payload: "1".into(),
             attempts: 0,
+            seq: 1,
             takes: Some(1),
             effect,
             awaited: Some(RunId::new()),
@@ -120,8 +121,8 @@ const GROWN: &str = "
     INSERT INTO durable_processes (run, namespace, id, current, kind, status, claim, calm_claim, signals, signalled, input,
         input_digest, created_at, status_at, finished_at)
     SELECT printf('%036d', n), 'n', 'old-' || n, 1, 'kind', 'completed', 1, 0, 0, 0, '1', 'd', 'now', 'now', 'now' FROM s;
-    INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
-    SELECT run, 0, 'n', 'k', 'step', 'done', '1', 0, 1, 'now' FROM durable_processes;
+    INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)
+    SELECT run, 0, 'n', 'k', 'step', 'done', '1', 0, 1, 1, 'now' FROM durable_processes;
     ANALYZE";
 
 /// The statements that go through more than they should, with their plans.

@@ -112,7 +112,7 @@ fn read_process(row: &SqliteRow) -> Result<ProcessRow> {
 }
 
 /// The columns of [`record`].
-pub(crate) const RECORD: &str = "s.run, s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts, s.claim";
+pub(crate) const RECORD: &str = "s.run, s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts, s.claim, s.seq";
 
 pub(crate) fn record(row: &SqliteRow) -> Result<(RecordKey, Record)> {
     of("durable_steps", row, &[0, 1, 2, 3], read_record(row))
@@ -129,6 +129,7 @@ fn read_record(row: &SqliteRow) -> Result<(RecordKey, Record)> {
         payload: boxed(get(row, 6)?),
         attempts: get(row, 7)?,
         claim: get(row, 8)?,
+        seq: get(row, 9)?,
     };
     Ok((key, record))
 }

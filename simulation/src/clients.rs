@@ -1,6 +1,6 @@
 //! Clients: what they ask for, and what they are told.
 
-use durable_core::{Handle, HandleError, RaiseError, SpawnError};
+use durable_core::{Handle, HandleError, RaiseError, SpawnError, Status};
 use std::sync::PoisonError;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -131,6 +131,27 @@ impl Play {
                 Err(error) => world.wrong(format!("the cancellation of {id}: {error}")),
             }
         });
+    }
+
+    /// Somebody has the processes resumed that are stuck.
+    pub fn resume(&mut self) {
+        let stuck = {
+            let inner = self.world.inner();
+            let stuck = inner.ledger.rows.values().filter(|row| row.status == Status::Stuck);
+            stuck.map(|row| row.id.clone()).collect::<Vec<_>>()
+        };
+        for id in stuck {
+            let Some(handle) = self.handle(&id) else { return };
+            let world = self.world.clone();
+            self.call(async move {
+                let result = handle.resume().await;
+                world.say(|_| format!("the resume of {id}: {result:?}"));
+                match result {
+                    Ok(()) | Err(HandleError::Status { .. } | HandleError::Unavailable(_)) => {}
+                    Err(error) => world.wrong(format!("the resume of {id}: {error}")),
+                }
+            });
+        }
     }
 
     /// A client looks at a variable of some process.

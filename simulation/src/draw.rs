@@ -22,7 +22,12 @@ pub fn programs(seed: &mut Seed, room: bool) -> Vec<Program> {
         let size = draw.seed.between(1, if child { 4 } else { 8 });
         let nodes = (0..size).map(|_| draw.node(&[0, 1, 2], 2)).collect();
         let compensation = (0..draw.seed.below(4)).map(|_| draw.undo()).collect();
-        programs.push(Program { nodes, compensation, child });
+        let mut program = Program { nodes, compensation, child, renamed: None };
+        if draw.seed.permille(250) {
+            let steps = program.steps();
+            program.renamed = (!steps.is_empty()).then(|| (*draw.seed.one(&steps)).to_owned());
+        }
+        programs.push(program);
     }
     programs
 }

@@ -1,12 +1,13 @@
 //! The oracle of the code: bodies of steps, what operations have returned, what clients were told.
 
 use durable_core::Status;
-use durable_core::storage::{OpKind, RecordKey, RunId};
-use std::collections::BTreeMap;
+use durable_core::storage::{OpKind, RecordKey, RunId, Scope};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
+use crate::program::first_name;
 use crate::world::World;
 
 /// What a receive returns that gave up.
@@ -28,6 +29,10 @@ pub struct Effects {
     received: BTreeMap<(RunId, &'static str), Vec<String>>,
     /// What clients wanted to send.
     pub sent: BTreeMap<String, Sent>,
+    /// What an execution has set and got in its replay.
+    pub kept: BTreeMap<(RunId, i64), BTreeMap<RecordKey, u64>>,
+    /// What an execution was told by its operations.
+    told: BTreeMap<(RunId, i64), BTreeSet<RecordKey>>,
 }
 
 /// What became of a message, as its sender knows it.
@@ -55,6 +60,8 @@ pub struct Attempted {
     pub claim: i64,
     pub number: u32,
     pub idempotency: Uuid,
+    /// The name that its record would have had.
+    pub first: RecordKey,
     /// In a race, whose members have no records.
     pub racing: bool,
 }
@@ -81,8 +88,8 @@ impl Effects {
 impl World {
     /// The body of a step begins.
     pub fn begins(self: &Arc<Self>, attempted: Attempted) -> Running {
-        let Attempted { host, run, key, claim, number, idempotency, racing } = attempted;
-        let mut wrong: Vec<String> = Vec::new();
+        let Attempted { host, run, key, claim, number, idempotency, first, racing } = attempted;
+        let mut wrong: Vec<String> = self.not_replayed(run, claim, &key, "the body of");
         let (serial, name) = {
             let mut inner = self.inner();
             let inner = &mut *inner;
@@ -99,6 +106,9 @@ impl World {
             if age > inner.odds.expiry / 2 + Duration::from_millis(2) {
                 wrong.push(format!("{name} begins with a heartbeat of {age:?} ago"));
             }
+            if key != first && ledger.stands_recorded(run, &first) {
+                wrong.push(format!("{name} begins, and {first} stands recorded"));
+            }
             if owner && !racing {
                 if let Some(outcome) = ledger.outcome(run, &key) {
                     wrong.push(format!("{name} begins, and {} is recorded", outcome.payload));
@@ -108,7 +118,7 @@ impl World {
                     wrong.push(format!("{name} begins, and {failed} attempts have failed"));
                 }
             }
-            let place = (run, key.clone());
+            let place = (run, first);
             if let Some(other) = inner.effects.keys.insert(idempotency, place.clone())
                 && other != place
             {
@@ -142,12 +152,14 @@ impl World {
     }
 
     /// An operation has returned this to the process's code: it is recorded, and is what it was before.
-    pub fn returned(&self, run: RunId, key: RecordKey, op: OpKind, text: String) {
+    pub fn returned(&self, run: RunId, claim: i64, key: RecordKey, op: OpKind, text: String) {
         let wrong = {
             let mut inner = self.inner();
             let id = inner.ledger.id(run).to_owned();
             let recorded = inner.ledger.outcome(run, &key).map(|outcome| outcome.op);
-            let before = inner.effects.returned.entry((run, key.clone())).or_insert_with(|| text.clone()).clone();
+            inner.effects.told.entry((run, claim)).or_default().insert(key.clone());
+            let first = RecordKey { name: first_name(&key.name).into(), ..key.clone() };
+            let before = inner.effects.returned.entry((run, first)).or_insert_with(|| text.clone()).clone();
             if recorded != Some(op) {
                 Some(format!("{op} {key} of {id} returned {text}, and its record is {recorded:?}"))
             } else if before != text {
@@ -188,8 +200,46 @@ impl World {
         wrong.into_iter().for_each(|wrong| self.wrong(wrong));
     }
 
+    /// What earlier executions have recorded, and this one was not told of before it does this: the same function was told of
+    /// all of it.
+    fn not_replayed(&self, run: RunId, claim: i64, by: &RecordKey, what: &str) -> Vec<String> {
+        let inner = self.inner();
+        let told = inner.effects.told.get(&(run, claim));
+        let left = |(key, outcome): &(&RecordKey, &crate::ledger::Final)| {
+            // Which receive it was is told by its number, and values say for themselves what they are.
+            let counts = !matches!(outcome.op, OpKind::Event | OpKind::Value);
+            counts && outcome.claim < claim && key.scope <= by.scope && !told.is_some_and(|told| told.contains(key))
+        };
+        let id = inner.ledger.id(run);
+        let left = inner.ledger.outcomes(run).filter(left);
+        left.map(|(key, _)| format!("{what} {by} of {id} under claim {claim} begins before {key} was asked for"))
+            .collect()
+    }
+
+    /// An execution is live: nothing is left of what others recorded, and what it has set stands recorded.
+    pub fn begins_something(&self, run: RunId, claim: i64, key: &RecordKey) {
+        let mut wrong = self.not_replayed(run, claim, key, "the effect of");
+        let mut inner = self.inner();
+        for (key, kept) in inner.effects.kept.remove(&(run, claim)).into_iter().flatten() {
+            let values = inner.ledger.values.get(&(run, key.clone())).map_or(&[][..], |values| values);
+            let newest = values.iter().rfind(|(by, _)| *by <= claim).map(|(_, value)| value.as_str());
+            // It stood when the execution went live: recorded by it, or by one before it. It may have set another one since.
+            let before = values.iter().rposition(|(by, _)| *by < claim).unwrap_or(0);
+            let stood = values[before..].iter().any(|(by, value)| *by <= claim && *value == kept.to_string());
+            if !stood {
+                let id = inner.ledger.id(run);
+                wrong.push(format!("{key} of {id} was set to {kept}, and is {newest:?} when something begins"));
+            }
+        }
+        drop(inner);
+        wrong.into_iter().for_each(|wrong| self.wrong(wrong));
+    }
+
     /// The code of a run was told that it is cancelled.
-    pub fn is_cancelled(&self, run: RunId) {
+    pub fn is_cancelled(&self, run: RunId, claim: i64) {
+        let none = RecordKey { scope: Scope::Process, name: "cancellation".into(), key: "".into() };
+        let early = self.not_replayed(run, claim, &none, "the");
+        early.into_iter().for_each(|wrong| self.wrong(wrong));
         let inner = self.inner();
         let row = inner.ledger.rows.get(&run).filter(|row| !row.cancelled);
         let wrong = row.map(|row| format!("{} was told of a cancellation that is not recorded", row.id));

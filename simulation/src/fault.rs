@@ -56,6 +56,8 @@ listed! {
         Backwards = "storage's clock jumps backwards",
         /// An orderly end.
         Shutdown = "shutdown",
+        /// A host runs code in which a step is called otherwise.
+        Renamed = "bad deployment",
     }
 }
 
@@ -105,6 +107,9 @@ listed! {
         OwnPark = "own park recognised",
         OwnEnd = "own end recognised",
         Accepted = "a cancellation accepted",
+        Diverged = "stuck for code and records that diverge",
+        Replayed = "live after a replay",
+        Unwound = "cancelled in a replay",
         Unrun = "cancelled before it ran",
         Completed = "completed",
         Cancelled = "cancelled",

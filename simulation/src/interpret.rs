@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::effects::{Attempted, TIMED_OUT};
 use crate::lateness::{Awaited, Waiting};
 use crate::link::{Link, after};
-use crate::program::{EVENTS, Member, Node, Step, Together, Undo, Use, Value};
+use crate::program::{EVENTS, Member, Node, Step, Together, Undo, Use, Value, first_name, renamed};
 use crate::tally::{Fault, Place, Sight};
 use crate::transaction::Writes;
 use crate::values::Valued;
@@ -64,7 +64,10 @@ pub async fn interpret(link: Arc<Link>, proc: Process, index: usize) -> Result<R
         return Ok(results);
     };
     if matches!(stop, Stop::Cancelled(_)) {
-        link.world.is_cancelled(player.proc.run());
+        link.world.is_cancelled(player.proc.run(), player.proc.execution());
+        if player.proc.is_replaying() {
+            link.world.saw(Sight::Unwound);
+        }
     }
     link.world.saw(Sight::Compensated);
     let compensating = Player::new(&link, player.proc.compensation(), Scope::Compensation);
@@ -72,10 +75,7 @@ pub async fn interpret(link: Arc<Link>, proc: Process, index: usize) -> Result<R
         let done = match undo {
             Undo::Step(step) => compensating.step(&Step { fatal: false, ..step.clone() }, None).await,
             Undo::Value(value) => compensating.value(value, None).await,
-            Undo::Recall(name) => {
-                player.recall(name).await;
-                Ok(())
-            }
+            Undo::Recall(name) => player.recall(name).await,
         };
         if let Err(Stop::Cancelled(_)) = done {
             player.link.world.wrong(format!("{undo:?} in the compensation of {} was cancelled", player.proc.id()));
@@ -119,8 +119,29 @@ impl Player {
     }
 
     fn returned(&self, op: OpKind, key: RecordKey, text: String) {
-        self.results.lock().unwrap_or_else(PoisonError::into_inner).push((key.to_string(), text.clone()));
-        self.link.world.returned(self.proc.run(), key, op, text);
+        let first = RecordKey { name: first_name(&key.name).into(), ..key.clone() };
+        self.results.lock().unwrap_or_else(PoisonError::into_inner).push((first.to_string(), text.clone()));
+        self.told(op, key, text);
+    }
+
+    fn told(&self, op: OpKind, key: RecordKey, text: String) {
+        self.link.world.returned(self.proc.run(), self.proc.execution(), key, op, text);
+    }
+
+    /// Something begins that has an effect.
+    fn begins(&self, key: &RecordKey) {
+        if self.proc.execution() > 1 {
+            self.link.world.saw(Sight::Replayed);
+        }
+        self.link.world.begins_something(self.proc.run(), self.proc.execution(), key);
+    }
+
+    /// What this program calls a step, if the deployment has another name for it.
+    fn deployed(&self, step: &Step) -> Option<(String, bool)> {
+        let index: usize = self.proc.id().get(1..)?.parse().ok()?;
+        let of = self.link.world.programs.get(index)?.renamed.as_deref()?;
+        let bad = self.link.world.inner().hosts[self.link.host].bad;
+        (of == step.name && self.scope == Scope::Process).then(|| (renamed(of), bad))
     }
 
     fn waits(&self, what: Awaited) -> Waiting {
@@ -202,14 +223,17 @@ impl Player {
 
     /// What the body of a step returns if it does not fail.
     fn value_of(&self, key: &RecordKey) -> String {
-        format!("{} did {key}", self.proc.id())
+        let first = RecordKey { name: first_name(&key.name).into(), ..key.clone() };
+        format!("{} did {first}", self.proc.id())
     }
 
     async fn body(&self, step: &Step, key: RecordKey, attempt: Attempt, racing: bool) -> Result<String, String> {
         let (world, host) = (&self.link.world, self.link.host);
+        self.begins(&key);
         let _running = world.begins(Attempted {
             host,
             run: self.proc.run(),
+            first: RecordKey { name: first_name(&key.name).into(), ..key.clone() },
             key: key.clone(),
             claim: self.proc.execution(),
             number: attempt.number(),
@@ -226,10 +250,29 @@ impl Player {
     }
 
     async fn step(&self, step: &Step, key: Option<u64>) -> Done {
-        let name = name(&step.name, key);
-        let key = self.key(&name);
+        let (mut named, mut was) = (name(&step.name, key), None);
+        if let Some((other, bad)) = self.deployed(step) {
+            let other = name(&other, key);
+            if bad {
+                named = other;
+            } else {
+                // The good one knows of the bad one.
+                was = Some(other);
+            }
+        }
+        let mut key = self.key(&named);
+        if let Some(was) = &was {
+            let (was, inner) = (self.key(was), self.link.world.inner());
+            let stands = |key| inner.ledger.stands_recorded(self.proc.run(), key);
+            if stands(&was) && !stands(&key) {
+                key = was;
+            }
+        }
         let mut made =
-            self.proc.step(name, |attempt: Attempt| self.body(step, key.clone(), attempt, false)).retry(retry(step));
+            self.proc.step(named, |attempt: Attempt| self.body(step, key.clone(), attempt, false)).retry(retry(step));
+        if let Some(was) = was {
+            made = made.was(was);
+        }
         if let Some(timeout) = step.timeout {
             made = made.timeout(ms(timeout));
         }
@@ -247,6 +290,7 @@ impl Player {
             let (key, call) = (key.clone(), calls);
             async move {
                 let (world, host) = (&self.link.world, self.link.host);
+                self.begins(&key);
                 world.awake(host).await;
                 tx.amount += 1;
                 after(ms(step.takes)).await;
@@ -274,7 +318,8 @@ impl Player {
         };
         self.returned(op, key.clone(), text);
         if !succeeded && step.fatal {
-            return Err(Stop::Failed(format!("{key} failed")));
+            let first = RecordKey { name: first_name(&key.name).into(), ..key };
+            return Err(Stop::Failed(format!("{first} failed")));
         }
         Ok(())
     }
@@ -317,16 +362,16 @@ impl Player {
     }
 
     fn valued(&self, name: &Name, valued: Valued) {
-        self.link.world.valued(self.proc.run(), self.proc.execution(), &self.key(name), valued);
+        let replaying = self.proc.is_replaying();
+        self.link.world.valued(self.proc.run(), self.proc.execution(), &self.key(name), valued, replaying);
     }
 
     /// Gets a variable when the process has failed or was cancelled: it is what it was.
-    async fn recall(&self, of: &str) {
+    async fn recall(&self, of: &str) -> Done {
         let name = name(of, None);
-        match self.proc.get(name.clone(), || 0).await {
-            Ok(got) => self.valued(&name, Valued::Got(got)),
-            Err(Cancelled { .. }) => self.valued(&name, Valued::Cancelled),
-        }
+        let got = self.proc.get(name.clone(), || 0).await?;
+        self.valued(&name, Valued::Got(got));
+        Ok(())
     }
 
     async fn receive(&self, event: usize, timeout: Option<u64>) -> Done {
@@ -430,7 +475,7 @@ impl Player {
         match event {
             None => self.returned(OpKind::Race, key, text),
             Some(event) => {
-                self.link.world.returned(self.proc.run(), key, OpKind::Race, text.clone());
+                self.told(OpKind::Race, key, text.clone());
                 self.received(event, Some(text));
             }
         }

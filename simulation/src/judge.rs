@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use crate::effects::Sent;
 use crate::interpret::Results;
 use crate::ledger::{Final, Row};
-use crate::program::{Program, Step, Undo, Use};
+use crate::program::{Program, Step, Undo, Use, first_name};
 use crate::world::{Inner, World, at_once};
 
 /// Says what has not finished.
@@ -107,10 +107,13 @@ fn ending(inner: &Inner, run: RunId, row: &Row, program: &Program) -> Vec<String
     let (id, status, mut wrong) = (&row.id, row.status, Vec::new());
     let fatal = program.fatal();
     let failed = |(key, outcome): &(&RecordKey, &Final)| {
-        outcome.state == RecordState::Failed && key.scope == Scope::Process && fatal.contains(&&*key.name)
+        outcome.state == RecordState::Failed && key.scope == Scope::Process && fatal.contains(&first_name(&key.name))
     };
-    let reasons: Vec<String> =
-        inner.ledger.outcomes(run).filter(failed).map(|(key, _)| format!("{key} failed")).collect();
+    let reason = |(key, _): (&RecordKey, &Final)| {
+        let first = RecordKey { name: first_name(&key.name).into(), ..key.clone() };
+        format!("{first} failed")
+    };
+    let reasons: Vec<String> = inner.ledger.outcomes(run).filter(failed).map(reason).collect();
     if status == Status::Completed && !reasons.is_empty() {
         wrong.push(format!("{id} has completed, and {reasons:?}"));
     }

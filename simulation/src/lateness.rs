@@ -235,6 +235,9 @@ impl World {
 /// What is wrong with a process that stands so.
 fn waits_too_long(inner: &Inner, row: &ProcessRow, now: DateTime<Utc>) -> Option<String> {
     let (id, lateness) = (&row.id, &inner.lateness);
+    if row.status == Status::Stuck {
+        return None;
+    }
     if row.status == Status::Waiting {
         let due = row.wake_at.and_then(|at| ago(now, at));
         if let Some(late) = due.and_then(|due| lateness.late(due)) {

@@ -29,6 +29,8 @@ pub struct Ledger {
     pub untold: BTreeSet<(RunId, i64)>,
     /// What has been seen, and not been counted.
     pub seen: Vec<Sight>,
+    /// The executions that have found records that the code did not ask for, and have not been judged.
+    pub diverged: Vec<(RunId, i64)>,
     /// Who owned a run under which claim.
     claims: BTreeMap<(RunId, i64), InstanceId>,
 }
@@ -132,6 +134,18 @@ impl Ledger {
         self.finals.get(&(run, key.clone()))
     }
 
+    /// Whether anything is recorded under this key, be it attempts that have failed.
+    pub fn stands_recorded(&self, run: RunId, key: &RecordKey) -> bool {
+        let place = (run, key.clone());
+        self.finals.contains_key(&place) || self.failed.contains_key(&place)
+    }
+
+    /// Whether anything is recorded under this name.
+    pub fn knows(&self, run: RunId, name: &str) -> bool {
+        let is = |(of, key): &(RunId, RecordKey)| *of == run && *key.name == *name;
+        self.finals.keys().any(is) || self.failed.keys().any(is)
+    }
+
     pub fn outcomes(&self, run: RunId) -> impl Iterator<Item = (&RecordKey, &Final)> {
         let of_run = self.finals.iter().filter(move |((of, _), _)| *of == run);
         of_run.map(|((_, key), outcome)| (key, outcome))
@@ -190,11 +204,18 @@ impl Ledger {
                     _ => None,
                 });
                 row.status = finish.status;
-                row.ended = Some(Instant::now());
+                row.ended = finish.status.is_finished().then(Instant::now);
                 row.output = finish.output.as_deref().map(str::to_owned);
                 row.reason = finish.reason.as_deref().map(str::to_owned);
                 if finish.status == Status::Stuck {
-                    wrong.push(format!("{} is stuck: {}", row.id, row.reason.as_deref().unwrap_or_default()));
+                    let reason = row.reason.as_deref().unwrap_or_default();
+                    // Whether they have is judged where the host is known.
+                    if reason.contains("diverged") {
+                        self.seen.push(Sight::Diverged);
+                        self.diverged.push((finish.run, finish.claim));
+                    } else {
+                        wrong.push(format!("{} is stuck: {reason}", row.id));
+                    }
                 }
                 if finish.status == Status::Cancelled && !row.cancelled {
                     wrong.push(format!("{} ended cancelled, and had not recorded it", row.id));
@@ -238,6 +259,13 @@ impl Ledger {
                     }
                 } else {
                     wrong.push(format!("{id} can be cancelled, and is not known"));
+                }
+            }
+            (Op::Resume { .. }, Outcome::Asked { before: Some((run, Status::Stuck)), .. }) => {
+                if let Some(row) = self.rows.get_mut(run) {
+                    row.status = Status::Waiting;
+                    row.ended = None;
+                    row.reason = None;
                 }
             }
             (Op::Claim { .. }, Outcome::Claimed(claimed)) => {
@@ -415,7 +443,9 @@ impl Ledger {
             }
             values.push(value);
         }
-        if record.key.scope == Scope::Process && self.rows.get(&record.run).is_some_and(|row| row.cancelled) {
+        let cancelled = self.rows.get(&record.run).is_some_and(|row| row.cancelled);
+        // A value is no effect.
+        if cancelled && record.key.scope == Scope::Process && record.op != OpKind::Value {
             wrong.push(format!("{} of {id} was recorded after the cancellation", record.key));
         }
         let outcome = Final { op: record.op, state: record.state, payload, claim: record.claim };

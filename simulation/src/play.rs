@@ -142,7 +142,11 @@ impl Play {
             if apart > 60_000 {
                 inner.tally.hit(Fault::Apart, &[]);
             }
-            inner.hosts.push(Machine { alive: true, ..Machine::default() });
+            let bad = !all && !self.world.faultless && self.seed.permille(200);
+            if bad {
+                inner.tally.hit(Fault::Renamed, &[]);
+            }
+            inner.hosts.push(Machine { alive: true, bad, ..Machine::default() });
             inner.hosts.len() - 1
         };
         self.world.say(|_| format!("host {host} starts, its clock {} ms apart", offset.num_milliseconds()));
@@ -249,7 +253,8 @@ impl Play {
             0..350 => self.start_process(),
             350..600 => self.message(),
             600..650 => self.watch(),
-            650..680 => self.read(),
+            650..670 => self.read(),
+            670..680 => self.resume(),
             680..800 if others > 0 => self.start_host(false),
             _ if self.world.faultless || alive.is_empty() => {}
             800..840 => self.cancel(),
@@ -330,6 +335,12 @@ impl Play {
     /// The second phase: everything finishes.
     async fn calm(&mut self) {
         self.world.calm();
+        // The deployment is taken back.
+        for host in self.alive() {
+            if self.world.inner().hosts[host].bad {
+                self.world.kill(host);
+            }
+        }
         self.reap();
         let end = Instant::now() + PATIENCE;
         let roots = self.world.programs.iter().filter(|program| !program.child).count();
@@ -340,6 +351,7 @@ impl Play {
             }
             sleep(ms(1_000)).await;
             self.look();
+            self.resume();
             let missing = (0..roots).find(|index| !self.world.inner().ledger.ids.contains_key(&format!("p{index}")));
             if let Some(missing) = missing {
                 self.started = missing;

@@ -15,7 +15,21 @@ pub struct Program {
     pub compensation: Vec<Undo>,
     /// Another process starts it, if any.
     pub child: bool,
+    /// The step that a bad deployment calls by another name, without saying what it was called.
+    pub renamed: Option<String>,
 }
+
+/// How a bad deployment calls a step.
+pub fn renamed(name: &str) -> String {
+    format!("{RENAMED}{name}")
+}
+
+/// What a step is called by all others.
+pub fn first_name(name: &str) -> &str {
+    name.strip_prefix(RENAMED).unwrap_or(name)
+}
+
+const RENAMED: &str = "new ";
 
 /// One thing that a program does. Times are in milliseconds.
 #[derive(Clone, Debug)]
@@ -159,6 +173,13 @@ impl Program {
         names
     }
 
+    /// The names of its steps, but for those that take part in races.
+    pub fn steps(&self) -> Vec<&str> {
+        let mut names = Vec::new();
+        steps(&self.nodes, &mut names);
+        names
+    }
+
     /// How many results it leaves if nothing ends it early.
     pub fn results(&self) -> usize {
         results(&self.nodes)
@@ -220,6 +241,18 @@ fn fatal<'p>(nodes: &'p [Node], names: &mut Vec<&'p str>) {
             Node::Dropped(node, _) => fatal(std::slice::from_ref(node), names),
             Node::Both(_, branches) => branches.iter().for_each(|branch| fatal(branch, names)),
             Node::Loop { body, .. } => fatal(body, names),
+            _ => {}
+        }
+    }
+}
+
+fn steps<'p>(nodes: &'p [Node], names: &mut Vec<&'p str>) {
+    for node in nodes {
+        match node {
+            Node::Step(step) => names.push(&step.name),
+            Node::Dropped(node, _) => steps(std::slice::from_ref(node), names),
+            Node::Both(_, branches) => branches.iter().for_each(|branch| steps(branch, names)),
+            Node::Loop { body, .. } => steps(body, names),
             _ => {}
         }
     }

@@ -10,8 +10,6 @@ pub enum Valued {
     Got(u64),
     /// It was set to this, and the set has returned.
     Set(u64),
-    /// It has none, and can get none any more.
-    Cancelled,
 }
 
 impl World {
@@ -19,9 +17,38 @@ impl World {
     ///
     /// It has seen whatever was recorded under its own claim or an earlier one, since the uses of one variable come one after
     /// the other. It may have seen more, if it was taken from its host before that had read its records.
-    pub fn valued(&self, run: RunId, claim: i64, key: &RecordKey, valued: Valued) {
+    ///
+    /// In a replay nothing is recorded: what is set is got until the execution is live, and stands recorded then.
+    pub fn valued(&self, run: RunId, claim: i64, key: &RecordKey, valued: Valued, replaying: bool) {
         let wrong = {
-            let inner = self.inner();
+            let mut inner = self.inner();
+            let inner = &mut *inner;
+            let kept = inner.effects.kept.entry((run, claim)).or_default();
+            let recorded = inner.ledger.values.get(&(run, key.clone())).is_some_and(|values| !values.is_empty());
+            let keeps = match valued {
+                Valued::Set(to) if replaying && key.key.is_empty() => {
+                    kept.insert(key.clone(), to);
+                    true
+                }
+                // With a key, the first one that was written stays.
+                Valued::Set(to) if replaying && !recorded => {
+                    kept.entry(key.clone()).or_insert(to);
+                    true
+                }
+                Valued::Set(_) => {
+                    kept.remove(key);
+                    false
+                }
+                Valued::Got(got) if replaying => match kept.get(key) {
+                    Some(kept) => *kept == got,
+                    None if !recorded => kept.insert(key.clone(), got).is_none(),
+                    None => false,
+                },
+                _ => false,
+            };
+            if keeps {
+                return;
+            }
             let values = inner.ledger.values.get(&(run, key.clone())).map_or(&[][..], |values| values);
             let seen = values.iter().rposition(|(by, _)| *by <= claim);
             let newest = &values[seen.unwrap_or(0)..];
@@ -30,7 +57,6 @@ impl World {
                 // With a key, the first one that was written stays.
                 Valued::Set(_) if !key.key.is_empty() => !newest.is_empty(),
                 Valued::Set(to) => newest.first().is_some_and(|(by, value)| *by == claim && *value == to.to_string()),
-                Valued::Cancelled => seen.is_none(),
             };
             let id = inner.ledger.id(run);
             (!fits).then(|| {

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use durable_core::memory::Memory;
-use durable_core::storage::{Batch, Heart, InstanceId, Outcome, RecordKey, Result, RunId, Storage, StorageError};
+use durable_core::storage::{Batch, Heart, InstanceId, Op, Outcome, RecordKey, Result, RunId, Storage, StorageError};
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::future::{Future, pending};
@@ -91,6 +91,8 @@ pub struct Machine {
     pub alive: bool,
     /// It is to shut down.
     pub stopping: bool,
+    /// It runs the bad deployment.
+    pub bad: bool,
     pub paused: Option<Instant>,
     pub cut: Option<Instant>,
     /// When the last heartbeat that was acknowledged was sent.
@@ -406,6 +408,11 @@ impl World {
         }
         if let Ok(outcomes) = &result {
             self.timers(batch, outcomes);
+            for (op, outcome) in batch.ops.iter().zip(outcomes) {
+                if let (Op::Record(record), Outcome::Spawned(_) | Outcome::Raised(_)) = (op, outcome) {
+                    self.begins_something(record.run, record.claim, &record.key);
+                }
+            }
             let wrong = {
                 let mut inner = self.inner();
                 let inner = &mut *inner;
@@ -414,11 +421,36 @@ impl World {
                 wrong
             };
             wrong.into_iter().for_each(|wrong| self.wrong(wrong));
+            self.divergences(host);
             self.wrote.notify_waiters();
         } else if matches!(result, Err(StorageError::Fenced)) && self.inner().ledger.is_fenced(batch.fence.instance) {
             self.saw(Sight::Zombie);
         }
         result
+    }
+}
+
+impl World {
+    /// Whether those that this host has found stuck have diverged: it runs the bad deployment, and a step of theirs has another
+    /// name in it.
+    fn divergences(&self, host: usize) {
+        let mut wrong = Vec::new();
+        {
+            let mut inner = self.inner();
+            let inner = &mut *inner;
+            for (run, claim) in std::mem::take(&mut inner.ledger.diverged) {
+                let row = &inner.ledger.rows[&run];
+                let program = row.id[1..].parse::<usize>().ok().and_then(|index| self.programs.get(index));
+                let renamed = program.and_then(|program| program.renamed.as_deref());
+                if !inner.hosts[host].bad || !renamed.is_some_and(|name| inner.ledger.knows(run, name)) {
+                    let (id, reason) = (&row.id, &row.reason);
+                    wrong.push(format!(
+                        "{id} is stuck under claim {claim} on host {host}, and has not diverged: {reason:?}"
+                    ));
+                }
+            }
+        }
+        wrong.into_iter().for_each(|wrong| self.wrong(wrong));
     }
 }
 

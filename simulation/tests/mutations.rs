@@ -89,6 +89,21 @@ fn an_attempt_with_an_old_heartbeat() {
 }
 
 #[test]
+fn a_cancellation_in_the_replay() {
+    noticed(Rule::ReplaySeesNoCancel, 500);
+}
+
+#[test]
+fn an_effect_in_the_replay() {
+    noticed(Rule::ReplayBeginsNothing, 500);
+}
+
+#[test]
+fn records_that_are_asked_for_by_nobody() {
+    noticed(Rule::JudgesUnvisited, 500);
+}
+
+#[test]
 fn a_success_after_the_cancellation() {
     noticed(Rule::CancelStands, 500);
 }

@@ -55,7 +55,6 @@ on_each_backend!(
     processes_talk_to_processes,
     a_waiting_process_is_a_row,
     what_holds_a_waker_stays_in_memory,
-    records_never_asked_for_are_flagged,
     namespaces_do_not_see_each_other,
     outputs_of_others,
 );
@@ -914,30 +913,6 @@ async fn what_holds_a_waker_stays_in_memory<B: Backend>() {
     assert_eq!(host.in_memory(), 1, "far longer than the quiet time");
     assert!(handle.output().await.unwrap());
     assert_eq!(handle.status().await.unwrap().execution, 1);
-}
-
-async fn records_never_asked_for_are_flagged<B: Backend>() {
-    const CHANGED: Definition<(), ()> = Definition::new("changed");
-    let backend = B::new().await;
-    let host = host_with(&backend, CHANGED, async |proc: Process| {
-        proc.step("old name", || async { Ok::<_, Failure>(()) }).await?;
-        proc.event(PAID).await?;
-        Ok(())
-    })
-    .await;
-    let handle = host.spawn(CHANGED, "c", &()).await.unwrap();
-    until("it waits", async || handle.status().await.unwrap().waiting_for.is_some()).await;
-    host.shutdown(MS).await;
-    let host = host_with(&backend, CHANGED, async |proc: Process| {
-        proc.step("new name", || async { Ok::<_, Failure>(()) }).await?;
-        proc.event(PAID).await?;
-        Ok(())
-    })
-    .await;
-    let handle = host.get("c").of(CHANGED);
-    handle.raise(PAID, &1).await.unwrap();
-    handle.output().await.unwrap();
-    assert_eq!(handle.status().await.unwrap().unasked_records.as_deref(), Some("\"old name\""));
 }
 
 async fn namespaces_do_not_see_each_other<B: Backend>() {

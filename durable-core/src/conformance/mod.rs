@@ -63,6 +63,7 @@ macro_rules! conformance {
     ($subject:ty) => {
         $crate::conformance!(@cases $subject,
             records: [a_record_is_there_once_committed, a_pending_record_is_overwritten, a_final_record_is_not,
+            a_final_record_stays_as_it_is,
                 a_value_is_overwritten, the_same_batch_again_changes_nothing, only_the_owner_records,
                 only_under_the_current_claim, names_and_keys_are_not_joined, payloads_come_back_byte_for_byte,
                 texts_up_to_their_limits, a_batch_is_all_or_nothing, a_large_batch, a_load_may_be_bounded],

@@ -61,6 +61,28 @@ pub async fn a_final_record_is_not<S: Subject>(subject: &S) {
     }
 }
 
+/// Nor by another write of the same claim: a transaction whose answer was lost may have recorded it after all.
+pub async fn a_final_record_stays_as_it_is<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let run = actor.start("p").await;
+    let states = [RecordState::Done, RecordState::Failed, RecordState::Pending];
+    for (nth, state) in states.into_iter().enumerate() {
+        for replaces in [false, true] {
+            let at = key("a", &format!("{nth} {replaces}"));
+            let first = RecordOp { op: OpKind::Transaction, ..record(run, 1, at.clone()) };
+            assert_eq!(actor.one(Op::Record(first.clone())).await, Outcome::Recorded);
+            let later =
+                RecordOp { op: OpKind::Transaction, state, replaces, seq: 2, payload: "2".into(), ..first.clone() };
+            let other = record(run, 1, key("b", &format!("{nth} {replaces}")));
+            let outcomes = actor.commit(vec![Op::Record(later), Op::Record(other)]).await.unwrap();
+            assert_eq!(outcomes, [Outcome::Lost, Outcome::Recorded]);
+            assert_eq!(storage.record(run, &at).await.unwrap(), Some(left_by(&first)));
+            assert_eq!(actor.one(Op::Record(first.clone())).await, Outcome::Recorded, "its own again");
+        }
+    }
+}
+
 /// A value is overwritten by later claims too.
 pub async fn a_value_is_overwritten<S: Subject>(subject: &S) {
     let storage = subject.open().await;

@@ -157,6 +157,7 @@ pub fn record(run: RunId, claim: i64, key: RecordKey) -> RecordOp {
         replaces: false,
         payload: "1".into(),
         attempts: 0,
+        seq: 1,
         takes: None,
         effect: None,
         awaited: None,
@@ -170,5 +171,12 @@ pub fn with_effect(run: RunId, op: OpKind, effect: Effect) -> RecordOp {
 
 /// The record that an operation leaves.
 pub fn left_by(op: &RecordOp) -> Record {
-    Record { op: op.op, state: op.state, payload: op.payload.clone(), attempts: op.attempts, claim: op.claim }
+    Record {
+        op: op.op,
+        state: op.state,
+        payload: op.payload.clone(),
+        attempts: op.attempts,
+        seq: op.seq,
+        claim: op.claim,
+    }
 }

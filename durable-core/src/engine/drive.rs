@@ -3,17 +3,21 @@
 
 use std::any::Any;
 use std::future::{Future, poll_fn};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
+use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep};
 
+use super::operation::{Operation, Write};
+use super::queue::Answer;
 use super::registry::Ended;
+use super::replay::Next;
 use super::run::{Cancel, End, Run, WaitFor};
 use super::wake::{Context, Inside};
-use crate::storage::{Finish, Op, Outcome, Park, Status};
+use crate::storage::{Finish, Op, OpKind, Outcome, Park, RecordKey, Status};
 
 /// After this time a run that cannot park is looked at again: the database's clock may have jumped, and a waker that
 /// somebody else held may be gone.
@@ -110,7 +114,10 @@ fn turn(
     sleep: &mut Option<Pin<Box<Sleep>>>,
     cx: &mut TaskContext<'_>,
 ) -> Poll<Turn> {
+    /// A function that wakes itself, or replays much, lets others go on in between.
+    const POLLS: u32 = 32;
     run.wake.driven_by(cx.waker());
+    let mut polls = 0;
     loop {
         let accept_cancel = {
             let mut state = run.state();
@@ -123,7 +130,7 @@ fn turn(
                 state.end = Some(End::Gone);
                 return Poll::Ready(Turn::End(End::Release));
             }
-            let accept = state.cancel == Cancel::Requested;
+            let accept = state.cancel == Cancel::Requested && state.accepts_cancel();
             if accept {
                 state.cancel = Cancel::Recording;
             }
@@ -135,10 +142,16 @@ fn turn(
         if run.wake.take_woken() {
             *sleep = None;
             let Some(user) = future.as_mut() else { continue };
+            polls += 1;
+            if polls > POLLS {
+                run.root.wake_by_ref();
+                return Poll::Pending;
+            }
             {
                 let mut state = run.state();
                 state.polled = (state.mail.seen, state.cancel);
                 state.rested = false;
+                state.polling();
             }
             let _context = Context { run: run.serial, inside: Inside::Function }.enter();
             let _span = span.enter();
@@ -151,10 +164,42 @@ fn turn(
                         return Poll::Ready(Turn::Returned(Box::new(ended)));
                     }
                 }
-                Ok(Poll::Pending) => {}
+                Ok(Poll::Pending) => {
+                    let again = run.state().sent.polled();
+                    if again {
+                        run.notify();
+                    }
+                }
                 Err(panic) => run.fault(panic_message(&*panic)),
             }
             continue;
+        }
+        let alone = run.only_we_can_wake();
+        let next = run.state().next(alone);
+        match next {
+            Next::Rest => {}
+            Next::Poll => {
+                run.notify();
+                continue;
+            }
+            Next::Wait(until) => {
+                let waits = sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until)));
+                std::task::ready!(waits.as_mut().poll(cx));
+                *sleep = None;
+                continue;
+            }
+            Next::AcceptCancel => {
+                record_cancel(run);
+                continue;
+            }
+            Next::Settle(values) => {
+                settle(run, values);
+                continue;
+            }
+            Next::Diverged(reason) => {
+                run.fault(reason);
+                continue;
+            }
         }
         match rest(run, sleep, cx) {
             Poll::Ready(Some(park)) => return Poll::Ready(Turn::Quiet(Box::new(park))),
@@ -256,6 +301,31 @@ fn record_cancel(run: &Arc<Run>) {
     });
 }
 
+/// Writes what the function has set and got in its replay; then it is live.
+fn settle(run: &Arc<Run>, values: Vec<(RecordKey, Box<str>)>) {
+    let written: Vec<_> = values.into_iter().map(|(key, payload)| write_value(run, key, payload)).collect();
+    let run = run.clone();
+    tokio::spawn(async move {
+        for answer in written {
+            match answer.await {
+                Ok(Ok(Outcome::Recorded)) => {}
+                Ok(Ok(_)) => return run.end(End::Gone),
+                Ok(Err(refused)) => return run.fault(format_args!("the database refuses a value: {refused}")),
+                Err(_) => return,
+            }
+        }
+        run.state().settled();
+        run.notify();
+    });
+}
+
+fn write_value(run: &Arc<Run>, key: RecordKey, payload: Box<str>) -> oneshot::Receiver<Answer> {
+    let operation = Operation::with_key(run, key, OpKind::Value, Location::caller());
+    let (op, _) = operation.record_op(Write::done(payload));
+    run.state().names.of(&op.key).recording = true;
+    run.submit(Op::Record(op), None)
+}
+
 enum Parked {
     Yes,
     No,
@@ -288,9 +358,14 @@ async fn park_quiet(run: &Arc<Run>, park: Park) -> Parked {
 }
 
 async fn finish(run: &Arc<Run>, ended: Ended) {
-    let unasked = run.unasked();
-    if let Some(unasked) = &unasked {
-        tracing::warn!(id = %run.id, kind = %run.kind, run = %run.run, "the function ended without having asked for {unasked}: was it renamed without `.was(…)`?");
+    let diverged = run.state().diverged_at_end();
+    if let Some(reason) = diverged {
+        return stuck(run, reason).await;
+    }
+    let values = run.state().unwritten_values();
+    for (key, payload) in values {
+        // Before the end, in the same batch or an earlier one.
+        drop(write_value(run, key, payload));
     }
     match ended {
         Ended::Output { status, output, reason } => {
@@ -300,7 +375,7 @@ async fn finish(run: &Arc<Run>, ended: Ended) {
                 return stuck(run, error.to_string()).await;
             }
             tracing::info!(id = %run.id, kind = %run.kind, run = %run.run, "{status}");
-            let op = Finish { run: run.run, claim: run.claim, status, output, reason, unasked };
+            let op = Finish { run: run.run, claim: run.claim, status, output, reason, unasked: None };
             if let Ok(Err(refused)) = run.submit(Op::Finish(op), None).await {
                 stuck(run, format!("the database refuses its output: {refused}")).await;
             }

@@ -9,7 +9,8 @@ use tokio::sync::oneshot;
 use super::held::Places;
 use super::names::Usage;
 use super::queue::Answer;
-use super::run::{At, Run, State, WaitFor};
+use super::replay::Turn;
+use super::run::{At, Delivery, Run, State, WaitFor};
 use crate::error::Cancelled;
 use crate::limits;
 #[cfg(durable_mutations)]
@@ -27,6 +28,16 @@ pub(crate) struct Operation {
     op: OpKind,
     at: At,
     busy: bool,
+    /// Its place among those that wait in a replay.
+    turn: Option<Turn>,
+}
+
+/// What a look at a name comes to.
+enum Taken {
+    Begun(Begun),
+    /// In a replay it waits for its turn.
+    Waits(Turn),
+    Cancelled,
 }
 
 /// Where an operation stands at its start.
@@ -45,7 +56,13 @@ impl Operation {
 
     /// An operation whose key the engine has made.
     pub(crate) fn with_key(run: &Arc<Run>, key: RecordKey, op: OpKind, at: At) -> Self {
-        Self { run: run.clone(), key, op, at, busy: false }
+        Self { run: run.clone(), key, op, at, busy: false, turn: None }
+    }
+
+    /// What it returns, if that is recorded.
+    pub(crate) fn recorded(&self) -> Option<Record> {
+        let state = self.run.state();
+        state.names.get(&self.key).filter(|name| name.is_final()).and_then(|name| name.record.clone())
     }
 
     /// Where it stands in the code.
@@ -60,9 +77,12 @@ impl Operation {
 
     /// Goes on under an old name, if only that has a record.
     pub(crate) fn rename_from(&mut self, was: RecordKey) {
-        let state = self.run.state();
+        let mut state = self.run.state();
         let recorded = |key: &RecordKey| state.names.get(key).is_some_and(|name| name.record.is_some());
         let renamed = recorded(&was) && !recorded(&self.key);
+        if let Some(name) = state.names.get_mut(&was) {
+            name.asked = true;
+        }
         drop(state);
         if renamed {
             self.key = was;
@@ -99,55 +119,102 @@ impl Operation {
             }
         };
         match begun {
-            Ok(begun) => {
-                let begun = begun?;
+            Ok(Taken::Begun(begun)) => {
                 self.busy = self.op != OpKind::Value || matches!(begun, Begun::Open(_));
                 Ok(begun)
             }
+            Ok(Taken::Waits(turn)) => {
+                self.busy = true;
+                self.turn = Some(turn);
+                Box::pin(self.await_turn()).await
+            }
+            Ok(Taken::Cancelled) => Err(Cancelled),
             Err(fault) => self.stuck(fault).await,
         }
     }
 
+    /// Waits in a replay until it is this operation's turn to go on.
+    async fn await_turn(&mut self) -> Result<Begun, Cancelled> {
+        let turn = &self.turn;
+        let begun = wait_until(&self.run, WaitFor::Engine, None, |state: &mut State, _| {
+            let turn = turn.as_ref()?;
+            let record = state.names.of(&self.key).record.clone();
+            if let Some(record) = record.filter(|_| matches!(turn, Turn::Recorded(..))) {
+                return state.is_turn(turn).then_some(Ok(Begun::Recorded(record)));
+            }
+            if state.unwinds(self.key.scope) {
+                return Some(Err(Cancelled));
+            }
+            if !state.is_turn(turn) {
+                return None;
+            }
+            match state.cancelled(self.key.scope)? {
+                true => Some(Err(Cancelled)),
+                false => Some(Ok(Begun::Open(state.names.of(&self.key).record.clone()))),
+            }
+        })
+        .await;
+        let mut state = self.run.state();
+        if let Some(turn) = self.turn.take() {
+            state.leave_queue(&turn);
+        }
+        if begun.is_err() {
+            self.busy = false;
+            state.names.of(&self.key).usage = Usage::Free;
+        }
+        begun
+    }
+
     /// One look at the name. None: not yet. `Err`: a mistake in the code.
-    fn take_name(&self, state: &mut State) -> Option<Result<Result<Begun, Cancelled>, String>> {
+    fn take_name(&self, state: &mut State) -> Option<Result<Taken, String>> {
         if state.stopping {
             return None;
         }
         let (key, op, at) = (&self.key, self.op, self.at);
-        let cancelled = state.cancelled(key.scope);
+        let is_value = op == OpKind::Value;
+        let kept = state.kept_value(key).filter(|_| is_value).map(Box::<str>::from);
         let name = state.names.of(key);
         name.asked = true;
         match name.usage {
             // Two at once: a value's second user waits for the first, anything else is a mistake.
-            Usage::Busy(_) if op == OpKind::Value => return None,
+            Usage::Busy(_) if is_value => return None,
             Usage::Busy(first) => return Some(Err(fault_twice(key, op, first, at))),
-            Usage::Done(first) if op != OpKind::Value => return Some(Err(fault_twice(key, op, first, at))),
+            Usage::Done(first) if !is_value => return Some(Err(fault_twice(key, op, first, at))),
             _ => {}
         }
         // An operation that was dropped while its record was on its way.
         if name.recording {
             return None;
         }
-        match &name.record {
-            Some(record) if record.op != op => Some(Err(format!(
+        if let Some(record) = name.record.as_ref().filter(|record| record.op != op) {
+            return Some(Err(format!(
                 "{key} is used at {at} by a {op}, but its record was written by a {}; rename one of them",
                 record.op
-            ))),
-            Some(record) if record.state != RecordState::Pending => {
-                let record = record.clone();
-                name.usage = if op == OpKind::Value { Usage::Done(at) } else { Usage::Busy(at) };
-                Some(Ok(Ok(Begun::Recorded(record))))
-            }
-            pending => match cancelled {
-                Some(true) => Some(Ok(Err(Cancelled))),
-                None => None,
-                Some(false) => {
-                    let pending = pending.clone();
-                    name.usage = Usage::Busy(at);
-                    Some(Ok(Ok(Begun::Open(pending))))
-                }
-            },
+            )));
         }
+        if let Some(payload) = kept {
+            name.usage = Usage::Done(at);
+            let (state, attempts, seq, claim) = (RecordState::Done, 0, 0, self.run.claim);
+            return Some(Ok(Taken::Begun(Begun::Recorded(Record { op, state, payload, attempts, seq, claim }))));
+        }
+        let record = name.record.clone();
+        let recorded = record.as_ref().filter(|record| record.state != RecordState::Pending).map(|record| record.seq);
+        let waits = !is_value && (recorded.is_some() || !state.unwinds(key.scope));
+        if let Some(turn) = waits.then(|| state.queue_up(key, op, at, recorded)).flatten() {
+            state.names.of(key).usage = Usage::Busy(at);
+            return Some(Ok(Taken::Waits(turn)));
+        }
+        // A value is no effect, and nothing that a process waits for: it is not cancelled.
+        let cancelled = if is_value || recorded.is_some() { false } else { state.cancelled(key.scope)? };
+        if cancelled {
+            return Some(Ok(Taken::Cancelled));
+        }
+        let usage = if is_value && recorded.is_some() { Usage::Done(at) } else { Usage::Busy(at) };
+        state.names.of(key).usage = usage;
+        Some(Ok(Taken::Begun(match (record, recorded) {
+            (Some(record), Some(_)) => Begun::Recorded(record),
+            (pending, _) => Begun::Open(pending),
+        })))
     }
 
     /// Makes the process stuck; what it returns never does.
@@ -191,17 +258,22 @@ impl Operation {
         async move {
             match sent {
                 #[cfg(durable_mutations)]
-                Sent::Queued(_) if plain && is_broken(Rule::RecordAwaited) => Ok(Outcome::Recorded),
-                Sent::Queued(answer) => Ok(self.run.outcome(answer).await),
+                Sent::Queued(..) if plain && is_broken(Rule::RecordAwaited) => Ok(Outcome::Recorded),
+                Sent::Queued(answer, delivery) => {
+                    let outcome = self.run.outcome(answer).await;
+                    delivery.taken().await;
+                    Ok(outcome)
+                }
                 Sent::Cancelled => Box::pin(self.wait(WaitFor::Engine, None, |_, _| None)).await,
                 Sent::Stuck => pending().await,
             }
         }
     }
 
-    fn send(&self, write: Write) -> Sent {
+    fn send(&self, write: Write) -> Sent<'_> {
         let scope = self.key.scope;
-        if write.state != RecordState::Pending && self.run.state().cancelled(scope) != Some(false) {
+        let takes_cancel = self.op != OpKind::Value && write.state != RecordState::Pending;
+        if takes_cancel && self.run.state().cancelled(scope) != Some(false) {
             return Sent::Cancelled;
         }
         // What the engine wraps (a message, an output) was within the limit when it was given.
@@ -215,13 +287,17 @@ impl Operation {
         }
         let (op, places) = self.record_op(write);
         self.run.state().names.of(&self.key).recording = true;
-        Sent::Queued(self.run.submit(Op::Record(op), places))
+        let delivery = self.run.sending(op.seq);
+        Sent::Queued(self.run.submit(Op::Record(op), places), delivery)
     }
 
     /// Its record, and the places that it takes.
     pub(crate) fn record_op(&self, write: Write) -> (RecordOp, Option<Places>) {
         let Write { state, payload, attempts, takes, effect, awaited, places } = write;
-        let replaces = self.run.state().names.of(&self.key).record.is_some();
+        let (replaces, seq) = {
+            let mut state = self.run.state();
+            (state.names.of(&self.key).record.is_some(), state.next_seq())
+        };
         let op = RecordOp {
             run: self.run.run,
             claim: self.run.claim,
@@ -231,11 +307,17 @@ impl Operation {
             replaces,
             payload,
             attempts,
+            seq,
             takes,
             effect,
             awaited,
         };
         (op, places)
+    }
+
+    /// Keeps a value in memory during a replay. False if it must be recorded now.
+    pub(crate) fn keep(&self, payload: &str) -> bool {
+        self.run.state().keep_value(&self.key, payload)
     }
 
     /// The operation returns what is recorded.
@@ -252,6 +334,9 @@ impl Drop for Operation {
             return;
         }
         let mut state = self.run.state();
+        if let Some(turn) = self.turn.take() {
+            state.leave_queue(&turn);
+        }
         let ending = state.is_ending() || state.stopping;
         if let Some(name) = state.names.get_mut(&self.key)
             && matches!(name.usage, Usage::Busy(_))
@@ -268,8 +353,8 @@ impl Drop for Operation {
 }
 
 /// What became of a record that was to be written.
-enum Sent {
-    Queued(oneshot::Receiver<Answer>),
+enum Sent<'r> {
+    Queued(oneshot::Receiver<Answer>, Delivery<'r>),
     Cancelled,
     Stuck,
 }
@@ -329,7 +414,7 @@ impl Drop for Noted<'_> {
 /// Waits until `check`, which sees the run's state and the database's time, has an answer. It clones no waker of the
 /// run's own: whoever changes the state notifies the run.
 pub(crate) fn wait_until<T>(
-    run: &Arc<Run>,
+    run: &Run,
     what: WaitFor,
     due: Option<DateTime<Utc>>,
     mut check: impl FnMut(&mut State, DateTime<Utc>) -> Option<T>,

@@ -10,8 +10,10 @@ use std::task::{Context as TaskContext, Poll, Waker};
 use tokio::sync::oneshot;
 
 use super::held::Places;
-use super::names::{NameState, Names, Usage};
+use super::names::{Names, Usage};
 use super::queue::{Answer, From, Job};
+use super::replay::Replay;
+use super::sent::Sent;
 use super::wake::{Context, Inside, RootWake};
 use super::{Core, lock};
 #[cfg(durable_mutations)]
@@ -44,6 +46,11 @@ pub(crate) struct Run {
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) names: Names,
+    /// None once the execution is live.
+    pub(crate) replay: Option<Box<Replay>>,
+    pub(super) sent: Sent,
+    /// The number of the record that was sent last.
+    seq: i32,
     pub(crate) mail: Mail,
     pub(crate) cancel: Cancel,
     /// What the process's code has had the chance to see: the signals and the cancellation as they were when its future
@@ -152,8 +159,12 @@ impl Run {
     pub(crate) fn new(core: Arc<Core>, instance: InstanceId, claim: i64, loaded: RunState) -> Self {
         let RunState { process, records, events, targets } = loaded;
         let ProcessRow { run, id, kind, signals, cancel_requested_at, cancelled_at, .. } = process;
+        let seq = records.iter().map(|(_, record)| record.seq).max().unwrap_or(0);
+        let names = Names::recorded(records);
         let state = State {
-            names: Names::recorded(records),
+            replay: Replay::of(&names),
+            names,
+            seq,
             mail: Mail {
                 seen: signals,
                 events: events.into_iter().map(|event| (event.number, event)).collect(),
@@ -290,6 +301,11 @@ impl Run {
         self.name_changed();
     }
 
+    /// What became of a record that was sent can be taken.
+    pub(crate) fn answered(&self, seq: i32) {
+        self.state().sent.answered(seq);
+    }
+
     /// A record that was on its way was not written.
     pub(crate) fn not_recorded(&self, key: &RecordKey) {
         self.state().names.of(key).recording = false;
@@ -353,23 +369,47 @@ impl Run {
         self.notify();
     }
 
-    /// The records that this execution never asked for, in words.
-    pub(crate) fn unasked(&self) -> Option<Box<str>> {
-        let state = self.state();
-        let unasked =
-            |(key, name): (&RecordKey, &NameState)| (!name.asked && name.record.is_some()).then(|| key.to_string());
-        let mut names: Vec<String> = state.names.iter().filter_map(unasked).collect();
-        names.sort();
-        let more = names.len().saturating_sub(20);
-        names.truncate(20);
-        if more > 0 {
-            names.push(format!("and {more} more"));
+    /// Numbers a record that is about to be sent, whose result the function takes in its turn.
+    pub(crate) fn sending(&self, seq: i32) -> Delivery<'_> {
+        self.state().sent.push(seq);
+        Delivery { run: self, seq }
+    }
+}
+
+/// A record on its way, until its result is taken, or dropped.
+pub(crate) struct Delivery<'r> {
+    run: &'r Run,
+    seq: i32,
+}
+
+impl Delivery<'_> {
+    /// Returns once those that were sent before have been taken.
+    pub(crate) async fn taken(self) {
+        if self.run.state().sent.is_next(self.seq) {
+            return;
         }
-        (!names.is_empty()).then(|| names.join(", ").into())
+        // Rare, so on the heap.
+        let next = |state: &mut State, _| state.sent.is_next(self.seq).then_some(());
+        Box::pin(super::operation::wait_until(self.run, WaitFor::Engine, None, next)).await;
+    }
+}
+
+impl Drop for Delivery<'_> {
+    fn drop(&mut self) {
+        let others = self.run.state().sent.remove(self.seq);
+        if others {
+            self.run.notify();
+        }
     }
 }
 
 impl State {
+    /// The number of a new record.
+    pub(crate) fn next_seq(&mut self) -> i32 {
+        self.seq = self.seq.saturating_add(1);
+        self.seq
+    }
+
     /// Whether operations of this scope fail with `Cancelled`; none while that is being recorded.
     pub(crate) fn cancelled(&self, scope: Scope) -> Option<bool> {
         match (scope, self.cancel) {

@@ -304,6 +304,10 @@ impl Writer {
     /// What an outcome means for this instance, before whoever asked is told.
     fn resolve(&mut self, job: Job, outcome: Outcome) {
         let Job { op, from, reply, places, again: _ } = job;
+        let sent = match (&op, &from) {
+            (Op::Record(record), From::Run(run)) => Some((run.clone(), record.seq)),
+            _ => None,
+        };
         match (op, &outcome) {
             (Op::Record(record), Outcome::Lost) => {
                 tracing::warn!(run = %record.run, "the record {} was refused: the run is not owned under claim {}, or another claim wrote it", record.key, record.claim);
@@ -322,8 +326,8 @@ impl Writer {
                     _ => {}
                 }
                 if let From::Run(run) = &from {
-                    let RecordOp { op, state, payload, attempts, claim, .. } = record;
-                    run.recorded(&record.key, Record { op, state, payload, attempts, claim });
+                    let RecordOp { op, state, payload, attempts, seq, claim, .. } = record;
+                    run.recorded(&record.key, Record { op, state, payload, attempts, seq, claim });
                 }
             }
             (Op::Spawn(spawn), Outcome::Spawned(spawned)) => self.spawned(spawn, spawned.existed),
@@ -356,6 +360,9 @@ impl Writer {
         drop(places);
         if let Some(reply) = reply {
             let _ = reply.send(Ok(outcome));
+        }
+        if let Some((run, seq)) = sent {
+            run.answered(seq);
         }
     }
 

@@ -216,7 +216,7 @@ impl Db {
     fn write(&mut self, me: InstanceId, namespace: &str, op: &RecordOp, now: DateTime<Utc>) -> Outcome {
         let place = (op.run, op.key.clone());
         if self.owned_process(me, op.run, op.claim).is_none() {
-            let as_sent = |there: &Record| there.claim == op.claim && there.state == op.state;
+            let as_sent = |there: &Record| there.claim == op.claim && there.seq == op.seq && there.state == op.state;
             return match (self.records.get(&place).is_some_and(as_sent), &op.effect) {
                 (false, _) => Outcome::Lost,
                 // An earlier attempt, in whose batch the run was given up or ended.
@@ -236,7 +236,7 @@ impl Db {
                 return Outcome::Lost;
             }
             // An earlier attempt of the same write, or somebody else's.
-            if there.claim != op.claim {
+            if there.claim != op.claim || there.seq != op.seq {
                 return Outcome::Lost;
             }
         }
@@ -255,7 +255,8 @@ impl Db {
         if op.op == OpKind::Value && is_broken(Rule::SetOverwrites) && self.records.contains_key(&place) {
             return outcome;
         }
-        let record = Record { op: op.op, state: op.state, payload, attempts: op.attempts, claim: op.claim };
+        let record =
+            Record { op: op.op, state: op.state, payload, attempts: op.attempts, seq: op.seq, claim: op.claim };
         self.records.insert(place, record);
         if let Some(event) = op.takes.and_then(|number| self.events.get_mut(&(op.run, number))) {
             event.taken = true;

@@ -102,6 +102,12 @@ impl Process {
         self.run.claim
     }
 
+    /// Whether what the function does now it has done before: it is called from its start, and operations that are
+    /// recorded return what they did. For what should happen once though it is not recorded, a line in a log say.
+    pub fn is_replaying(&self) -> bool {
+        self.run.state().is_replaying()
+    }
+
     /// The host that runs it. What it does through the host is not recorded: prefer the process's own
     /// [`spawn`](Self::spawn), [`raise`](Self::raise) and [`output`](Self::output).
     pub fn host(&self) -> crate::Host {

@@ -129,6 +129,12 @@ impl<'p, T: Send + 'p> IntoFuture for Race<'p, T> {
 }
 
 async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p, T>>) -> Result<T, Cancelled> {
+    if let Some(record) = operation.recorded()
+        && let Ok(Finished { winner, receive: Some(receive), .. }) = payload::decode(&record.payload)
+    {
+        // Before it waits for its turn: another receive of the event is the next one.
+        receive::complete(&operation, &winner.name, receive);
+    }
     let pending = match operation.begin().await? {
         Begun::Recorded(record) => {
             let finished: Finished = match payload::decode(&record.payload) {
@@ -141,9 +147,6 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
             };
             return match (member.finish)(finished.result.get()) {
                 Ok(output) => {
-                    if let Some(receive) = finished.receive {
-                        receive::complete(&operation, &finished.winner.name, receive);
-                    }
                     operation.done();
                     Ok(output)
                 }

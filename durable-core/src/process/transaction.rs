@@ -6,6 +6,7 @@ use std::panic::Location;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::Process;
@@ -361,8 +362,27 @@ async fn commit<S: Transactional, T, E>(
         return operation.wait(WaitFor::Engine, None, |_, _| None).await;
     }
     // In a task of the engine's own: whoever asked may go away, the outcome must become known.
-    let committing = tokio::spawn(committed::<S>(run.clone(), ending, record));
-    match engine(committing).await {
+    let (seq, delivery) = (record.seq, run.sending(record.seq));
+    let (tell, told) = oneshot::channel();
+    let committing = tokio::spawn({
+        let run = run.clone();
+        async move {
+            let _ = tell.send(committed::<S>(run.clone(), ending, record).await);
+            run.answered(seq);
+            Ok(())
+        }
+    });
+    let Ok(settled) = told.await else {
+        // It has panicked, or the runtime goes down.
+        let _ = engine(committing).await;
+        return pending().await;
+    };
+    match settled {
+        Ok(Settled::Recorded | Settled::Exists(_)) => delivery.taken().await,
+        // Nothing of it was kept, and nobody waits for it.
+        _ => drop(delivery),
+    }
+    match settled {
         Ok(Settled::Recorded) => Ok(Tried::Done(value)),
         Ok(Settled::Exists(record)) => Ok(Tried::Recorded(record)),
         Ok(Settled::Refused(why)) => Ok(Tried::Failed(StepError::Refused(why.into()), false)),
@@ -423,9 +443,9 @@ async fn committed<S: Transactional>(
         Err(error) if error.is_transient() => Ok(Settled::Again(error.to_string())),
         Err(error) => Err(error),
     };
-    let RecordOp { key, op, state, payload, attempts, claim, .. } = record;
+    let RecordOp { key, op, state, payload, attempts, seq, claim, .. } = record;
     match &mut settled {
-        Ok(Settled::Recorded) => run.recorded(&key, Record { op, state, payload, attempts, claim }),
+        Ok(Settled::Recorded) => run.recorded(&key, Record { op, state, payload, attempts, seq, claim }),
         Ok(Settled::Exists(record)) => run.recorded(&key, record.clone()),
         _ => run.not_recorded(&key),
     }

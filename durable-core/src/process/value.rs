@@ -49,7 +49,9 @@ where
                         Ok(encoded) => encoded,
                         Err(error) => return operation.unencodable(&error).await,
                     };
-                    operation.record(Write::done(payload)).await?;
+                    if !operation.keep(&payload) {
+                        operation.record(Write::done(payload)).await?;
+                    }
                     operation.done();
                     Ok(value)
                 }
@@ -92,7 +94,9 @@ impl<'p, T: Send + 'p> IntoFuture for Set<'p, T> {
                 // An unkeyed one writes again.
                 Begun::Recorded(_) | Begun::Open(_) => {}
             }
-            operation.record(Write::done(payload)).await?;
+            if !operation.keep(&payload) {
+                operation.record(Write::done(payload)).await?;
+            }
             operation.done();
             Ok(())
         })

@@ -179,6 +179,8 @@ pub struct RecordOp {
     pub payload: Box<str>,
     /// Attempts that failed so far.
     pub attempts: i32,
+    /// Its place among all records that the run has sent: with the claim it names this very write.
+    pub seq: i32,
     /// The message that this record consumes.
     pub takes: Option<i64>,
     /// What else happens, in the same transaction.

@@ -209,6 +209,8 @@ pub struct Record {
     pub payload: Box<str>,
     /// Attempts that failed so far.
     pub attempts: i32,
+    /// Its place in the order in which the run's records were sent to be written.
+    pub seq: i32,
     /// The claim number of the execution that wrote it.
     pub claim: i64,
 }

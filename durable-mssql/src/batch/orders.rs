@@ -100,9 +100,9 @@ fn forget(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     }
     let j = table.named(sql, "j");
     sql.push(format!(
-        "INSERT INTO {of}.audit (audit, run, forgotten_at, scope, name, [key], op, state, payload, attempts, claim,
+        "INSERT INTO {of}.audit (audit, run, forgotten_at, scope, name, [key], op, state, payload, attempts, seq, claim,
              recorded_at)
-         SELECT j.audit, s.run, @now, s.scope, s.name, s.[key], s.op, s.state, s.payload, s.attempts, s.claim, s.recorded_at
+         SELECT j.audit, s.run, @now, s.scope, s.name, s.[key], s.op, s.state, s.payload, s.attempts, s.seq, s.claim, s.recorded_at
          FROM {j} JOIN {of}.processes AS p ON p.namespace = @namespace AND p.id = j.id
              JOIN {of}.steps AS s ON s.run = p.run AND s.scope = j.scope AND s.name = j.name AND s.[key] = j.[key]
          WHERE p.[current] = 1 AND p.status IN (N'stuck', N'failed')

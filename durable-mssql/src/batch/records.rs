@@ -14,6 +14,7 @@ const COLUMNS: &[(&str, Column)] = &[
     ("state", Column::Key(16)),
     ("payload", Column::Text),
     ("attempts", Column::Number),
+    ("seq", Column::Number),
     ("claim", Column::Number),
     ("effect_id", Column::Key(256)),
     ("effect_token", Column::Key(256)),
@@ -87,6 +88,7 @@ fn put(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], payload: &Pay
             record.state.as_str().into(),
             (&*record.payload).into(),
             i64::from(record.attempts).into(),
+            i64::from(record.seq).into(),
             record.claim.into(),
             id.into(),
             token.as_deref().into(),
@@ -97,20 +99,20 @@ fn put(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)], payload: &Pay
     let place = "s.run = j.run AND s.scope = j.scope AND s.name = j.name AND s.[key] = j.[key]";
     let owned = owned(of);
     sql.push(format!(
-        "INSERT INTO {of}.steps (run, scope, name, [key], op, state, payload, attempts, claim, recorded_at)
-         SELECT j.run, j.scope, j.name, j.[key], j.op, j.state, {expression}, j.attempts, j.claim, @now
+        "INSERT INTO {of}.steps (run, scope, name, [key], op, state, payload, attempts, seq, claim, recorded_at)
+         SELECT j.run, j.scope, j.name, j.[key], j.op, j.state, {expression}, j.attempts, j.seq, j.claim, @now
          FROM {j} {join} WHERE {owned} AND NOT EXISTS (SELECT 1 FROM {of}.steps AS s WHERE {place})"
     ));
     let (count, lost) = (sql.count(records.len()), answers::LOST);
     sql.push(format!(
         "IF @@ROWCOUNT < {count}
          BEGIN
-             UPDATE s SET op = j.op, state = j.state, payload = {expression}, attempts = j.attempts, claim = j.claim,
-                     recorded_at = @now
+             UPDATE s SET op = j.op, state = j.state, payload = {expression}, attempts = j.attempts, seq = j.seq,
+                     claim = j.claim, recorded_at = @now
                  FROM {of}.steps AS s JOIN {j} ON {place} {join}
-                 WHERE {owned} AND (s.state = N'pending' OR s.op = N'value' OR s.claim = j.claim);
+                 WHERE {owned} AND (s.state = N'pending' OR s.op = N'value' OR (s.claim = j.claim AND s.seq = j.seq));
              INSERT INTO @out (part, ord) SELECT {lost}, j.ord FROM {j} WHERE NOT EXISTS (SELECT 1 FROM {of}.steps AS s
-                 WHERE {place} AND s.claim = j.claim AND s.state = j.state);
+                 WHERE {place} AND s.claim = j.claim AND s.seq = j.seq AND s.state = j.state);
          END"
     ));
 }

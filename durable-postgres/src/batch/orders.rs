@@ -112,9 +112,9 @@ fn resumed(of: &Of<'_>, id: &str, forget: &[Forget]) -> Vec<Sql> {
         statements.push(about(of, id, |sql, namespace, id, _| {
             let j = forgotten(sql, forget);
             format!(
-                "INSERT INTO {of}.audit (audit, run, forgotten_at, scope, name, key, op, state, payload, attempts, claim,
+                "INSERT INTO {of}.audit (audit, run, forgotten_at, scope, name, key, op, state, payload, attempts, seq, claim,
                      recorded_at)
-                 SELECT j.audit, s.run, now(), s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts, s.claim,
+                 SELECT j.audit, s.run, now(), s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts, s.seq, s.claim,
                      s.recorded_at
                  FROM {j} JOIN {of}.processes p ON p.namespace = {namespace} AND p.id = {id} AND p.current
                          AND p.status IN ('stuck', 'failed')

@@ -125,14 +125,14 @@ pub(super) fn recorded(
         Standing::Refused => "",
         Standing::Judged => {
             "ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
-                 payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,
+                 payload = excluded.payload, attempts = excluded.attempts, seq = excluded.seq, claim = excluded.claim,
                  recorded_at = excluded.recorded_at
-             WHERE s.state = 'pending' OR s.op = 'value' OR s.claim = excluded.claim"
+             WHERE s.state = 'pending' OR s.op = 'value' OR (s.claim = excluded.claim AND s.seq = excluded.seq)"
         }
     };
     format!(
-        "INSERT INTO {of}.steps AS s (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
-         SELECT j.run, j.scope, j.name, j.key, j.op, j.state, {expression}, j.attempts, j.claim, now()
+        "INSERT INTO {of}.steps AS s (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)
+         SELECT j.run, j.scope, j.name, j.key, j.op, j.state, {expression}, j.attempts, j.seq, j.claim, now()
          FROM {j} JOIN {of}.processes p ON p.run = j.run AND p.owner IS NOT DISTINCT FROM {me} AND p.claim = j.claim {join}
          WHERE {gate} {judged}"
     )
@@ -145,10 +145,10 @@ pub(super) fn recorded_alone(sql: &mut Sql, of: &Of<'_>, record: &RecordOp, gate
         (sql.bind(record.key.scope as i16), sql.bind(&*record.key.name), sql.bind(&*record.key.key));
     let (op, state, attempts) =
         (sql.bind(record.op.as_str()), sql.bind(record.state.as_str()), sql.bind(record.attempts));
-    let payload = sql.bind(&*record.payload);
+    let (payload, seq) = (sql.bind(&*record.payload), sql.bind(record.seq));
     format!(
-        "INSERT INTO {of}.steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
-         SELECT p.run, {scope}, {name}, {key}, {op}, {state}, {payload}::json, {attempts}, p.claim, now()
+        "INSERT INTO {of}.steps (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)
+         SELECT p.run, {scope}, {name}, {key}, {op}, {state}, {payload}::json, {attempts}, {seq}, p.claim, now()
          FROM {of}.processes p WHERE p.run = {run} AND p.owner IS NOT DISTINCT FROM {me} AND p.claim = {claim} AND {gate}"
     )
 }
@@ -166,6 +166,7 @@ pub(super) fn record_rows(sql: &mut Sql, records: &[(usize, &RecordOp)]) -> Stri
         .column("state", each().map(|record| record.state.as_str()))
         .column("payload", each().map(|record| &*record.payload))
         .column("attempts", each().map(|record| record.attempts))
+        .column("seq", each().map(|record| record.seq))
         .column("claim", each().map(|record| record.claim));
     if each().all(|record| record.effect.is_none()) {
         return rows.named("j");

@@ -72,7 +72,7 @@ pub(super) async fn lost(
 pub(super) fn lost_text(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)]) -> String {
     let j = record_rows(sql, records);
     format!(
-        "SELECT j.ord FROM {j} WHERE (SELECT s.claim = j.claim AND s.state = j.state FROM {of}.steps s
+        "SELECT j.ord FROM {j} WHERE (SELECT s.claim = j.claim AND s.seq = j.seq AND s.state = j.state FROM {of}.steps s
              WHERE s.run = j.run AND s.scope = j.scope AND s.name = j.name AND s.key = j.key) IS NOT TRUE"
     )
 }

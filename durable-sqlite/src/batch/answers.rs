@@ -169,15 +169,15 @@ fn mine(rows: &[SqliteRow]) -> Vec<RunId> {
 async fn lost_records(connection: &mut SqliteConnection, batch: &Batch, at: &[usize]) -> Result<Vec<usize>> {
     let mut rows = Rows::default();
     for at in at {
-        if let Op::Record(RecordOp { run, key, claim, state, .. }) = &batch.ops[*at] {
-            rows.push(cells![run.0, key.scope as i64, &key.name, &key.key, *claim, state.as_str()]);
+        if let Op::Record(RecordOp { run, key, claim, state, seq, .. }) = &batch.ops[*at] {
+            rows.push(cells![run.0, key.scope as i64, &key.name, &key.key, *claim, state.as_str(), i64::from(*seq)]);
         }
     }
     let mut script = Script::default();
     script.add(
         "SELECT j.key FROM jsonb_each(?) j WHERE NOT EXISTS (SELECT 1 FROM durable_steps s
              WHERE s.run = j.value->>0 AND s.scope = j.value->>1 AND s.name = j.value->>2 AND s.key = j.value->>3
-                 AND s.claim = j.value->>4 AND s.state = j.value->>5)",
+                 AND s.claim = j.value->>4 AND s.state = j.value->>5 AND s.seq = j.value->>6)",
         [rows.arg()],
     );
     let mut lost = Vec::new();

@@ -79,11 +79,11 @@ impl Plan<'_> {
             rows,
             &format!(
                 "CASE WHEN c.run IS NULL THEN '{}' WHEN EXISTS (SELECT 1 FROM durable_events e
-                     WHERE e.run = c.run AND e.event_id = j.value->>4) THEN '{delivered}' ELSE '{}' END",
+                     WHERE e.run = c.run AND e.event_id = j.value->>5) THEN '{delivered}' ELSE '{}' END",
                 Raised::NotFound.as_json(),
                 Raised::Finished.as_json()
             ),
-            "LEFT JOIN durable_processes c ON c.namespace = ? AND c.id = j.value->>3 AND c.current = 1",
+            "LEFT JOIN durable_processes c ON c.namespace = ? AND c.id = j.value->>4 AND c.current = 1",
         );
     }
 }

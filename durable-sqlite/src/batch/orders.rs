@@ -118,9 +118,9 @@ impl Plan<'_> {
             "durable_processes p ON p.namespace = ? AND p.id = ? AND p.current = 1 AND p.status IN ('stuck', 'failed')";
         self.script.add(
             &format!(
-                "INSERT INTO durable_audit (audit, run, forgotten_at, scope, name, key, op, state, payload, attempts,
+                "INSERT INTO durable_audit (audit, run, forgotten_at, scope, name, key, op, state, payload, attempts, seq,
                      claim, recorded_at)
-                 SELECT j.value->>0, s.run, {NOW}, s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts,
+                 SELECT j.value->>0, s.run, {NOW}, s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts, s.seq,
                      s.claim, s.recorded_at
                  FROM jsonb_each(?) j CROSS JOIN {of} CROSS JOIN durable_steps s ON s.run = p.run
                      AND s.scope = j.value->>1 AND s.name = j.value->>2 AND s.key = j.value->>3

@@ -24,7 +24,7 @@ impl Plan<'_> {
                 push_record(&mut rows, index, record, cells![&record.payload, None::<i64>]);
             }
         }
-        self.write_records(rows, "j.value->>3", "");
+        self.write_records(rows, "j.value->>4", "");
         let [instance, generation] = self.fence_args();
         if !takes.is_empty() {
             self.script.add(
@@ -56,17 +56,18 @@ impl Plan<'_> {
             let [scope, op, state, attempts, claim] = HEAD.map(|name| set.cell(name));
             let written = self.script.add(
                 &format!(
-                    "INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
+                    "INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, seq, claim,
+                         recorded_at)
                      SELECT j.value->>0, {scope}, j.value->>1, j.value->>2, {op}, {state}, {payload}, {attempts},
-                         {claim}, {NOW}
+                         j.value->>3, {claim}, {NOW}
                      FROM {from} CROSS JOIN durable_processes p
                          ON p.run = j.value->>0 AND +p.owner IS ? AND p.claim = {claim} {join}
                      WHERE {FENCED}
                      ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
-                         payload = excluded.payload, attempts = excluded.attempts, claim = excluded.claim,
-                         recorded_at = excluded.recorded_at
+                         payload = excluded.payload, attempts = excluded.attempts, seq = excluded.seq,
+                         claim = excluded.claim, recorded_at = excluded.recorded_at
                      WHERE durable_steps.state = 'pending' OR durable_steps.op = 'value'
-                         OR durable_steps.claim = excluded.claim"
+                         OR (durable_steps.claim = excluded.claim AND durable_steps.seq = excluded.seq)"
                 ),
                 args,
             );
@@ -81,13 +82,13 @@ const OWNED: &str = "SELECT j.value->>0, j.value->>1 FROM jsonb_each(?) j CROSS 
 
 const HEAD: [&str; 5] = ["scope", "op", "state", "attempts", "claim"];
 
-/// Rows of records: run, name, key, and two cells for the payload or for what the payload is made of.
+/// Rows of records: run, name, key, place in the order, and two cells for the payload or for what the payload is made of.
 pub(super) fn record_sets() -> Sets<5> {
-    Sets::new(5, HEAD)
+    Sets::new(6, HEAD)
 }
 
 pub(super) fn push_record<'r>(rows: &mut Sets<5>, at: usize, record: &'r RecordOp, payload: [Cell<'r>; 2]) {
-    let RecordOp { run, claim, key, op, state, attempts, .. } = record;
+    let RecordOp { run, claim, key, op, state, attempts, seq, .. } = record;
     let head = cells![key.scope as i64, op.as_str(), state.as_str(), i64::from(*attempts), *claim];
-    rows.push(at, cells![run.0, &key.name, &key.key].into_iter().chain(payload), head);
+    rows.push(at, cells![run.0, &key.name, &key.key, i64::from(*seq)].into_iter().chain(payload), head);
 }

@@ -97,11 +97,11 @@ impl Plan<'_> {
         }
         self.write_records(
             rows,
-            "json_object('run', c.run, 'existed', json(iif(c.run = j.value->>4, 'false', 'true')),
+            "json_object('run', c.run, 'existed', json(iif(c.run = j.value->>5, 'false', 'true')),
                  'kind', c.kind, 'digest', c.input_digest)",
             "CROSS JOIN durable_processes c ON c.run = coalesce(
-                 (SELECT q.run FROM durable_processes q WHERE q.run = j.value->>4),
-                 (SELECT q.run FROM durable_processes q WHERE q.namespace = ? AND q.id = j.value->>3 AND q.current = 1))",
+                 (SELECT q.run FROM durable_processes q WHERE q.run = j.value->>5),
+                 (SELECT q.run FROM durable_processes q WHERE q.namespace = ? AND q.id = j.value->>4 AND q.current = 1))",
         );
     }
 }

@@ -122,6 +122,7 @@ pub(crate) enum Draft {
         key: Key,
         op: OpKind,
         state: RecordState,
+        seq: i32,
         /// The message of this place among those that wait; beyond them a number that is none.
         takes: Option<usize>,
         effect: Option<Effect>,
@@ -254,6 +255,7 @@ fn draft(seed: &mut Seed) -> Draft {
                 key: key(seed),
                 op,
                 state,
+                seq: *seed.one(&[1, 1, 1, 2]),
                 takes: maybe(seed, 300, |seed| up_to(seed, 3)),
                 effect,
                 awaited: maybe(seed, 200, |seed| up_to(seed, RUNS)),

@@ -257,8 +257,8 @@ mod cases {
                     calls.add("call");
                     if calls.all().len() == 1 {
                         let record = format!(
-                            "INSERT INTO {} (run, scope, name, {KEY}, op, state, payload, attempts, claim, recorded_at)
-                             VALUES ({}, 0, 'debit', '', 'transaction', 'done', '7', 0, 1, CURRENT_TIMESTAMP)",
+                            "INSERT INTO {} (run, scope, name, {KEY}, op, state, payload, attempts, seq, claim, recorded_at)
+                             VALUES ({}, 0, 'debit', '', 'transaction', 'done', '7', 0, 99, 1, CURRENT_TIMESTAMP)",
                             B::STEPS,
                             literal(run)
                         );

@@ -296,8 +296,8 @@ mod cases {
         other.execute("BEGIN").await.unwrap();
         other.execute(backend.sql("SELECT 1 FROM {s}.processes FOR SHARE")).await.unwrap();
         let record = format!(
-            "INSERT INTO {{s}}.steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)
-             VALUES ('{run}', 0, 'debit', '', 'transaction', 'done', '7', 0, 1, now())"
+            "INSERT INTO {{s}}.steps (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)
+             VALUES ('{run}', 0, 'debit', '', 'transaction', 'done', '7', 0, 99, 1, now())"
         );
         other.execute(backend.sql(&record)).await.unwrap();
         let settled = tokio::spawn({

@@ -63,7 +63,7 @@ impl Play {
         let op = match draft {
             Draft::Start(start) => Op::Spawn(self.spawn(*start)),
             Draft::Message(message) => Op::Raise(self.raise(*message)),
-            Draft::Record { run, claim, key: at, op, state, takes, effect, awaited } => {
+            Draft::Record { run, claim, key: at, op, state, seq, takes, effect, awaited } => {
                 let run = self.run(by, *run);
                 let waiting = match takes {
                     Some(_) => self.sides[0].storage.load(&[run], false).await.unwrap().remove(0).state.unwrap(),
@@ -86,6 +86,7 @@ impl Play {
                     replaces: there.is_some() && *state == RecordState::Done,
                     payload: format!("{{\"by\" : {by}}}").into(),
                     attempts: i32::from(*state == RecordState::Pending),
+                    seq: *seq,
                     takes: takes.map(number),
                     effect: effect.map(|effect| match effect {
                         Effect::Start(start) => storage::Effect::Spawn(self.spawn(start)),
