@@ -28,6 +28,15 @@ pub struct Network {
     mutes: u32,
 }
 
+/// How far something is that is held back on its way to the server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Held {
+    #[default]
+    No,
+    Yes,
+    LetGo,
+}
+
 /// A database that is reached over a network.
 pub trait Proxied: Shared {
     /// How many bytes lie between two places at which an answer is cut.
@@ -56,6 +65,9 @@ struct Wires {
     next_answer: Mutex<Option<usize>>,
     /// The longest life of a connection, in bytes either way, and where the length of each comes from.
     lives: Mutex<Option<(u64, Random)>>,
+    /// What is sent next with this in it waits until it is let go.
+    holds: Mutex<Option<&'static str>>,
+    held: watch::Sender<Held>,
     server: Mutex<String>,
     answered: AtomicUsize,
     round_trips: AtomicUsize,
@@ -115,6 +127,19 @@ impl Proxy {
         *self.wires.next_answer.lock().unwrap() = after;
     }
 
+    /// What is sent next with this text in it does not pass before it is [let go](Self::let_go), whatever becomes of whoever
+    /// has sent it.
+    pub fn hold_back(&self, text: &'static str) {
+        self.wires.held.send_replace(Held::No);
+        *self.wires.holds.lock().unwrap() = Some(text);
+    }
+
+    /// Lets go of what is held back, once there is something.
+    pub async fn let_go(&self) {
+        self.wires.held.subscribe().wait_for(|held| *held == Held::Yes).await.unwrap();
+        self.wires.held.send_replace(Held::LetGo);
+    }
+
     /// How many bytes the server has answered.
     pub fn answered(&self) -> usize {
         self.wires.answered.load(Ordering::SeqCst)
@@ -128,6 +153,17 @@ impl Proxy {
     /// How many answers did not pass as a whole.
     pub fn lost(&self) -> usize {
         self.wires.lost.load(Ordering::SeqCst)
+    }
+}
+
+impl Wires {
+    fn holds_back(&self, bytes: &[u8]) -> bool {
+        let mut holds = self.holds.lock().unwrap();
+        let found = holds.is_some_and(|text| bytes.windows(text.len()).any(|part| part == text.as_bytes()));
+        if found {
+            *holds = None;
+        }
+        found
     }
 }
 
@@ -213,6 +249,13 @@ fn pass(
             }
             if network.wait_for(|network| !network.stalled).await.is_err() {
                 return;
+            }
+            if wires.holds_back(&buffer[..length]) {
+                let mut held = wires.held.subscribe();
+                wires.held.send_replace(Held::Yes);
+                if held.wait_for(|held| *held == Held::LetGo).await.is_err() {
+                    return;
+                }
             }
             if network.borrow().mutes != mutes {
                 return std::future::pending().await;

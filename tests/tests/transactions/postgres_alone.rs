@@ -1,13 +1,14 @@
 //! What can go wrong on PostgreSQL alone: sessions that end, deadlocks, locks that others hold.
 
 use durable_core::storage::{Committed, OpKind, Open, RecordKey, RolledBack, Scope, Storage, Transactional};
-use durable_core::{Definition, Event, Failure, Host, Process, RunId, StepError};
+use durable_core::{Definition, Event, Failure, Host, Process, Retry, RunId, StepError};
 use durable_postgres::{Outbox, Postgres, Transactions, Tx};
 use durable_tests::proxy::Proxy;
 use durable_tests::{Backend, Effects, PostgresSchema, Sql, ops, quick, until};
 use serde::{Deserialize, Serialize};
-use sqlx::Executor;
+use sqlx::{AssertSqlSafe, Connection, Executor};
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 const DEBIT: Definition<(), i64> = Definition::new("debit");
@@ -98,6 +99,8 @@ tests!(
     a_session_that_ends_at_the_commit,
     a_take_over_that_is_open,
     a_commit_that_is_on_its_way_is_waited_for,
+    a_commit_that_arrives_late_is_the_only_one,
+    a_record_that_stands_is_no_failure,
     a_transaction_that_stays_open_holds_up_nobody,
     what_comes_too_late_is_dropped,
     two_that_put_in_the_same,
@@ -308,6 +311,90 @@ mod cases {
         assert!(!settled.is_finished());
         other.execute("COMMIT").await.unwrap();
         assert_eq!(&*settled.await.unwrap().unwrap().unwrap().payload, "7");
+    }
+
+    async fn until_debited(url: String, schema: String) {
+        let mut other = sqlx::PgConnection::connect(&url).await.unwrap();
+        let look = || AssertSqlSafe(format!("SELECT cents FROM {schema}.accounts"));
+        while sqlx::query_scalar::<_, i64>(look()).fetch_one(&mut other).await.unwrap() != 900 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn commits_late(url: String, schema: String, run: RunId) {
+        let mut other = sqlx::PgConnection::connect(&url).await.unwrap();
+        let late = format!(
+            "BEGIN;
+             UPDATE {schema}.accounts SET cents = cents - 100;
+             INSERT INTO {schema}.steps (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)
+             VALUES ('{run}', 0, 'debit', '', 'transaction', 'done', '900', 0, 0, 1, now());
+             COMMIT"
+        );
+        other.execute(sqlx::raw_sql(AssertSqlSafe(late))).await.unwrap();
+    }
+
+    /// The bytes that commit wait in some buffer while the answer is given up and the record looked for in vain. They arrive
+    /// while the closure runs again, which sees what they have done.
+    pub(super) async fn a_commit_that_arrives_late_is_the_only_one() {
+        for retry in [Retry::fixed(Duration::from_millis(10)).max_attempts(1), Retry::fixed(Duration::from_millis(10))] {
+            let backend = bank().await;
+            let proxy = Arc::new(Proxy::before(backend.url()).await);
+            let ms = Duration::from_millis;
+            let storage = Postgres::connect(&proxy.url).schema(backend.name()).statement_timeout(ms(500), ms(500)).await;
+            let calls = Effects::default();
+            let debit = {
+                let (calls, proxy) = (calls.clone(), proxy.clone());
+                let schema = backend.name().to_owned();
+                let url = backend.url().to_owned();
+                move |proc: Process, ()| {
+                    let (calls, net, schema, url) = (calls.clone(), proxy.clone(), schema.clone(), url.clone());
+                    let retry = retry.clone();
+                    async move {
+                        let debit = proc.transaction("debit", async |mut tx| {
+                            calls.add("call");
+                            if calls.all().len() == 1 {
+                                net.hold_back("COMMIT");
+                                return Ok(debit(&mut tx, 100).await?);
+                            }
+                            net.let_go().await;
+                            tokio::spawn(until_debited(url.clone(), schema.clone())).await.unwrap();
+                            Err(DebitError::Sql("insufficient funds".into()))
+                        });
+                        Ok(debit.retry(retry).await.unwrap())
+                    }
+                }
+            };
+            let host = Host::builder(storage.unwrap()).register(DEBIT, debit).start().await.unwrap();
+            let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+            assert_eq!(handle.output().await.unwrap(), 900);
+            assert_eq!((cents(&backend).await, calls.all().len()), (900, 2));
+        }
+    }
+
+    /// The same, whichever way it came to stand.
+    pub(super) async fn a_record_that_stands_is_no_failure() {
+        for retry in [Retry::fixed(Duration::from_millis(10)).max_attempts(1), Retry::fixed(Duration::from_millis(10))] {
+            let backend = bank().await;
+            let calls = Effects::default();
+            let (counted, schema, url) = (calls.clone(), backend.name().to_owned(), backend.url().to_owned());
+            let host = host_with(&backend, move |proc: Process| {
+                let (calls, schema, url) = (counted.clone(), schema.clone(), url.clone());
+                let retry = retry.clone();
+                async move {
+                    let run = proc.run();
+                    let debit = proc.transaction("debit", async |_: Tx| {
+                        calls.add("call");
+                        tokio::spawn(commits_late(url.clone(), schema.clone(), run)).await.unwrap();
+                        Err::<i64, _>(DebitError::Sql("insufficient funds".into()))
+                    });
+                    Ok(debit.retry(retry).await.unwrap())
+                }
+            })
+            .await;
+            let handle = host.spawn(DEBIT, "d", &()).await.unwrap();
+            assert_eq!(handle.output().await.unwrap(), 900);
+            assert_eq!((cents(&backend).await, calls.all().len()), (900, 1));
+        }
     }
 
     const ADD: Definition<i64, i64> = Definition::new("add");
