@@ -33,6 +33,8 @@ CREATE TABLE {schema}.processes (
     unasked             NVARCHAR(MAX) NULL,
     cancel_requested_at DATETIME2(6)  NULL,
     cancelled_at        DATETIME2(6)  NULL,
+    -- its place among the run's records
+    cancelled_seq       INT           NULL,
     created_at          DATETIME2(6)  NOT NULL,
     status_at           DATETIME2(6)  NOT NULL,
     finished_at         DATETIME2(6)  NULL,

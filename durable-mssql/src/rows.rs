@@ -73,7 +73,7 @@ pub(crate) fn standing(row: &Row, run_at: usize, status_at: usize) -> Result<(Ru
 /// The columns of [`process`], of a table that is called `p`.
 pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.[output], p.reason, p.owner, p.claim, \
     p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
-    p.created_at, p.status_at, p.finished_at";
+    p.created_at, p.status_at, p.finished_at, p.cancelled_seq";
 
 pub(crate) fn process(row: &Row) -> Result<ProcessRow> {
     of("processes", row, String::new(), read_process(row))
@@ -100,6 +100,7 @@ fn read_process(row: &Row) -> Result<ProcessRow> {
         created_at: time(row, 16)?,
         status_at: time(row, 17)?,
         finished_at: maybe_time(row, 18)?,
+        cancelled_seq: maybe(row, 19)?,
     })
 }
 

@@ -224,11 +224,12 @@ fn held(lock: &str) -> String {
 /// The locks are held until the commit: on the fence, against a take-over; on the process's row, against the cancellation
 /// being recorded, and for whoever must know whether this commit is still on its way.
 pub(crate) fn write(schema: &Schema, bounds: Bounds, lock: &str, instance: InstanceId, record: &RecordOp) -> Sql {
-    let RecordOp { run, claim, key, op, state, payload, attempts, seq, .. } = record;
+    let RecordOp { run, claim, key, op, state, payload, attempts, seq, shielded, .. } = record;
     let mut sql = Sql::default();
     let (me, run, claim) = (sql.id(instance.0), sql.id(run.0), sql.number(*claim));
     let (scope, name, key) = (sql.number(key.scope as i64), sql.text(&*key.name), sql.text(&*key.key));
     let (op, state, payload) = (sql.text(op.as_str()), sql.text(state.as_str()), sql.text(&**payload));
+    let shielded = sql.number(i64::from(*shielded));
     let (attempts, seq) = (sql.number(i64::from(*attempts)), sql.number(i64::from(*seq)));
     let (own, fence) = (sql.text(lock), sql.text(fence::lock(schema, instance.0)));
     sql.push(ALONE);
@@ -250,7 +251,7 @@ pub(crate) fn write(schema: &Schema, bounds: Bounds, lock: &str, instance: Insta
         "IF @verdict = 0
          BEGIN
              UPDATE p SET signals = p.signals FROM {schema}.processes AS p
-                 WHERE {owned} AND ({scope} = 1 OR p.cancelled_at IS NULL);
+                 WHERE {owned} AND ({shielded} = 1 OR p.cancelled_at IS NULL);
              IF @@ROWCOUNT = 0
                  SET @verdict = CASE WHEN EXISTS (SELECT 1 FROM {schema}.processes AS p WHERE {owned}) THEN {CANCELLED}
                      ELSE {LOST} END;

@@ -35,6 +35,8 @@ CREATE TABLE {schema}.processes (
     unasked             text,
     cancel_requested_at timestamptz,
     cancelled_at        timestamptz,
+    -- its place among the run's records
+    cancelled_seq       integer,
     created_at          timestamptz NOT NULL,
     status_at           timestamptz NOT NULL,
     finished_at         timestamptz

@@ -72,7 +72,7 @@ enum Part {
 
 /// Sorts the rows of a load by run. A run whose rows cannot be understood says so, alone.
 fn loaded(runs: &[RunId], rows: &[PgRow]) -> Result<Vec<Loaded>> {
-    const KIND: usize = 19;
+    const KIND: usize = 20;
     let mut states: HashMap<RunId, RunState> = HashMap::new();
     let mut broken: HashMap<RunId, String> = HashMap::new();
     let mut parts = Vec::with_capacity(rows.len());

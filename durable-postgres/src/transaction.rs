@@ -273,7 +273,7 @@ fn ending<const N: usize>(statements: [&str; N], bounds: Bounds) -> Vec<String> 
 /// Makes a session ready to [`execute`]: planning the statement takes longer than all else that the engine does there. Under
 /// the `search_path` that it is run with, as another one would have it planned anew.
 pub(crate) fn prepare(schema: &Schema) -> String {
-    let types = "uuid, uuid, bigint, smallint, text, text, text, text, json, integer, integer";
+    let types = "uuid, uuid, bigint, smallint, text, text, text, text, json, integer, integer, boolean";
     let writes = writes(schema, &std::array::from_fn(|nth| format!("${}", nth + 1)));
     let tag = schema.tag();
     format!("SET search_path = pg_catalog, pg_temp; PREPARE \"{tag}\" ({types}) AS {writes}; RESET search_path")
@@ -287,8 +287,8 @@ pub(crate) fn insert(schema: &Schema, instance: InstanceId, record: &RecordOp) -
     writes(schema, &values(instance, record))
 }
 
-fn values(instance: InstanceId, record: &RecordOp) -> [String; 11] {
-    let RecordOp { run, claim, key, op, state, payload, attempts, seq, .. } = record;
+fn values(instance: InstanceId, record: &RecordOp) -> [String; 12] {
+    let RecordOp { run, claim, key, op, state, payload, attempts, seq, shielded, .. } = record;
     [
         uuid(instance.0),
         uuid(run.0),
@@ -301,6 +301,7 @@ fn values(instance: InstanceId, record: &RecordOp) -> [String; 11] {
         format!("{}::pg_catalog.json", literal(payload)),
         attempts.to_string(),
         seq.to_string(),
+        shielded.to_string(),
     ]
 }
 
@@ -308,13 +309,13 @@ fn values(instance: InstanceId, record: &RecordOp) -> [String; 11] {
 ///
 /// Its locks are held until the commit: on the fence, against a take-over; on the process's row, against the cancellation
 /// being recorded, and for whoever must know whether this commit is still on its way.
-fn writes(schema: &Schema, values: &[String; 11]) -> String {
-    let [me, run, claim, scope, name, key, op, state, payload, attempts, seq] = values;
+fn writes(schema: &Schema, values: &[String; 12]) -> String {
+    let [me, run, claim, scope, name, key, op, state, payload, attempts, seq, shielded] = values;
     format!(
         "WITH fence AS MATERIALIZED (SELECT 1 FROM {schema}.fences WHERE instance = {me} AND fenced_at IS NULL FOR SHARE),
          owned AS MATERIALIZED (SELECT p.run, p.claim FROM {schema}.processes p
              WHERE p.run = {run} AND p.owner IS NOT DISTINCT FROM {me} AND p.claim = {claim}
-                 AND ({scope} = 1 OR p.cancelled_at IS NULL) AND EXISTS (SELECT 1 FROM fence) FOR SHARE),
+                 AND ({shielded} OR p.cancelled_at IS NULL) AND EXISTS (SELECT 1 FROM fence) FOR SHARE),
          written AS (INSERT INTO {schema}.steps AS s (run, scope, name, key, op, state, payload, attempts, seq, claim,
                  recorded_at)
              SELECT o.run, {scope}, {name}, {key}, {op}, {state}, {payload}, {attempts}, {seq}, o.claim, now() FROM owned o

@@ -27,6 +27,8 @@ CREATE TABLE durable_processes (
     unasked             TEXT,
     cancel_requested_at TEXT,
     cancelled_at        TEXT,
+    -- its place among the run's records
+    cancelled_seq       INTEGER,
     created_at          TEXT    NOT NULL,
     status_at           TEXT    NOT NULL,
     finished_at         TEXT

@@ -72,7 +72,7 @@ pub(crate) fn standing(row: &SqliteRow, run_at: usize, status_at: usize) -> Resu
 /// The columns of [`process`], of a table that is called `p`.
 pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.output, p.reason, p.owner, p.claim, \
     p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
-    p.created_at, p.status_at, p.finished_at";
+    p.created_at, p.status_at, p.finished_at, p.cancelled_seq";
 
 pub(crate) fn status(text: &str) -> Result<Status> {
     Status::read("status", text)
@@ -108,6 +108,7 @@ fn read_process(row: &SqliteRow) -> Result<ProcessRow> {
         created_at: time("created_at", get(row, 16)?)?,
         status_at: time("status_at", get(row, 17)?)?,
         finished_at: maybe("finished_at", text(18)?, time)?,
+        cancelled_seq: get(row, 19)?,
     })
 }
 

@@ -219,14 +219,14 @@ impl Ending for SqliteEnding {
 /// Writes the record and commits, or finds out why not and rolls back. The tables are named with their database: the
 /// closure may have made temporary ones of the same names.
 async fn commit(connection: &mut SqliteConnection, instance: InstanceId, record: &RecordOp) -> Result<Committed> {
-    let RecordOp { run, claim, key, op, state, payload, attempts, seq, .. } = record;
+    let RecordOp { run, claim, key, op, state, payload, attempts, seq, shielded, .. } = record;
     let (run, instance, scope) = (run.to_string(), instance.to_string(), key.scope as i64);
     let mut insert = Script::default();
     insert.add(
         &format!(
             "INSERT INTO main.durable_steps (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)
              SELECT p.run, ?, ?, ?, ?, ?, ?, ?, ?, p.claim, {NOW} FROM main.durable_processes p
-             WHERE p.run = ? AND +p.owner IS ? AND p.claim = ? AND (? = 1 OR p.cancelled_at IS NULL)
+             WHERE p.run = ? AND +p.owner IS ? AND p.claim = ? AND (? OR p.cancelled_at IS NULL)
                  AND EXISTS (SELECT 1 FROM main.durable_fences WHERE instance = ? AND fenced_at IS NULL)
              ON CONFLICT (run, scope, name, key) DO UPDATE SET op = excluded.op, state = excluded.state,
                  payload = excluded.payload, attempts = excluded.attempts, seq = excluded.seq,
@@ -245,7 +245,7 @@ async fn commit(connection: &mut SqliteConnection, instance: InstanceId, record:
             run.as_str().into(),
             instance.as_str().into(),
             (*claim).into(),
-            scope.into(),
+            i64::from(*shielded).into(),
             instance.as_str().into(),
         ],
     );

@@ -49,11 +49,12 @@ impl Bank {
     }
 
     /// Holds money on an account: it is taken from it at once, or will be added to it when the hold is completed.
-    pub async fn hold(&self, call: Call, attempt: Attempt, account: u32, cents: i64) -> Result<Uuid, BankError> {
+    /// The attempt's key names the hold.
+    pub async fn hold(&self, call: Call, attempt: Attempt, account: u32, cents: i64) -> Result<(), BankError> {
         let (mut tx, number) = self.begin(call, &attempt).await.unwrap_or_else(broken);
         let held = try_hold(&mut tx, attempt.key(), account, cents).await.unwrap_or_else(broken);
         self.end(tx, number).await.unwrap_or_else(broken);
-        held.map(|()| attempt.key())
+        held
     }
 
     /// Completes a hold.
@@ -61,7 +62,7 @@ impl Bank {
         self.settle(call, attempt, hold, "completed", "max(cents, 0)").await
     }
 
-    /// Takes a hold back.
+    /// Takes a hold back; one that is not there is never made from then on, however late its call arrives.
     pub async fn roll_back(&self, call: Call, attempt: Attempt, hold: Uuid) -> Result<(), BankError> {
         self.settle(call, attempt, hold, "rolled back", "-min(cents, 0)").await
     }
@@ -134,6 +135,9 @@ async fn try_settle(
     state: &str,
     back: &str,
 ) -> Result<(), sqlx::Error> {
+    // Of a hold that nobody has made yet.
+    let insert = sqlx::query("INSERT INTO holds VALUES (?, -1, 0, ?) ON CONFLICT DO NOTHING");
+    insert.bind(hold.to_string()).bind(state).execute(&mut **tx).await?;
     let update = sqlx::query("UPDATE holds SET state = ? WHERE hold = ? AND state = 'held'");
     let settled = update.bind(state).bind(hold.to_string()).execute(&mut **tx).await?.rows_affected();
     // A call that comes again finds it settled.

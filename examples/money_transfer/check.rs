@@ -41,18 +41,20 @@ pub async fn check(args: &Args, storage: &impl Storage, books: &mut Books, blows
     let Records { processes, records, resumed } = Records::load(storage).await?;
 
     // Every transfer completed or rolled back, and the books say the same.
-    let (mut completed, mut rolled_back) = (0, 0);
+    let (mut completed, mut rolled_back, mut cancelled, mut too_late) = (0, 0, 0, 0);
     let mut expected: BTreeMap<u32, i64> = saga::accounts().map(|(account, cents, _)| (account, cents)).collect();
     let by_id: HashMap<&str, &_> = processes.iter().map(|process| (&*process.id, process)).collect();
     for n in 0..args.transfers {
         match by_id.get(&*saga::id(n)).map(|process| process.status) {
             Some(Status::Completed) => {
                 completed += 1;
+                too_late += u32::from(by_id[&*saga::id(n)].cancel_requested_at.is_some());
                 let Transfer { from, to, cents } = Transfer::number(n);
                 *expected.entry(from).or_default() -= cents;
                 *expected.entry(to).or_default() += cents;
             }
             Some(Status::Failed) => rolled_back += 1,
+            Some(Status::Cancelled) => cancelled += 1,
             other => wrong.push(format!("{} is {other:?}", saga::id(n))),
         }
     }
@@ -87,6 +89,8 @@ pub async fn check(args: &Args, storage: &impl Storage, books: &mut Books, blows
     let mut again = 0;
     for call in &calls {
         match records.get(&(call.id.as_str().into(), call.step.as_str().into())) {
+            // Cut off by the cancellation.
+            None if by_id.get(&*call.id).is_some_and(|row| row.status == Status::Cancelled) => {}
             None => wrong.push(format!("{} {}: called, and never recorded", call.id, call.step)),
             Some(claim) if call.execution > *claim => {
                 wrong.push(format!(
@@ -113,6 +117,7 @@ pub async fn check(args: &Args, storage: &impl Storage, books: &mut Books, blows
         Accounts::Database => ("books", "cut off before their commit: nothing of them was kept, run again"),
     };
     println!("  transfers  {:>6}  {completed} completed, {rolled_back} rolled back", args.transfers);
+    println!("  cancelled  {cancelled:>6}  rolled back; {too_late} more were past the point of no return");
     println!("  steps      {:>6}  recorded, each once", records.len());
     println!("  resumed    {resumed:>6}  found in their records after a kill, and not run");
     println!("  again      {again:>6}  {cut_off}");

@@ -12,7 +12,7 @@ use crate::journal::Journal;
 use crate::place::Place;
 use crate::saga::{self, TRANSFER, Transfer};
 use crate::worker::Worker;
-use crate::{Accounts, Args, Error, files};
+use crate::{Accounts, Args, Error, files, ledger};
 
 /// A worker was killed or stopped, and others took over from it.
 pub struct Blow {
@@ -61,7 +61,7 @@ pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storag
     let workers_are =
         if workers == 1 { "1 worker, which".to_owned() } else { format!("{workers} workers, of which one") };
     println!(
-        "{} transfers between {} accounts ({accounts}); {workers_are} is killed {} times{stopped}\n",
+        "{} transfers between {} accounts ({accounts}), some of which are cancelled; {workers_are} is killed {} times{stopped}\n",
         args.transfers,
         saga::ACCOUNTS,
         args.kills
@@ -92,6 +92,9 @@ pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storag
         let starts = (begun..until)
             .map(|n| async move { host.spawn(TRANSFER, saga::id(n), &Transfer::number(n)).await.map(|_| ()) });
         try_join_all(starts).await?;
+        for n in (begun..until).filter(|n| n % CANCELLED == 2) {
+            demo.cancel_at_some_moment(n);
+        }
         let midst = begun + (until - begun) / 4;
         begun = until;
         if blows.len() < blows_due {
@@ -115,7 +118,34 @@ pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storag
     Ok(blows)
 }
 
+/// One transfer of so many is cancelled.
+const CANCELLED: u32 = 4;
+
 impl<S: Storage> Demo<'_, S> {
+    /// Cancels a transfer at a random moment: in or after any of its steps.
+    fn cancel_at_some_moment(&self, n: u32) {
+        let steps: &[&str] = match self.args.accounts {
+            Accounts::Bank => &saga::STEPS,
+            Accounts::Database => &ledger::STEPS,
+        };
+        let random = uuid::Uuid::now_v7().as_u128() as u64;
+        let step = steps[random as usize % steps.len()];
+        let (handle, journal) = (self.host.get(saga::id(n)), self.journal.clone());
+        tokio::spawn(async move {
+            while !journal.has_begun(handle.id(), step).await? {
+                // It may fail before it comes to that.
+                if handle.status().await?.status.is_finished() {
+                    return Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            tokio::time::sleep(saga::moment(random >> 8)).await;
+            // It may have ended by now.
+            let _ = handle.cancel().await;
+            Ok::<_, Error>(())
+        });
+    }
+
     fn worker(&self) -> Result<Worker, Error> {
         Worker::start(self.args, self.address, self.room)
     }

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use crate::{Error, files};
 
+#[derive(Clone)]
 pub struct Journal(SqlitePool);
 
 /// Which step of which execution makes an attempt.
@@ -63,6 +64,12 @@ impl Journal {
     pub async fn under_way(&self, program: u32) -> Result<i64, Error> {
         let count = sqlx::query("SELECT count(*) FROM calls WHERE program = ? AND state = 'begun'").bind(program);
         Ok(count.fetch_one(&self.0).await?.get(0))
+    }
+
+    /// Whether an attempt of this step has begun.
+    pub async fn has_begun(&self, id: &str, step: &str) -> Result<bool, Error> {
+        let calls = sqlx::query("SELECT 1 FROM calls WHERE id = ? AND step = ? LIMIT 1").bind(id).bind(step);
+        Ok(calls.fetch_optional(&self.0).await?.is_some())
     }
 
     /// A program was stopped or killed: of which processes it had attempts under way.

@@ -48,6 +48,9 @@ impl Ledger {
     }
 }
 
+/// The transactions of a transfer, in this order.
+pub const STEPS: [&str; 2] = ["Debit", "Credit"];
+
 /// The saga's statements run on the connection of a transaction of the backend's; but for its type all is the same.
 macro_rules! saga {
     ($backend:ident) => {
@@ -56,7 +59,7 @@ macro_rules! saga {
             use ::$backend::Transactions;
             use std::sync::Arc;
 
-            /// Takes from one account and adds to the other; if that fails, gives back.
+            /// Takes from one account and adds to the other; if that fails or is cancelled, gives back.
             pub async fn transfer(ledger: Arc<Ledger>, proc: Process, transfer: Transfer) -> Result<(), TransferError> {
                 let Transfer { from, to, cents } = transfer;
                 book(&ledger, &proc, "Debit", from, -cents).await?;

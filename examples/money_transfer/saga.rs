@@ -62,26 +62,32 @@ impl ProcessError for TransferError {
 
 pub const TRANSFER: Definition<Transfer, (), TransferError> = Definition::new("transfer");
 
-/// Holds the money on both accounts, then completes both; whatever fails in between, it gives back what it holds.
+/// What the bank is asked for, in this order.
+pub const STEPS: [&str; 4] = ["StartTransfer1", "StartTransfer2", "CompleteTransfer1", "CompleteTransfer2"];
+
+/// Holds the money on both accounts; whatever fails in between, a cancellation too, it gives back what it holds. Then it
+/// completes both, whatever comes.
 pub async fn transfer(bank: Arc<Bank>, proc: Process, transfer: Transfer) -> Result<(), TransferError> {
     let Transfer { from, to, cents } = transfer;
     let call = |step| Call::of(&proc, step);
-    let mut held = Vec::new();
-    let result = async {
-        for (step, account, cents) in [("StartTransfer1", from, -cents), ("StartTransfer2", to, cents)] {
-            held.push(proc.step(step, |attempt: Attempt| bank.hold(call(step), attempt, account, cents)).await?);
-        }
-        for (step, hold) in ["CompleteTransfer1", "CompleteTransfer2"].into_iter().zip(&held) {
-            proc.step(step, |attempt: Attempt| bank.complete(call(step), attempt, *hold)).await?;
+    let holds = [("StartTransfer1", from, -cents), ("StartTransfer2", to, cents)];
+    let held = async {
+        for (step, account, cents) in holds {
+            proc.step(step, |attempt: Attempt| bank.hold(call(step), attempt, account, cents)).await?;
         }
         Ok(())
-    }
-    .await;
-    if result.is_err() {
+    };
+    if let Err(error) = held.await {
         let undo = proc.compensation();
-        for (step, hold) in ["RollbackTransfer1", "RollbackTransfer2"].into_iter().zip(&held) {
-            undo.step(step, |attempt: Attempt| bank.roll_back(call(step), attempt, *hold)).await?;
+        // Both, whether they have returned or not: an attempt that was cut off may hold money, and its key names the hold.
+        for (step, (started, ..)) in ["RollbackTransfer1", "RollbackTransfer2"].into_iter().zip(holds) {
+            undo.step(step, |attempt: Attempt| bank.roll_back(call(step), attempt, proc.key(started))).await?;
         }
+        return Err(error);
     }
-    result
+    let forward = proc.uncancellable();
+    for (step, (started, ..)) in ["CompleteTransfer1", "CompleteTransfer2"].into_iter().zip(holds) {
+        forward.step(step, |attempt: Attempt| bank.complete(call(step), attempt, proc.key(started))).await?;
+    }
+    Ok(())
 }

@@ -11,8 +11,12 @@ use crate::place::Place;
 use crate::saga::{TRANSFER, transfer};
 use crate::{Accounts, Args, Error};
 
-/// Runs transfers, so many at a time, until it is killed.
+/// Runs transfers, so many at a time, until it is killed, or whoever has started it is gone.
 pub async fn run(args: &Args, place: Place, room: usize) -> Result<(), Error> {
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(0);
+    });
     let host = match &place {
         Place::Sqlite(path) => {
             let storage = durable_sqlite::Sqlite::open(path.display().to_string()).await?;
@@ -52,7 +56,7 @@ impl Worker {
     pub fn start(args: &Args, storage: &str, room: usize) -> Result<Self, Error> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["--worker", &room.to_string(), "--storage", storage, "--schema", &args.schema, "--accounts"]);
-        command.arg(args.accounts.to_string()).arg("--folder").arg(&args.folder).stdin(Stdio::null());
+        command.arg(args.accounts.to_string()).arg("--folder").arg(&args.folder).stdin(Stdio::piped());
         Ok(Self(command.spawn()?))
     }
 

@@ -52,7 +52,7 @@ impl Draw<'_> {
 
     /// A node, that receives these events only, with so many levels of nodes within.
     fn node(&mut self, events: &[usize], levels: u32) -> Node {
-        match self.seed.below(if levels > 0 { 34 } else { 27 }) {
+        match self.seed.below(if levels > 0 { 36 } else { 27 }) {
             0..6 => Node::Step(self.step()),
             6..8 => {
                 let one = loop {
@@ -94,7 +94,8 @@ impl Draw<'_> {
                 };
                 Node::Both(together, (0..branches).map(|at| branch(self, at)).collect())
             }
-            31.. => {
+            34.. => Node::Forward((0..self.seed.between(1, 2)).map(|_| self.node(events, levels - 1)).collect()),
+            31..34 => {
                 let times = self.seed.between(2, 4);
                 // Children and branches have no keys: none of those within a loop.
                 let body = (0..self.seed.between(1, 2)).map(|_| self.keyed(events)).collect();

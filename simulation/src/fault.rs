@@ -129,6 +129,7 @@ listed! {
         Join = "join",
         Unordered = "unordered",
         Loop = "loop",
+        Forward = "point of no return",
     }
 }
 

@@ -59,7 +59,7 @@ pub async fn interpret(link: Arc<Link>, proc: Process, index: usize) -> Result<R
     let _runs = link.world.waits(proc.run(), proc.execution(), Awaited::Runs);
     let player = Player::new(&link, proc, Scope::Process);
     let Err(stop) = player.nodes(&program.nodes, None).await else {
-        let mut results = player.results.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut results = std::mem::take(&mut *player.results.lock().unwrap_or_else(PoisonError::into_inner));
         results.sort();
         return Ok(results);
     };
@@ -91,7 +91,7 @@ struct Player {
     link: Arc<Link>,
     proc: Process,
     scope: Scope,
-    results: Mutex<Results>,
+    results: Arc<Mutex<Results>>,
 }
 
 fn name(of: &str, key: Option<u64>) -> Name {
@@ -111,7 +111,7 @@ fn retry(step: &Step) -> Retry {
 
 impl Player {
     fn new(link: &Arc<Link>, proc: Process, scope: Scope) -> Self {
-        Self { link: link.clone(), proc, scope, results: Mutex::default() }
+        Self { link: link.clone(), proc, scope, results: Arc::default() }
     }
 
     fn key(&self, name: &Name) -> RecordKey {
@@ -211,6 +211,17 @@ impl Player {
                     Together::Unordered => branches.collect::<FuturesUnordered<_>>().collect().await,
                 };
                 done.into_iter().collect()
+            }
+            Node::Forward(body) => {
+                let (link, results) = (self.link.clone(), self.results.clone());
+                let forward = Self { link, proc: self.proc.uncancellable(), scope: self.scope, results };
+                match forward.nodes(body, key).await {
+                    Err(Stop::Cancelled(_)) => {
+                        self.link.world.wrong(format!("{} was cancelled behind a point of no return", self.proc.id()));
+                        Ok(())
+                    }
+                    done => done,
+                }
             }
             Node::Loop { times, body } => {
                 for key in 0..*times {

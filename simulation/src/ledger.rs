@@ -2,8 +2,8 @@
 //! before, or what no instance may be let do, is a violation.
 
 use durable_core::storage::{
-    Batch, Effect, Fence, InstanceId, Op, OpKind, Outcome, Raised, RecordKey, RecordOp, RecordState, RunId, Scope,
-    Spawn, Status,
+    Batch, Effect, Fence, InstanceId, Op, OpKind, Outcome, Raised, RecordKey, RecordOp, RecordState, RunId, Spawn,
+    Status,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::time::Instant;
@@ -179,7 +179,7 @@ impl Ledger {
                 self.raised(&raise.name, &raise.event_id, &raise.payload, *raised, wrong);
             }
             (Op::Record(record), outcome) if *outcome != Outcome::Lost => self.recorded(me, record, outcome, wrong),
-            (Op::AcceptCancel { run, claim }, Outcome::Recorded) => {
+            (Op::AcceptCancel { run, claim, .. }, Outcome::Recorded) => {
                 self.check_owner(me, *run, *claim, "a cancellation", wrong);
                 if let Some(row) = self.rows.get_mut(run) {
                     if !row.cancelled {
@@ -261,7 +261,7 @@ impl Ledger {
                     wrong.push(format!("{id} can be cancelled, and is not known"));
                 }
             }
-            (Op::Resume { .. }, Outcome::Asked { before: Some((run, Status::Stuck)), .. }) => {
+            (Op::Resume { .. }, Outcome::Asked { before: Some((run, Status::Stuck | Status::Failed)), .. }) => {
                 if let Some(row) = self.rows.get_mut(run) {
                     row.status = Status::Waiting;
                     row.ended = None;
@@ -445,7 +445,7 @@ impl Ledger {
         }
         let cancelled = self.rows.get(&record.run).is_some_and(|row| row.cancelled);
         // A value is no effect.
-        if cancelled && record.key.scope == Scope::Process && record.op != OpKind::Value {
+        if cancelled && !record.shielded && record.op != OpKind::Value {
             wrong.push(format!("{} of {id} was recorded after the cancellation", record.key));
         }
         let outcome = Final { op: record.op, state: record.state, payload, claim: record.claim };

@@ -162,7 +162,7 @@ pub fn told(ledger: &Ledger, host: usize, batch: &Batch, result: &Result<Vec<Out
             format!("record {id} {key} {state} {} by claim {}", record.payload, record.claim)
         }
         Op::Await { run, id, .. } => format!("{} awaits {id}", ledger.id(*run)),
-        Op::AcceptCancel { run, claim } => format!("{} accepts its cancellation, claim {claim}", ledger.id(*run)),
+        Op::AcceptCancel { run, claim, .. } => format!("{} accepts its cancellation, claim {claim}", ledger.id(*run)),
         Op::Seen { run, signals, .. } => format!("{} has seen {signals}", ledger.id(*run)),
         Op::Finish(end) => format!("end {} {} by claim {}", ledger.id(end.run), end.status, end.claim),
         Op::Park(park) => {

@@ -253,8 +253,8 @@ impl Play {
             0..350 => self.start_process(),
             350..600 => self.message(),
             600..650 => self.watch(),
-            650..670 => self.read(),
-            670..680 => self.resume(),
+            650..678 => self.read(),
+            678..680 => self.resume(),
             680..800 if others > 0 => self.start_host(false),
             _ if self.world.faultless || alive.is_empty() => {}
             800..840 => self.cancel(),

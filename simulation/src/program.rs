@@ -63,6 +63,8 @@ pub enum Node {
     },
     /// Branches at the same time.
     Both(Together, Vec<Vec<Node>>),
+    /// Behind a point of no return: no cancellation reaches it.
+    Forward(Vec<Node>),
     /// The same names with another key each time.
     Loop {
         times: u64,
@@ -146,6 +148,7 @@ impl Node {
             Self::Both(Together::All, _) => Sight::All,
             Self::Both(Together::Join, _) => Sight::Join,
             Self::Both(Together::Unordered, _) => Sight::Unordered,
+            Self::Forward(_) => Sight::Forward,
             Self::Loop { .. } => Sight::Loop,
         }
     }
@@ -180,6 +183,20 @@ impl Program {
         names
     }
 
+    /// Whether it does anything behind a point of no return.
+    pub fn goes_forward(&self) -> bool {
+        fn any(nodes: &[Node]) -> bool {
+            nodes.iter().any(|node| match node {
+                Node::Forward(_) => true,
+                Node::Dropped(node, _) => any(std::slice::from_ref(node)),
+                Node::Both(_, branches) => branches.iter().any(|branch| any(branch)),
+                Node::Loop { body, .. } => any(body),
+                _ => false,
+            })
+        }
+        any(&self.nodes)
+    }
+
     /// How many results it leaves if nothing ends it early.
     pub fn results(&self) -> usize {
         results(&self.nodes)
@@ -206,6 +223,7 @@ fn receives(nodes: &[Node], times: u64, count: &mut [u64; EVENTS]) {
             }
             Node::Dropped(node, _) => receives(std::slice::from_ref(node), times, count),
             Node::Both(_, branches) => branches.iter().for_each(|branch| receives(branch, times, count)),
+            Node::Forward(body) => receives(body, times, count),
             Node::Loop { times: more, body } => receives(body, times * more, count),
             _ => {}
         }
@@ -228,7 +246,7 @@ fn races(nodes: &[Node], of: &str, least: u64, events: &mut Vec<&'static str>) {
             }
             Node::Dropped(node, _) => races(std::slice::from_ref(node), of, least, events),
             Node::Both(_, branches) => branches.iter().for_each(|branch| races(branch, of, least, events)),
-            Node::Loop { body, .. } => races(body, of, least, events),
+            Node::Forward(body) | Node::Loop { body, .. } => races(body, of, least, events),
             _ => {}
         }
     }
@@ -240,7 +258,7 @@ fn fatal<'p>(nodes: &'p [Node], names: &mut Vec<&'p str>) {
             Node::Step(step) | Node::Transaction(step) if step.fatal => names.push(&step.name),
             Node::Dropped(node, _) => fatal(std::slice::from_ref(node), names),
             Node::Both(_, branches) => branches.iter().for_each(|branch| fatal(branch, names)),
-            Node::Loop { body, .. } => fatal(body, names),
+            Node::Forward(body) | Node::Loop { body, .. } => fatal(body, names),
             _ => {}
         }
     }
@@ -252,7 +270,7 @@ fn steps<'p>(nodes: &'p [Node], names: &mut Vec<&'p str>) {
             Node::Step(step) => names.push(&step.name),
             Node::Dropped(node, _) => steps(std::slice::from_ref(node), names),
             Node::Both(_, branches) => branches.iter().for_each(|branch| steps(branch, names)),
-            Node::Loop { body, .. } => steps(body, names),
+            Node::Forward(body) | Node::Loop { body, .. } => steps(body, names),
             _ => {}
         }
     }
@@ -264,6 +282,7 @@ fn results(nodes: &[Node]) -> usize {
         Node::Dropped(node, _) => results(std::slice::from_ref(node)),
         Node::Child { awaited, .. } => 1 + usize::from(*awaited),
         Node::Both(_, branches) => branches.iter().map(|branch| results(branch)).sum(),
+        Node::Forward(body) => results(body),
         Node::Loop { times, body } => *times as usize * results(body),
         _ => 1,
     };
@@ -275,6 +294,7 @@ fn plain<'p>(nodes: &'p [Node], loops: u64, steps: &mut Vec<(&'p Step, u64)>) {
         match node {
             Node::Step(step) if step.timeout.is_none() => steps.push((step, loops)),
             Node::Both(_, branches) => branches.iter().for_each(|branch| plain(branch, loops, steps)),
+            Node::Forward(body) => plain(body, loops, steps),
             Node::Loop { times, body } => plain(body, *times, steps),
             _ => {}
         }

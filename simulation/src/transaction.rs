@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use durable_core::storage::{
     Batch, Committed, Ending, Fence, InstanceId, Op, Open, Outcome, Prepared, Record, RecordKey, RecordOp, RecordState,
-    Result, RolledBack, RunId, Scope, Slot, Storage, StorageError, Transactional, Tx,
+    Result, RolledBack, RunId, Slot, Storage, StorageError, Transactional, Tx,
 };
 use std::error::Error;
 use std::sync::Arc;
@@ -90,7 +90,7 @@ fn commit(world: &World, host: usize, instance: InstanceId, record: &RecordOp, w
         return Ok(Committed::Exists);
     }
     let row = at_once(world.memory.find("default", &id, Some(record.run)))?;
-    if record.key.scope == Scope::Process && row.is_some_and(|row| row.cancelled_at.is_some()) {
+    if !record.shielded && row.is_some_and(|row| row.cancelled_at.is_some()) {
         return Ok(Committed::Cancelled);
     }
     // Not the writer's: any generation of a living instance.

@@ -2,7 +2,9 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use durable_core::memory::Memory;
-use durable_core::storage::{Batch, Heart, InstanceId, Op, Outcome, RecordKey, Result, RunId, Storage, StorageError};
+use durable_core::storage::{
+    Batch, Heart, InstanceId, Op, Outcome, RecordKey, RecordOp, Result, RunId, Scope, Storage, StorageError,
+};
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::future::{Future, pending};
@@ -409,6 +411,9 @@ impl World {
         if let Ok(outcomes) = &result {
             self.timers(batch, outcomes);
             for (op, outcome) in batch.ops.iter().zip(outcomes) {
+                if let Op::Record(record) = op {
+                    self.shielded(record);
+                }
                 if let (Op::Record(record), Outcome::Spawned(_) | Outcome::Raised(_)) = (op, outcome) {
                     self.begins_something(record.run, record.claim, &record.key);
                 }
@@ -431,6 +436,17 @@ impl World {
 }
 
 impl World {
+    /// Only what is behind a point of no return, or in a compensation, is out of reach of a cancellation.
+    fn shielded(&self, record: &RecordOp) {
+        let id = self.inner().ledger.id(record.run).to_owned();
+        let program = id.get(1..).and_then(|index| self.programs.get(index.parse::<usize>().ok()?));
+        let forward = program.is_some_and(Program::goes_forward);
+        let compensates = record.key.scope == Scope::Compensation;
+        if compensates && !record.shielded || !compensates && record.shielded && !forward {
+            self.wrong(format!("{} of {id} is shielded: {}", record.key, record.shielded));
+        }
+    }
+
     /// Whether those that this host has found stuck have diverged: it runs the bad deployment, and a step of theirs has another
     /// name in it.
     fn divergences(&self, host: usize) {

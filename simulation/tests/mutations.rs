@@ -80,7 +80,7 @@ fn a_set_that_does_not_overwrite() {
 
 #[test]
 fn a_batch_that_is_not_fenced_off() {
-    noticed(Rule::Refences, 500);
+    noticed(Rule::Refences, 5_000);
 }
 
 #[test]

@@ -57,6 +57,7 @@ pub fn record_op(run: RunId, name: &str, op: OpKind, effect: Option<Effect>) -> 
         replaces: false,
         payload: "1".into(),
         attempts: 0,
+        shielded: false,
         seq: 1,
         takes: None,
         effect,

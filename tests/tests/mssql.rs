@@ -209,7 +209,7 @@ fn a_batch_that_queues_behind_a_take_over() {
                 vec![finish(runs[1])],
                 vec![park(runs[2], 0)],
                 vec![Op::Claim { kind: KIND.into(), limit: 9 }],
-                vec![Op::AcceptCancel { run: runs[0], claim: 1 }],
+                vec![Op::AcceptCancel { run: runs[0], claim: 1, seq: 1 }],
                 vec![raise(&name("raise"), "m")],
                 vec![Op::Await { run: runs[0], id: name("await").into(), target: None }],
                 vec![Op::Cancel { id: name("await").into() }],

@@ -343,7 +343,7 @@ async fn cells_of_any_form<B: Spoilt>() {
             vec![ops::spawn(&id("owned"), true).0, ops::raise(&id("parked"), "n")],
             vec![ops::raise(&id("ended"), "n"), ops::record(owned, "s")],
             vec![Op::Await { run: owned, id: id("ended").into(), target: None }, ops::started(owned, "child", child)],
-            vec![ops::record(owned, "r"), Op::AcceptCancel { run: owned, claim: 1 }],
+            vec![ops::record(owned, "r"), Op::AcceptCancel { run: owned, claim: 1, seq: 1 }],
             vec![Op::Cancel { id: id("waiter").into() }],
             vec![ops::park(owned, 1), Op::Claim { kind: ops::KIND.into(), limit: 3 }],
             vec![Op::Resume { id: id("ended").into(), forget: Vec::new() }],

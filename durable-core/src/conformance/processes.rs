@@ -179,7 +179,9 @@ pub async fn cancelling<S: Subject>(subject: &S) {
     let mine = actor.start("mine").await;
     assert_eq!(cancel("mine").await, (Some(Status::Running), vec![mine]));
     assert!(actor.row("mine").await.cancel_requested_at.is_some());
-    assert_eq!(actor.one(Op::AcceptCancel { run: mine, claim: 1 }).await, Outcome::Recorded);
+    assert_eq!(actor.one(Op::AcceptCancel { run: mine, claim: 1, seq: 7 }).await, Outcome::Recorded);
+    assert_eq!(actor.one(Op::AcceptCancel { run: mine, claim: 1, seq: 9 }).await, Outcome::Recorded);
+    assert_eq!(actor.row("mine").await.cancelled_seq, Some(7));
     assert!(actor.row("mine").await.cancelled_at.is_some());
     other.start("other").await;
     assert_eq!(cancel("other").await, (Some(Status::Running), vec![]));

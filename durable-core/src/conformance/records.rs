@@ -134,7 +134,7 @@ pub async fn only_the_owner_records<S: Subject>(subject: &S) {
     assert_eq!(other.one(op.clone()).await, Outcome::Lost);
     assert_eq!(other.finish(run, 1, Status::Completed).await, Outcome::Lost);
     assert_eq!(other.park(run, 1, None, None).await, Outcome::Lost);
-    assert_eq!(other.one(Op::AcceptCancel { run, claim: 1 }).await, Outcome::Lost);
+    assert_eq!(other.one(Op::AcceptCancel { run, claim: 1, seq: 1 }).await, Outcome::Lost);
     owner.park(run, 1, None, None).await;
     assert_eq!(owner.one(op).await, Outcome::Lost, "given back");
     assert_eq!(owner.one(Op::Record(record(RunId::new(), 1, key("a", "")))).await, Outcome::Lost);

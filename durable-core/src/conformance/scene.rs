@@ -156,6 +156,7 @@ pub fn record(run: RunId, claim: i64, key: RecordKey) -> RecordOp {
         state: RecordState::Done,
         replaces: false,
         payload: "1".into(),
+        shielded: false,
         attempts: 0,
         seq: 1,
         takes: None,

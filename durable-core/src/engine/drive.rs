@@ -15,7 +15,7 @@ use super::operation::{Operation, Write};
 use super::queue::Answer;
 use super::registry::Ended;
 use super::replay::Next;
-use super::run::{Cancel, End, Run, WaitFor};
+use super::run::{Cancel, End, Part, Run, WaitFor};
 use super::wake::{Context, Inside};
 use crate::storage::{Finish, Op, OpKind, Outcome, Park, RecordKey, Status};
 
@@ -286,7 +286,8 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
 }
 
 fn record_cancel(run: &Arc<Run>) {
-    let answer = run.submit(Op::AcceptCancel { run: run.run, claim: run.claim }, None);
+    let seq = run.state().next_seq();
+    let answer = run.submit(Op::AcceptCancel { run: run.run, claim: run.claim, seq }, None);
     let run = run.clone();
     tokio::spawn(async move {
         match answer.await {
@@ -320,7 +321,8 @@ fn settle(run: &Arc<Run>, values: Vec<(RecordKey, Box<str>)>) {
 }
 
 fn write_value(run: &Arc<Run>, key: RecordKey, payload: Box<str>) -> oneshot::Receiver<Answer> {
-    let operation = Operation::with_key(run, key, OpKind::Value, Location::caller());
+    let part = Part { scope: key.scope, uncancellable: false };
+    let operation = Operation::with_key(run, part, &key.name, &key.key, OpKind::Value, Location::caller());
     let (op, _) = operation.record_op(Write::done(payload));
     run.state().names.of(&op.key).recording = true;
     run.submit(Op::Record(op), None)

@@ -29,6 +29,7 @@ impl Core {
             signals: 0,
             cancel_requested_at: None,
             cancelled_at: None,
+            cancelled_seq: None,
             unasked: None,
             created_at: now,
             status_at: now,

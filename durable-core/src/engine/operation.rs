@@ -10,14 +10,14 @@ use super::held::Places;
 use super::names::Usage;
 use super::queue::Answer;
 use super::replay::Turn;
-use super::run::{At, Delivery, Run, State, WaitFor};
+use super::run::{At, Delivery, Part, Run, State, WaitFor};
 use crate::error::Cancelled;
 use crate::limits;
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
 use crate::name::Name;
 use crate::payload::EncodeError;
-use crate::storage::{Effect, Op, OpKind, Outcome, Record, RecordKey, RecordOp, RecordState, RunId, Scope};
+use crate::storage::{Effect, Op, OpKind, Outcome, Record, RecordKey, RecordOp, RecordState, RunId};
 
 /// A durable operation of one name: from its first poll until it returns or is dropped.
 ///
@@ -25,6 +25,8 @@ use crate::storage::{Effect, Op, OpKind, Outcome, Record, RecordKey, RecordOp, R
 pub(crate) struct Operation {
     pub(crate) run: Arc<Run>,
     pub(crate) key: RecordKey,
+    /// It stands behind a point of no return.
+    uncancellable: bool,
     op: OpKind,
     at: At,
     busy: bool,
@@ -50,13 +52,20 @@ pub(crate) enum Begun {
 
 impl Operation {
     /// An operation of this name. A name outside the limits makes the process stuck at the first poll.
-    pub(crate) fn new(run: &Arc<Run>, scope: Scope, name: &Name, op: OpKind, at: At) -> Self {
-        Self::with_key(run, RecordKey { scope, name: name.name().into(), key: name.key().into() }, op, at)
+    pub(crate) fn new(run: &Arc<Run>, part: Part, name: &Name, op: OpKind, at: At) -> Self {
+        Self::with_key(run, part, name.name(), name.key(), op, at)
     }
 
     /// An operation whose key the engine has made.
-    pub(crate) fn with_key(run: &Arc<Run>, key: RecordKey, op: OpKind, at: At) -> Self {
-        Self { run: run.clone(), key, op, at, busy: false, turn: None }
+    pub(crate) fn with_key(run: &Arc<Run>, part: Part, name: &str, key: &str, op: OpKind, at: At) -> Self {
+        let Part { scope, uncancellable } = part;
+        let key = RecordKey { scope, name: name.into(), key: key.into() };
+        Self { run: run.clone(), key, uncancellable, op, at, busy: false, turn: None }
+    }
+
+    /// Which part of the process it belongs to.
+    pub(crate) fn part(&self) -> Part {
+        Part { scope: self.key.scope, uncancellable: self.uncancellable }
     }
 
     /// What it returns, if that is recorded.
@@ -72,7 +81,8 @@ impl Operation {
 
     /// A stand-in for a member of a race: it waits and complains in the race's name, and takes no name itself.
     pub(crate) fn on_behalf(&self) -> Self {
-        Self::with_key(&self.run, self.key.clone(), self.op, self.at)
+        let (run, key, uncancellable) = (self.run.clone(), self.key.clone(), self.uncancellable);
+        Self { run, key, uncancellable, op: self.op, at: self.at, busy: false, turn: None }
     }
 
     /// Goes on under an old name, if only that has a record.
@@ -142,13 +152,13 @@ impl Operation {
             if let Some(record) = record.filter(|_| matches!(turn, Turn::Recorded(..))) {
                 return state.is_turn(turn).then_some(Ok(Begun::Recorded(record)));
             }
-            if state.unwinds(self.key.scope) {
+            if state.unwinds(self.part()) {
                 return Some(Err(Cancelled));
             }
             if !state.is_turn(turn) {
                 return None;
             }
-            match state.cancelled(self.key.scope)? {
+            match state.cancelled(self.part())? {
                 true => Some(Err(Cancelled)),
                 false => Some(Ok(Begun::Open(state.names.of(&self.key).record.clone()))),
             }
@@ -199,13 +209,13 @@ impl Operation {
         }
         let record = name.record.clone();
         let recorded = record.as_ref().filter(|record| record.state != RecordState::Pending).map(|record| record.seq);
-        let waits = !is_value && (recorded.is_some() || !state.unwinds(key.scope));
+        let waits = !is_value && (recorded.is_some() || !state.unwinds(self.part()));
         if let Some(turn) = waits.then(|| state.queue_up(key, op, at, recorded)).flatten() {
             state.names.of(key).usage = Usage::Busy(at);
             return Some(Ok(Taken::Waits(turn)));
         }
         // A value is no effect, and nothing that a process waits for: it is not cancelled.
-        let cancelled = if is_value || recorded.is_some() { false } else { state.cancelled(key.scope)? };
+        let cancelled = if is_value || recorded.is_some() { false } else { state.cancelled(self.part())? };
         if cancelled {
             return Some(Ok(Taken::Cancelled));
         }
@@ -240,8 +250,8 @@ impl Operation {
         due: Option<DateTime<Utc>>,
         mut check: impl FnMut(&mut State, DateTime<Utc>) -> Option<T>,
     ) -> impl Future<Output = Result<T, Cancelled>> {
-        let scope = self.key.scope;
-        wait_until(&self.run, what, due, move |state, now| match state.cancelled(scope) {
+        let part = self.part();
+        wait_until(&self.run, what, due, move |state, now| match state.cancelled(part) {
             Some(true) => Some(Err(Cancelled)),
             None => None,
             // An answer that came before the cancellation was recorded still counts.
@@ -261,7 +271,9 @@ impl Operation {
                 Sent::Queued(..) if plain && is_broken(Rule::RecordAwaited) => Ok(Outcome::Recorded),
                 Sent::Queued(answer, delivery) => {
                     let outcome = self.run.outcome(answer).await;
-                    delivery.taken().await;
+                    if let Some(delivery) = delivery {
+                        delivery.taken().await;
+                    }
                     Ok(outcome)
                 }
                 Sent::Cancelled => Box::pin(self.wait(WaitFor::Engine, None, |_, _| None)).await,
@@ -271,9 +283,8 @@ impl Operation {
     }
 
     fn send(&self, write: Write) -> Sent<'_> {
-        let scope = self.key.scope;
         let takes_cancel = self.op != OpKind::Value && write.state != RecordState::Pending;
-        if takes_cancel && self.run.state().cancelled(scope) != Some(false) {
+        if takes_cancel && self.run.state().cancelled(self.part()) != Some(false) {
             return Sent::Cancelled;
         }
         // What the engine wraps (a message, an output) was within the limit when it was given.
@@ -287,7 +298,8 @@ impl Operation {
         }
         let (op, places) = self.record_op(write);
         self.run.state().names.of(&self.key).recording = true;
-        let delivery = self.run.sending(op.seq);
+        // A replay returns a value whenever it is asked for.
+        let delivery = (self.op != OpKind::Value).then(|| self.run.sending(op.seq));
         Sent::Queued(self.run.submit(Op::Record(op), places), delivery)
     }
 
@@ -306,6 +318,7 @@ impl Operation {
             state,
             replaces,
             payload,
+            shielded: self.part().is_shielded(),
             attempts,
             seq,
             takes,
@@ -354,7 +367,7 @@ impl Drop for Operation {
 
 /// What became of a record that was to be written.
 enum Sent<'r> {
-    Queued(oneshot::Receiver<Answer>, Delivery<'r>),
+    Queued(oneshot::Receiver<Answer>, Option<Delivery<'r>>),
     Cancelled,
     Stuck,
 }

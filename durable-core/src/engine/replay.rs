@@ -14,10 +14,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::names::{NameState, Names};
-use super::run::{At, Cancel, State};
+use super::run::{At, Cancel, Part, State};
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
-use crate::storage::{OpKind, RecordKey, Scope};
+use crate::storage::{OpKind, Record, RecordKey, Scope};
 
 /// How long a function that also awaits something that is not durable is given, without progress, before records that it
 /// has not asked for count against it.
@@ -207,12 +207,12 @@ impl State {
         }
     }
 
-    /// Whether operations of this scope that are not recorded fail with `Cancelled`, although nothing begins yet.
-    pub(crate) fn unwinds(&self, scope: Scope) -> bool {
+    /// Whether operations that stand there and are not recorded fail with `Cancelled`, although nothing begins yet.
+    pub(crate) fn unwinds(&self, part: Part) -> bool {
         let unwinding = self.replay.as_ref().is_some_and(|replay| replay.stage >= Stage::Compensation);
         #[cfg(durable_mutations)]
         let unwinding = unwinding || is_broken(Rule::ReplaySeesNoCancel);
-        unwinding && scope == Scope::Process && self.cancel == Cancel::Recorded
+        unwinding && !part.is_shielded() && self.cancel == Cancel::Recorded
     }
 
     /// Keeps a value until the execution is live. False if it is: the value is written as it comes.
@@ -262,12 +262,10 @@ impl State {
     }
 
     fn quiescent(&mut self, stage: Stage, alone: bool) -> Next {
-        // Values that were set in answer to the cancellation are asked for once it arrives.
+        // What was recorded in answer to the cancellation is asked for once it arrives.
         let arrives = stage == Stage::Process && self.cancel != Cancel::No;
-        let here = |key: &RecordKey, name: &NameState| {
-            !arrives || key.scope == Scope::Process && name.record.as_ref().is_some_and(|r| r.op != OpKind::Value)
-        };
-        let unvisited = self.unvisited(here);
+        let answers = self.cancelled_seq.unwrap_or(i32::MAX);
+        let unvisited = self.unvisited(|key, record| !arrives || key.scope == Scope::Process && record.seq < answers);
         let Some(replay) = &mut self.replay else { return Next::Rest };
         if !unvisited.is_empty() {
             let until = replay.moved_at + MOMENT;
@@ -308,13 +306,13 @@ impl State {
     }
 
     /// The records that this execution has not asked for, in words.
-    fn unvisited(&self, counts: impl Fn(&RecordKey, &NameState) -> bool) -> Vec<String> {
+    fn unvisited(&self, counts: impl Fn(&RecordKey, &Record) -> bool) -> Vec<String> {
         #[cfg(durable_mutations)]
         if is_broken(Rule::JudgesUnvisited) {
             return Vec::new();
         }
         let word = |(key, name): (&RecordKey, &NameState)| {
-            let record = name.record.as_ref().filter(|_| !name.asked && counts(key, name))?;
+            let record = name.record.as_ref().filter(|record| !name.asked && counts(key, record))?;
             Some(format!("the {} {key}", record.op))
         };
         let mut words: Vec<String> = self.names.iter().filter_map(word).collect();

@@ -51,6 +51,8 @@ pub(crate) struct State {
     pub(super) sent: Sent,
     /// The number of the record that was sent last.
     seq: i32,
+    /// The place of the cancellation among the records, if an earlier execution has recorded it.
+    pub(super) cancelled_seq: Option<i32>,
     pub(crate) mail: Mail,
     pub(crate) cancel: Cancel,
     /// What the process's code has had the chance to see: the signals and the cancellation as they were when its future
@@ -76,6 +78,21 @@ pub(crate) struct State {
     foreign: Vec<Waker>,
     /// They have been asked, since the last time that something happened, whether they are still there.
     foreign_asked: bool,
+}
+
+/// Which part of a process an operation belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) scope: Scope,
+    /// It stands behind a point of no return.
+    pub(crate) uncancellable: bool,
+}
+
+impl Part {
+    /// Whether a cancellation does not reach it.
+    pub(crate) fn is_shielded(self) -> bool {
+        self.uncancellable || self.scope == Scope::Compensation
+    }
 }
 
 /// A place in the user's code.
@@ -158,13 +175,14 @@ static SERIAL: AtomicU64 = AtomicU64::new(1);
 impl Run {
     pub(crate) fn new(core: Arc<Core>, instance: InstanceId, claim: i64, loaded: RunState) -> Self {
         let RunState { process, records, events, targets } = loaded;
-        let ProcessRow { run, id, kind, signals, cancel_requested_at, cancelled_at, .. } = process;
-        let seq = records.iter().map(|(_, record)| record.seq).max().unwrap_or(0);
+        let ProcessRow { run, id, kind, signals, cancel_requested_at, cancelled_at, cancelled_seq, .. } = process;
+        let seq = records.iter().map(|(_, record)| record.seq).chain(cancelled_seq).max().unwrap_or(0);
         let names = Names::recorded(records);
         let state = State {
             replay: Replay::of(&names),
             names,
             seq,
+            cancelled_seq,
             mail: Mail {
                 seen: signals,
                 events: events.into_iter().map(|event| (event.number, event)).collect(),
@@ -410,10 +428,10 @@ impl State {
         self.seq
     }
 
-    /// Whether operations of this scope fail with `Cancelled`; none while that is being recorded.
-    pub(crate) fn cancelled(&self, scope: Scope) -> Option<bool> {
-        match (scope, self.cancel) {
-            (Scope::Compensation, _) | (_, Cancel::No) => Some(false),
+    /// Whether operations that stand there fail with `Cancelled`; none while that is being recorded.
+    pub(crate) fn cancelled(&self, part: Part) -> Option<bool> {
+        match (part.is_shielded(), self.cancel) {
+            (true, _) | (_, Cancel::No) => Some(false),
             (_, Cancel::Recorded) => Some(true),
             #[cfg(durable_mutations)]
             _ if is_broken(Rule::CancelStands) => Some(false),

@@ -98,8 +98,9 @@ impl Db {
             Op::Raise(raise) => Outcome::Raised(self.raise(me, namespace, raise, now)),
             Op::Record(op) => self.write(me, namespace, op, now),
             Op::Await { run, id, target } => Outcome::Awaits(self.wait(namespace, *run, id, *target)),
-            Op::AcceptCancel { run, claim } => self.own(me, *run, *claim, |process| {
+            Op::AcceptCancel { run, claim, seq } => self.own(me, *run, *claim, |process| {
                 process.row.cancelled_at.get_or_insert(now);
+                process.row.cancelled_seq.get_or_insert(*seq);
             }),
             Op::Seen { run, claim, signals } => self.own(me, *run, *claim, |process| {
                 process.signalled &= process.row.signals != *signals;
@@ -174,6 +175,7 @@ impl Db {
             signals: 0,
             cancel_requested_at: None,
             cancelled_at: None,
+            cancelled_seq: None,
             unasked: None,
             created_at: now,
             status_at: now,

@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use super::Process;
 use crate::engine::operation::{Begun, Operation, Write};
-use crate::engine::run::{At, Run, WaitFor};
+use crate::engine::run::{At, Part, Run, WaitFor};
 use crate::error::{OutputError, SpawnError};
 use crate::host::{check_spawn, judge_spawned};
 use crate::limits;
 use crate::payload::{self, EncodeError};
-use crate::storage::{Effect, Ended, Op, OpKind, Outcome, RecordKey, RunId, Scope, Spawn, Spawned, Status};
+use crate::storage::{Effect, Ended, Op, OpKind, Outcome, RunId, Spawn, Spawned, Status};
 
 /// Another process that a process has started. See [`Process::spawn`].
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl<O, E> Child<O, E> {
 #[must_use = "nothing happens before it is awaited"]
 pub struct SpawnChild<'p, O, E> {
     run: Arc<Run>,
-    scope: Scope,
+    part: Part,
     at: At,
     kind: &'static str,
     id: String,
@@ -70,7 +70,7 @@ impl<'p, O, E> SpawnChild<'p, O, E> {
     ) -> Self {
         Self {
             run: process.run.clone(),
-            scope: process.scope(),
+            part: process.part(),
             at: Location::caller(),
             kind,
             id,
@@ -99,8 +99,8 @@ impl<'p, O, E> IntoFuture for SpawnChild<'p, O, E> {
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'p>>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let Self { run, scope, at, kind, id, input, existing_ok, restart_finished, .. } = self;
-        let future = spawn(run, scope, at, kind, id, input, existing_ok, restart_finished);
+        let Self { run, part, at, kind, id, input, existing_ok, restart_finished, .. } = self;
+        let future = spawn(run, part, at, kind, id, input, existing_ok, restart_finished);
         Box::pin(async move {
             let (id, spawned) = future.await?;
             Ok(Child { id, kind, run: spawned.run, existed: spawned.existed, types: PhantomData })
@@ -111,7 +111,7 @@ impl<'p, O, E> IntoFuture for SpawnChild<'p, O, E> {
 #[allow(clippy::too_many_arguments)]
 async fn spawn(
     run: Arc<Run>,
-    scope: Scope,
+    part: Part,
     at: At,
     kind: &'static str,
     id: String,
@@ -122,8 +122,7 @@ async fn spawn(
     let input = check_spawn(&run.core, kind, &id, input)?;
     let id: Box<str> = id.into();
     let digest = payload::digest(&input);
-    let key = RecordKey { scope, name: kind.into(), key: format!("+{id}").into() };
-    let mut operation = Operation::with_key(&run, key, OpKind::Spawn, at);
+    let mut operation = Operation::with_key(&run, part, kind, &format!("+{id}"), OpKind::Spawn, at);
     let spawned = match operation.begin().await? {
         Begun::Recorded(record) => match payload::decode::<Spawned>(&record.payload) {
             Ok(spawned) => spawned,
@@ -158,7 +157,7 @@ async fn spawn(
 #[must_use = "nothing happens before it is awaited"]
 pub struct AwaitOutput<'p, O, E> {
     pub(super) run: Arc<Run>,
-    pub(super) scope: Scope,
+    pub(super) part: Part,
     pub(super) at: At,
     pub(super) kind: &'static str,
     pub(super) id: String,
@@ -169,12 +168,13 @@ pub struct AwaitOutput<'p, O, E> {
 impl<'p, O, E> AwaitOutput<'p, O, E> {
     #[track_caller]
     pub(super) fn new(process: &'p Process, kind: &'static str, id: String, target: Option<RunId>) -> Self {
-        let (run, scope, at) = (process.run.clone(), process.scope(), Location::caller());
-        Self { run, scope, at, kind, id, target, types: PhantomData }
+        let (run, part, at) = (process.run.clone(), process.part(), Location::caller());
+        Self { run, part, at, kind, id, target, types: PhantomData }
     }
 
-    pub(super) fn key(&self) -> RecordKey {
-        RecordKey { scope: self.scope, name: self.kind.into(), key: format!("={}", self.id).into() }
+    /// The key of its record.
+    pub(super) fn key(&self) -> String {
+        format!("={}", self.id)
     }
 }
 
@@ -228,7 +228,8 @@ where
             if self.nobodys() {
                 return Err(OutputError::NotFound(self.id.into()));
             }
-            let mut operation = Operation::with_key(&self.run, self.key(), OpKind::Output, self.at);
+            let mut operation =
+                Operation::with_key(&self.run, self.part, self.kind, &self.key(), OpKind::Output, self.at);
             let end = match operation.begin().await? {
                 Begun::Recorded(record) => match payload::decode::<End>(&record.payload) {
                     Ok(end) => end,

@@ -101,7 +101,7 @@ impl<'p> Delay<'p> {
 
     #[track_caller]
     fn new(process: &'p Process, name: &Name, due: Due) -> Self {
-        let operation = Operation::new(&process.run, process.scope(), name, OpKind::Delay, Location::caller());
+        let operation = Operation::new(&process.run, process.part(), name, OpKind::Delay, Location::caller());
         Self { operation, due, process: PhantomData }
     }
 }

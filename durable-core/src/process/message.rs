@@ -6,17 +6,17 @@ use std::sync::Arc;
 
 use super::Process;
 use crate::engine::operation::{Begun, Operation, Write};
-use crate::engine::run::{At, Run};
+use crate::engine::run::{At, Part, Run};
 use crate::error::RaiseError;
 use crate::host::check_message;
 use crate::payload::{self, EncodeError};
-use crate::storage::{Effect, OpKind, Outcome, Raise, Raised, RecordKey, RunId, Scope};
+use crate::storage::{Effect, OpKind, Outcome, Raise, Raised, RunId};
 
 /// A message that a process sends, to be awaited. See [`Process::raise`].
 #[must_use = "nothing happens before it is awaited"]
 pub struct RaiseFrom<'p> {
     run: Arc<Run>,
-    scope: Scope,
+    part: Part,
     at: At,
     id: String,
     event: &'static str,
@@ -35,7 +35,7 @@ impl<'p> RaiseFrom<'p> {
     ) -> Self {
         Self {
             run: process.run.clone(),
-            scope: process.scope(),
+            part: process.part(),
             at: Location::caller(),
             id,
             event,
@@ -58,13 +58,12 @@ impl<'p> IntoFuture for RaiseFrom<'p> {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            let Self { run, scope, at, id, event, key, payload, .. } = self;
+            let Self { run, part, at, id, event, key, payload, .. } = self;
             let key = key.unwrap_or_else(|| format!(">{id}"));
-            let key = RecordKey { scope, name: event.into(), key: key.into() };
+            let mut operation = Operation::with_key(&run, part, event, &key, OpKind::Raise, at);
             // From the record's key, so it is the same after a crash: the mailbox recognises a repetition.
-            let event_id = key.idempotency(run.run).simple().to_string();
+            let event_id = operation.key.idempotency(run.run).simple().to_string();
             let payload = check_message(&run.core, &id, event, &event_id, payload)?;
-            let mut operation = Operation::with_key(&run, key, OpKind::Raise, at);
             let raised = match operation.begin().await? {
                 Begun::Recorded(record) => match payload::decode::<Box<str>>(&record.payload) {
                     Ok(text) => from_record(&text),

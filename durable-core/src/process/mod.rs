@@ -29,11 +29,12 @@ use std::fmt;
 use std::future::IntoFuture;
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 use crate::definition::{Definition, Event};
-use crate::engine::run::Run;
+use crate::engine::run::{Part, Run};
 use crate::name::Name;
-use crate::storage::{RunId, Scope};
+use crate::storage::{RecordKey, RunId, Scope};
 
 /// One durable process, in the hands of its function.
 ///
@@ -74,12 +75,12 @@ use crate::storage::{RunId, Scope};
 #[derive(Clone)]
 pub struct Process {
     pub(crate) run: Arc<Run>,
-    scope: Scope,
+    part: Part,
 }
 
 impl Process {
     pub(crate) fn new(run: Arc<Run>) -> Self {
-        Self { run, scope: Scope::Process }
+        Self { run, part: Part { scope: Scope::Process, uncancellable: false } }
     }
 
     /// Its id, unique in its namespace.
@@ -309,20 +310,59 @@ impl Process {
         All::new(operations)
     }
 
-    /// The process's compensation: a scope of its own, in which operations run although the process was cancelled,
-    /// and whose names may repeat those outside. It serves ordinary rollback as well.
+    /// The idempotency key of the step with this name: the one that its attempts are given ([`Attempt::key`]), before, while
+    /// and after they are made.
+    ///
+    /// An attempt that was cut off, cancelled or timed out may have had its effect, although the step returned nothing that
+    /// could name it. By its key it can be undone all the same. For a step that was [renamed](Step::was) it is the old name's.
+    pub fn key(&self, name: impl Into<Name>) -> Uuid {
+        let name = name.into();
+        let key = RecordKey { scope: self.part.scope, name: name.name().into(), key: name.key().into() };
+        key.idempotency(self.run.run)
+    }
+
+    /// The process behind a point of no return: its operations run although it was cancelled. Their records are the
+    /// process's own, so they are found whether they were asked for here or not.
+    ///
+    /// A cancellation that comes meanwhile arrives at the first operation behind it that is not shielded, if there is one.
     ///
     /// ```
     /// # use durable_core::*;
     /// # use durable_core::testing::run_process;
-    /// # async fn hold(_: u64) -> Result<u64, Failure> { Ok(1) }
-    /// # async fn ship() -> Result<u64, Failure> { Err(Failure::new("out of stock")) }
-    /// # async fn release(_: u64) -> Result<(), Failure> { Ok(()) }
+    /// # async fn charge() -> Result<(), Failure> { Ok(()) }
+    /// # async fn ship() -> Result<(), Failure> { Ok(()) }
     /// # let result = run_process(|proc| async move {
-    /// let hold_id = proc.step("hold", || hold(100)).await?;
-    /// if let Err(error) = proc.step("ship", ship).await {
-    ///     // Failed or cancelled: give the money back all the same.
-    ///     proc.compensation().step("release", || release(hold_id)).await?;
+    /// proc.step("charge", charge).await?;
+    /// // From here on only forward.
+    /// proc.uncancellable().step("ship", ship).await?;
+    /// # Ok::<_, Failure>(())
+    /// # });
+    /// # result.unwrap();
+    /// ```
+    pub fn uncancellable(&self) -> Self {
+        Self { run: self.run.clone(), part: Part { uncancellable: true, ..self.part } }
+    }
+
+    /// The process's compensation: a scope of its own, in which operations run although the process was cancelled,
+    /// and whose names may repeat those outside. It serves ordinary rollback as well.
+    ///
+    /// A step that fails, times out or is cancelled may have had its effect. So what is undone is everything that was
+    /// attempted, by [its key](Self::key), and not only what has returned.
+    ///
+    /// ```
+    /// # use durable_core::*;
+    /// # use durable_core::testing::run_process;
+    /// # async fn hold(_key: uuid::Uuid, _cents: u64) -> Result<(), Failure> { Ok(()) }
+    /// # async fn ship() -> Result<(), Failure> { Err(Failure::new("out of stock")) }
+    /// # async fn release(_key: uuid::Uuid) -> Result<(), Failure> { Ok(()) }
+    /// # let result = run_process(|proc| async move {
+    /// let done = async {
+    ///     proc.step("hold", |attempt: Attempt| hold(attempt.key(), 100)).await?;
+    ///     proc.step("ship", ship).await
+    /// };
+    /// if let Err(error) = done.await {
+    ///     // Failed or cancelled, in either step: give the money back, if it was taken.
+    ///     proc.compensation().step("release", || release(proc.key("hold"))).await?;
     ///     return Err(error.into());
     /// }
     /// # Ok::<_, Failure>(())
@@ -330,11 +370,11 @@ impl Process {
     /// # assert_eq!(result.unwrap_err().to_string(), "out of stock");
     /// ```
     pub fn compensation(&self) -> Self {
-        Self { run: self.run.clone(), scope: Scope::Compensation }
+        Self { run: self.run.clone(), part: Part { scope: Scope::Compensation, uncancellable: true } }
     }
 
-    pub(crate) fn scope(&self) -> Scope {
-        self.scope
+    pub(crate) fn part(&self) -> Part {
+        self.part
     }
 }
 

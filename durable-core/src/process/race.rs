@@ -106,7 +106,7 @@ struct Finished {
 impl<'p, T: Send + 'p> Race<'p, T> {
     #[track_caller]
     pub(super) fn new(process: &'p Process, name: Name) -> Self {
-        let operation = Operation::new(&process.run, process.scope(), &name, OpKind::Race, Location::caller());
+        let operation = Operation::new(&process.run, process.part(), &name, OpKind::Race, Location::caller());
         Self { operation, members: Vec::new() }
     }
 
@@ -329,7 +329,7 @@ where
 
     #[allow(private_interfaces)]
     fn join(self) -> (Label, Option<Due>, Contend<'p>) {
-        let key = self.key();
+        let label = Label::new(self.kind, &self.key());
         let contend: Contend<'p> = Box::new(move |race, _| {
             Box::pin(async move {
                 let (end, awaited) = self.ended(&race).await?;
@@ -337,7 +337,7 @@ where
                 Ok(Won { awaited, ..won(payload::encode_record(&EndOf { id, end })) })
             })
         });
-        (Label::new(&key.name, &key.key), None, contend)
+        (label, None, contend)
     }
 
     fn decode(payload: &str) -> Result<Self::Output, String> {

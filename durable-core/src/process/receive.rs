@@ -13,7 +13,7 @@ use super::Process;
 use super::delay::due_after;
 use crate::definition::Event;
 use crate::engine::operation::{Begun, Operation, Write};
-use crate::engine::run::{At, Run, State, WaitFor};
+use crate::engine::run::{At, Part, Run, State, WaitFor};
 use crate::error::Cancelled;
 use crate::payload;
 use crate::storage::{EventRow, OpKind, RecordKey, RecordState, Scope};
@@ -22,7 +22,7 @@ use crate::storage::{EventRow, OpKind, RecordKey, RecordState, Scope};
 #[must_use = "nothing happens before it is awaited"]
 pub struct Receive<'p, T, O> {
     pub(super) run: Arc<Run>,
-    pub(super) scope: Scope,
+    part: Part,
     pub(super) name: &'static str,
     pub(super) at: At,
     timeout: Option<Duration>,
@@ -48,7 +48,7 @@ impl<'p, T> Receive<'p, T, T> {
     pub(super) fn new(process: &'p Process, event: Event<T>) -> Self {
         Self {
             run: process.run.clone(),
-            scope: process.scope(),
+            part: process.part(),
             name: event.name(),
             at: Location::caller(),
             timeout: None,
@@ -60,8 +60,8 @@ impl<'p, T> Receive<'p, T, T> {
     /// Gives up after this time, by the database's clock, counted from the first poll: `None` then, which is a
     /// completed receive that took no message. The deadline is recorded, so a crash does not prolong it.
     pub fn timeout(self, after: Duration) -> Receive<'p, T, Option<T>> {
-        let Self { run, scope, name, at, .. } = self;
-        Receive { run, scope, name, at, timeout: Some(after), finish: Some, types: PhantomData }
+        let Self { run, part, name, at, .. } = self;
+        Receive { run, part, name, at, timeout: Some(after), finish: Some, types: PhantomData }
     }
 }
 
@@ -73,8 +73,13 @@ pub(super) struct Place {
 }
 
 /// The key of the k-th receive of an event.
+fn numbered(k: u32) -> String {
+    format!("#{k}")
+}
+
+/// The place of its record.
 fn key(scope: Scope, name: &str, k: u32) -> RecordKey {
-    RecordKey { scope, name: name.into(), key: format!("#{k}").into() }
+    RecordKey { scope, name: name.into(), key: numbered(k).into() }
 }
 
 /// A race has returned what the record of the k-th receive of an event holds.
@@ -160,13 +165,13 @@ where
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            let Self { run, scope, name, at, timeout, finish, .. } = self;
+            let Self { run, part, name, at, timeout, finish, .. } = self;
             if !run.admits(format_args!("the receive of {name:?}"), at) {
                 return std::future::pending().await;
             }
             loop {
                 let Some(place) = Place::take(&run, name, at) else { return std::future::pending().await };
-                let mut operation = Operation::with_key(&run, key(scope, name, place.k), OpKind::Event, at);
+                let mut operation = Operation::with_key(&run, part, name, &numbered(place.k), OpKind::Event, at);
                 let received = receive(&mut operation, name, timeout).await?;
                 let message = match &received {
                     Received::Message(json) => match payload::decode::<T>(json.get()) {

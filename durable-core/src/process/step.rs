@@ -16,13 +16,13 @@ use uuid::Uuid;
 use super::Process;
 use super::delay::due_after;
 use crate::engine::operation::{Begun, Operation, Write};
-use crate::engine::run::{Run, WaitFor};
+use crate::engine::run::WaitFor;
 use crate::engine::wake::{Context, Inside};
 use crate::error::{Cancelled, Failure, StepError};
 use crate::name::Name;
 use crate::payload;
 use crate::retry::Retry;
-use crate::storage::{OpKind, Record, RecordKey, RecordState, RunId, Scope};
+use crate::storage::{OpKind, Record, RecordKey, RecordState, RunId};
 
 /// One attempt of a step, as its closure sees it.
 #[derive(Clone, Debug)]
@@ -189,7 +189,7 @@ pub(super) struct Options<'p, E> {
 impl<'p, F: Attempts<M>, M> Step<'p, F, M, Typed> {
     #[track_caller]
     pub(super) fn new(process: &'p Process, name: Name, attempts: F) -> Self {
-        let operation = Operation::new(&process.run, process.scope(), &name, OpKind::Step, Location::caller());
+        let operation = Operation::new(&process.run, process.part(), &name, OpKind::Step, Location::caller());
         Self { operation, attempts, options: Options::new(), types: PhantomData }
     }
 
@@ -242,7 +242,7 @@ where
         let (run, key) = (&operation.run, &operation.key);
         let mut failed = 0;
         loop {
-            let (error, worth) = match attempt(run, key, key, failed + 1, options.timeout, &mut attempts).await? {
+            let (error, worth) = match attempt(race, key, key, failed + 1, options.timeout, &mut attempts).await? {
                 Attempted::Ok(value) => return Ok(Ok(value)),
                 Attempted::Err(error) => options.judge::<R>(error),
                 Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
@@ -315,7 +315,7 @@ where
     };
     loop {
         let number = failed + 1;
-        let made = attempt(&operation.run, &operation.key, &identity, number, options.timeout, &mut attempts);
+        let made = attempt(&operation, &operation.key, &identity, number, options.timeout, &mut attempts);
         let (error, worth) = match made.await? {
             Attempted::Ok(value) => {
                 let (payload, value) = match payload::encode_back(value) {
@@ -458,7 +458,7 @@ pub(super) enum Attempted<T, E> {
 
 /// Makes one attempt. Fails when the process is cancelled meanwhile; the attempt is dropped then.
 pub(super) async fn attempt<F, M>(
-    run: &Arc<Run>,
+    operation: &Operation,
     key: &RecordKey,
     identity: &RecordKey,
     number: u32,
@@ -468,7 +468,7 @@ pub(super) async fn attempt<F, M>(
 where
     F: Attempts<M>,
 {
-    let underway = Underway::begin(run, key.scope).await?;
+    let underway = Underway::begin(operation).await?;
     attempt_within(underway, Inside::Step, key, identity, number, timeout, attempts).await
 }
 
@@ -485,7 +485,8 @@ pub(super) async fn attempt_within<F, M>(
 where
     F: Attempts<M>,
 {
-    let (run, scope) = (underway.run, key.scope);
+    let run = &underway.operation.run;
+    let part = underway.operation.part();
     let span = tracing::debug_span!("step", id = %run.id, kind = %run.kind, run = %run.run, name = %key.name, key = %key.key, attempt = number);
     let attempt = Attempt { number, run: run.run, identity: identity.clone(), cancel: underway.cancel.clone() };
     let user = {
@@ -513,7 +514,7 @@ where
             if state.is_ending() {
                 return Poll::Pending;
             }
-            match state.cancelled(scope) {
+            match state.cancelled(part) {
                 Some(true) => return Poll::Ready(Err(Cancelled)),
                 // The cancellation's record may have to wait for the database, and that for the transaction.
                 None if inside == Inside::Transaction => return Poll::Ready(Err(Cancelled)),
@@ -551,21 +552,22 @@ where
 /// An attempt that is under way: counted, so that a stopping host lets it end; its token is signalled when it is given
 /// up.
 pub(super) struct Underway<'r> {
-    run: &'r Arc<Run>,
+    operation: &'r Operation,
     cancel: CancelToken,
     ended: bool,
 }
 
 impl<'r> Underway<'r> {
     /// Waits until an attempt may begin.
-    pub(super) async fn begin(run: &'r Arc<Run>, scope: Scope) -> Result<Self, Cancelled> {
+    pub(super) async fn begin(operation: &'r Operation) -> Result<Self, Cancelled> {
+        let (run, part) = (&operation.run, operation.part());
         // Another instance may be taking over: what begins now might run twice.
         run.core.live.fresh().await;
         crate::engine::operation::wait_until(run, WaitFor::Engine, None, |state, _| {
             if state.stopping {
                 return None;
             }
-            match state.cancelled(scope)? {
+            match state.cancelled(part)? {
                 true => Some(Err(Cancelled)),
                 false => {
                     state.steps += 1;
@@ -574,7 +576,7 @@ impl<'r> Underway<'r> {
             }
         })
         .await?;
-        Ok(Self { run, cancel: CancelToken::default(), ended: false })
+        Ok(Self { operation, cancel: CancelToken::default(), ended: false })
     }
 }
 
@@ -584,6 +586,6 @@ impl Drop for Underway<'_> {
             self.cancel.0.given_up.store(true, Ordering::Release);
             self.cancel.0.told.notify_waiters();
         }
-        self.run.state().steps -= 1;
+        self.operation.run.state().steps -= 1;
     }
 }

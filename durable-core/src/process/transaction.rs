@@ -102,7 +102,7 @@ impl<'p, S: Transactional, F: Statements<S::Tx>> Transaction<'p, S, F, Typed> {
     pub fn new(process: &'p Process, name: impl Into<Name>, statements: F) -> Self {
         let name = name.into();
         let at = Location::caller();
-        let operation = Operation::new(&process.run, process.scope(), &name, OpKind::Transaction, at);
+        let operation = Operation::new(&process.run, process.part(), &name, OpKind::Transaction, at);
         Self { operation, statements, options: Options::new(), types: PhantomData }
     }
 
@@ -284,7 +284,7 @@ where
     R: Recording<F::Err>,
 {
     let (run, key) = (&operation.run, &operation.key);
-    let underway = Underway::begin(run, key.scope).await?;
+    let underway = Underway::begin(operation).await?;
     // A host that stops lets it come to its commit.
     let _counted = Counted::new(run);
     let Open { tx, ending } = match open::<S>(run, deadline).await {
@@ -349,7 +349,7 @@ async fn commit<S: Transactional, T, E>(
     let (record, _) = operation.record_op(Write { attempts, ..Write::done(payload) });
     let given_up = {
         let mut state = run.state();
-        let cancelled = state.cancelled(key.scope) != Some(false);
+        let cancelled = state.cancelled(operation.part()) != Some(false);
         let name = state.names.of(key);
         // Or its watchdog has just given it up, and records that.
         let given_up = cancelled || name.recording;
@@ -506,6 +506,7 @@ impl Watchdog {
         let error = (StepError::<E>::TimedOut(deadline), true);
         let at = due_after(run.core.clock.now(), after);
         let attempt = FailedAttempt::new(operation, identity, retry, failed, error, at)?;
+        let part = operation.part();
         let (record, places) = operation.record_op(attempt.write);
         Ok(Self(tokio::spawn(async move {
             tokio::time::sleep(after).await;
@@ -518,7 +519,7 @@ impl Watchdog {
                 }
                 // From now on its commit does not begin.
                 state.names.of(key).recording = true;
-                state.cancelled(key.scope) != Some(false)
+                state.cancelled(part) != Some(false)
             };
             tracing::warn!(id = %run.id, run = %run.run, "the transaction {key} is open beyond its deadline and its future is not polled; that is a failed attempt, and the process is resumed from its records");
             if !cancelled {

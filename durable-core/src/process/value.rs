@@ -23,7 +23,7 @@ pub struct Get<'p, T, F> {
 impl<'p, T, F> Get<'p, T, F> {
     #[track_caller]
     pub(super) fn new(process: &'p Process, name: Name, make: F) -> Self {
-        let operation = Operation::new(&process.run, process.scope(), &name, OpKind::Value, Location::caller());
+        let operation = Operation::new(&process.run, process.part(), &name, OpKind::Value, Location::caller());
         Self { operation, make, value: PhantomData }
     }
 }
@@ -71,7 +71,7 @@ pub struct Set<'p, T> {
 impl<'p, T: Serialize> Set<'p, T> {
     #[track_caller]
     pub(super) fn new(process: &'p Process, name: Name, value: T) -> Self {
-        let operation = Operation::new(&process.run, process.scope(), &name, OpKind::Value, Location::caller());
+        let operation = Operation::new(&process.run, process.part(), &name, OpKind::Value, Location::caller());
         Self { operation, payload: payload::encode(&value), value: PhantomData }
     }
 }

@@ -86,6 +86,8 @@ pub enum Op {
         run: RunId,
         /// Its claim.
         claim: i64,
+        /// The place of this among its records.
+        seq: i32,
     },
     /// The owner has read all signals up to this number → [`Outcome::Recorded`].
     Seen {
@@ -177,6 +179,8 @@ pub struct RecordOp {
     pub replaces: bool,
     /// JSON text. A record with an effect gets its payload from the effect's outcome instead.
     pub payload: Box<str>,
+    /// The run's cancellation does not reach the operation: in a compensation, or behind a point of no return.
+    pub shielded: bool,
     /// Attempts that failed so far.
     pub attempts: i32,
     /// Its place among all records that the run has sent: with the claim it names this very write.

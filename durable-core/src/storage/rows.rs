@@ -249,6 +249,8 @@ pub struct ProcessRow {
     pub cancel_requested_at: Option<DateTime<Utc>>,
     /// When its owner recorded that the run is cancelled.
     pub cancelled_at: Option<DateTime<Utc>>,
+    /// The place of that among the run's records.
+    pub cancelled_seq: Option<i32>,
     /// Records that the function, when it ended, had never asked for, in words.
     pub unasked: Option<Box<str>>,
     /// When it was started.

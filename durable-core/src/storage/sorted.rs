@@ -29,7 +29,7 @@ pub struct Sorted<'b> {
     /// Who waits, and for what: an id, or a run of it.
     pub awaits: Vec<(usize, (RunId, &'b str, Option<RunId>))>,
     /// Cancellations that owners record.
-    pub accepts: Vec<(usize, From)>,
+    pub accepts: Vec<(usize, (From, i32))>,
     /// Signals that owners have read: up to this number.
     pub seen: Vec<(usize, (From, i64))>,
     /// Ends.
@@ -65,7 +65,7 @@ impl<'b> Sorted<'b> {
                     }
                 }
                 Op::Await { run, id, target } => sorted.awaits.push((at, (*run, id, *target))),
-                Op::AcceptCancel { run, claim } => sorted.accepts.push((at, (*run, *claim))),
+                Op::AcceptCancel { run, claim, seq } => sorted.accepts.push((at, ((*run, *claim), *seq))),
                 Op::Seen { run, claim, signals } => sorted.seen.push((at, ((*run, *claim), *signals))),
                 Op::Finish(finish) => sorted.finishes.push((at, finish)),
                 Op::Park(park) => sorted.parks.push((at, park)),
@@ -84,7 +84,7 @@ impl<'b> Sorted<'b> {
 
     /// The runs whose rows the instance changes as their owner.
     pub fn owned(&self) -> Vec<RunId> {
-        let runs = self.accepts.iter().map(|(_, (run, _))| *run);
+        let runs = self.accepts.iter().map(|(_, ((run, _), _))| *run);
         let runs = runs.chain(self.seen.iter().map(|(_, ((run, _), _))| *run));
         let runs = runs.chain(self.finishes.iter().map(|(_, finish)| finish.run));
         runs.chain(self.parks.iter().map(|(_, park)| park.run)).collect()

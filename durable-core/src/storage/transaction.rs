@@ -98,7 +98,7 @@ pub fn source<'e, T: Error + 'static>(error: &'e (dyn Error + 'static)) -> Optio
 #[async_trait]
 pub trait Ending: Send + Sync {
     /// Writes the record and commits, as one with what the closure did, **if** the instance is not fenced, owns the run
-    /// under the record's claim, and, unless the record belongs to the compensation, the run is not cancelled; all of
+    /// under the record's claim, and, unless the record is [shielded](RecordOp::shielded), the run is not cancelled; all of
     /// that is checked under locks that the commit lets go of.
     ///
     /// After [`StorageError::Unknown`](super::StorageError::Unknown) ask [`Transactional::settled`]. Whatever the

@@ -186,7 +186,7 @@ fn owned(
     outcomes: &mut [Option<Outcome>],
 ) {
     let plain = |run: &RunId| Some(if made.contains(run) { Outcome::Recorded } else { Outcome::Lost });
-    for (at, (run, _)) in &sorted.accepts {
+    for (at, ((run, _), _)) in &sorted.accepts {
         outcomes[*at] = plain(run);
     }
     for (at, ((run, _), _)) in &sorted.seen {

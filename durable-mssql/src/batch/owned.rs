@@ -41,10 +41,13 @@ fn accept(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     if sorted.accepts.is_empty() {
         return;
     }
-    let mut table = Table::new(&[("run", Column::Id), ("claim", Column::Number)]);
-    sorted.accepts.iter().for_each(|(_, (run, claim))| table.row([(*run).into(), (*claim).into()]));
+    let mut table = Table::new(&[("run", Column::Id), ("claim", Column::Number), ("seq", Column::Number)]);
+    for (_, ((run, claim), seq)) in &sorted.accepts {
+        table.row([(*run).into(), (*claim).into(), i64::from(*seq).into()]);
+    }
     let j = table.named(sql, "j");
-    change(sql, of, &j, "cancelled_at = COALESCE(p.cancelled_at, @now)", "");
+    let set = "cancelled_at = COALESCE(p.cancelled_at, @now), cancelled_seq = COALESCE(p.cancelled_seq, j.seq)";
+    change(sql, of, &j, set, "");
 }
 
 /// Signals that owners have read.

@@ -220,16 +220,18 @@ pub(super) fn awaited(sql: &mut Sql, of: &Of<'_>, records: &[(usize, &RecordOp)]
 }
 
 /// Cancellations that owners record.
-pub(super) fn accepted(sql: &mut Sql, of: &Of<'_>, accepts: &[(usize, (RunId, i64))], gate: &str) -> String {
+pub(super) fn accepted(sql: &mut Sql, of: &Of<'_>, accepts: &[(usize, ((RunId, i64), i32))], gate: &str) -> String {
     let me = sql.bind(of.instance);
     let each = || accepts.iter().map(|(_, accept)| *accept);
     let j = sql
         .rows()
-        .column("run", each().map(|(run, _)| run.0))
-        .column("claim", each().map(|(_, claim)| claim))
+        .column("run", each().map(|((run, _), _)| run.0))
+        .column("claim", each().map(|((_, claim), _)| claim))
+        .column("seq", each().map(|(_, seq)| seq))
         .named("j");
     format!(
-        "UPDATE {of}.processes p SET cancelled_at = coalesce(p.cancelled_at, now())
+        "UPDATE {of}.processes p SET cancelled_at = coalesce(p.cancelled_at, now()),
+             cancelled_seq = coalesce(p.cancelled_seq, j.seq)
          FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner IS NOT DISTINCT FROM {me} AND {gate} RETURNING p.run"
     )
 }

@@ -118,7 +118,7 @@ pub(super) async fn owned(
     let missing: Vec<RunId> = sorted.owned().into_iter().filter(|run| !made.contains(run)).collect();
     let states = if missing.is_empty() { HashMap::new() } else { states(connection, of, missing).await? };
     let plain = |run: &RunId| if made.contains(run) { Outcome::Recorded } else { Outcome::Lost };
-    for (at, (run, _)) in &sorted.accepts {
+    for (at, ((run, _), _)) in &sorted.accepts {
         note(*at, plain(run));
     }
     for (at, ((run, _), _)) in &sorted.seen {

@@ -43,9 +43,9 @@ impl Plan<'_> {
         let mut seen = (Vec::new(), Rows::default());
         for (index, op) in self.ops() {
             match op {
-                Op::AcceptCancel { run, claim } => {
+                Op::AcceptCancel { run, claim, seq } => {
                     accept.0.push((index, *run));
-                    accept.1.push(cells![run.0, *claim]);
+                    accept.1.push(cells![run.0, *claim, i64::from(*seq)]);
                 }
                 Op::Seen { run, claim, signals } => {
                     seen.0.push((index, *run));
@@ -55,13 +55,15 @@ impl Plan<'_> {
             }
         }
         if !accept.0.is_empty() {
+            let rows = accept.1.arg();
             let answers = self.script.add(
                 &format!(
-                    "UPDATE durable_processes SET cancelled_at = coalesce(cancelled_at, {NOW}) WHERE {FENCED}
-                         AND +owner IS ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))
+                    "UPDATE durable_processes SET cancelled_at = coalesce(cancelled_at, {NOW}), cancelled_seq =
+                             coalesce(cancelled_seq, (SELECT value->>2 FROM jsonb_each(?) WHERE value->>0 = run))
+                     WHERE {FENCED} AND +owner IS ? AND (run, claim) IN (SELECT value->>0, value->>1 FROM jsonb_each(?))
                      RETURNING run"
                 ),
-                [instance.clone(), generation.clone(), instance.clone(), accept.1.arg()],
+                [rows.clone(), instance.clone(), generation.clone(), instance.clone(), rows],
             );
             self.parts.push(Part::Owned { at: accept.0, answers });
         }

@@ -336,11 +336,13 @@ mod cases {
     /// The bytes that commit wait in some buffer while the answer is given up and the record looked for in vain. They arrive
     /// while the closure runs again, which sees what they have done.
     pub(super) async fn a_commit_that_arrives_late_is_the_only_one() {
-        for retry in [Retry::fixed(Duration::from_millis(10)).max_attempts(1), Retry::fixed(Duration::from_millis(10))] {
+        for retry in [Retry::fixed(Duration::from_millis(10)).max_attempts(1), Retry::fixed(Duration::from_millis(10))]
+        {
             let backend = bank().await;
             let proxy = Arc::new(Proxy::before(backend.url()).await);
             let ms = Duration::from_millis;
-            let storage = Postgres::connect(&proxy.url).schema(backend.name()).statement_timeout(ms(500), ms(500)).await;
+            let storage =
+                Postgres::connect(&proxy.url).schema(backend.name()).statement_timeout(ms(500), ms(500)).await;
             let calls = Effects::default();
             let debit = {
                 let (calls, proxy) = (calls.clone(), proxy.clone());
@@ -373,7 +375,8 @@ mod cases {
 
     /// The same, whichever way it came to stand.
     pub(super) async fn a_record_that_stands_is_no_failure() {
-        for retry in [Retry::fixed(Duration::from_millis(10)).max_attempts(1), Retry::fixed(Duration::from_millis(10))] {
+        for retry in [Retry::fixed(Duration::from_millis(10)).max_attempts(1), Retry::fixed(Duration::from_millis(10))]
+        {
             let backend = bank().await;
             let calls = Effects::default();
             let (counted, schema, url) = (calls.clone(), backend.name().to_owned(), backend.url().to_owned());

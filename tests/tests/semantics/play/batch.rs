@@ -85,6 +85,7 @@ impl Play {
                     // What stands there is judged the same, whether the engine knew of it or not.
                     replaces: there.is_some() && *state == RecordState::Done,
                     payload: format!("{{\"by\" : {by}}}").into(),
+                    shielded: false,
                     attempts: i32::from(*state == RecordState::Pending),
                     seq: *seq,
                     takes: takes.map(number),
@@ -106,7 +107,7 @@ impl Play {
             }
             Draft::AcceptCancel(run, claim) => {
                 let run = self.run(by, *run);
-                Op::AcceptCancel { run, claim: self.claim(run) + claim.0 }
+                Op::AcceptCancel { run, claim: self.claim(run) + claim.0, seq: i32::try_from(by).unwrap_or(0) }
             }
             Draft::Seen(run, claim, signals) => {
                 let run = self.run(by, *run);
