@@ -49,7 +49,7 @@ impl Postgres {
 
     fn steps(&self) -> String {
         format!(
-            "INSERT INTO {}.steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)",
+            "INSERT INTO {}.steps (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)",
             self.schema
         )
     }
@@ -63,7 +63,7 @@ impl Raw for Postgres {
 
     async fn single(&mut self, commits: usize) -> Result<Vec<Duration>, Error> {
         let sql =
-            format!("{} VALUES ($1, 0, 'step', $2, 'step', 'done', '12345', 0, 1, clock_timestamp())", self.steps());
+            format!("{} VALUES ($1, 0, 'step', $2, 'step', 'done', '12345', 0, 1, 1, clock_timestamp())", self.steps());
         let run = self.run()?;
         let mut times = Vec::with_capacity(commits);
         for n in 0..commits {
@@ -86,7 +86,7 @@ impl Raw for Postgres {
                      clock_timestamp(), clock_timestamp() FROM unnest($2::uuid[], $3::text[]) AS s (run, id)),
              recorded AS (
                  {record}
-                 SELECT run, 0, 'step', key, 'step', 'done', payload::json, 0, 1, clock_timestamp()
+                 SELECT run, 0, 'step', key, 'step', 'done', payload::json, 0, 1, 1, clock_timestamp()
                  FROM unnest($4::uuid[], $5::text[], $6::text[]) AS r (run, key, payload))
              UPDATE {schema}.processes SET status = 'completed', output = '5', owner = NULL,
                  status_at = clock_timestamp(), finished_at = clock_timestamp() WHERE run = ANY ($7::uuid[])"
@@ -126,7 +126,7 @@ impl Raw for Postgres {
     async fn transactions(&mut self, account: usize, transactions: usize) -> Result<Duration, Error> {
         let update = format!("UPDATE {}.accounts SET cents = cents - 1 WHERE account = $1", self.schema);
         let insert = format!(
-            "{} VALUES ($1, 0, 'step', $2, 'transaction', 'done', '12345', 0, 1, clock_timestamp())",
+            "{} VALUES ($1, 0, 'step', $2, 'transaction', 'done', '12345', 0, 1, 1, clock_timestamp())",
             self.steps()
         );
         let (run, account) = (self.run()?, i64::try_from(account)?);
@@ -151,7 +151,7 @@ impl Raw for Postgres {
             "{insert}, finished_at, output)
              SELECT run, 'default', 'old-' || n, true, 'steps', 'completed', NULL, 1, 0, NULL, 0, false, false, '5',
                  'digest', now(), now(), now(), '5' FROM ({series}) AS s;
-             {record} SELECT run, 0, 'step', '0', 'step', 'done', '12345', 0, 1, now() FROM ({series}) AS s"
+             {record} SELECT run, 0, 'step', '0', 'step', 'done', '12345', 0, 1, 1, now() FROM ({series}) AS s"
         );
         self.connection.execute(AssertSqlSafe(sql)).await?;
         let vacuum = format!("VACUUM ANALYZE {schema}.processes, {schema}.steps");

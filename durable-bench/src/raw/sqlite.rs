@@ -45,7 +45,7 @@ const PROCESSES: &str =
     "INSERT INTO durable_processes (run, namespace, id, current, kind, status, owner, claim, calm_claim,
      wake_at, signals, signalled, input, input_digest, created_at, status_at";
 const STEPS: &str =
-    "INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, claim, recorded_at)";
+    "INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, seq, claim, recorded_at)";
 
 #[async_trait]
 impl Raw for Sqlite {
@@ -56,7 +56,7 @@ impl Raw for Sqlite {
     async fn single(&mut self, commits: usize) -> Result<Vec<Duration>, Error> {
         let sql = format!(
             "{STEPS}
-             VALUES (?, 0, 'step', ?, 'step', 'done', '12345', 0, 1, {NOW})"
+             VALUES (?, 0, 'step', ?, 'step', 'done', '12345', 0, 1, 1, {NOW})"
         );
         let run = self.run();
         let mut times = Vec::with_capacity(commits);
@@ -76,7 +76,7 @@ impl Raw for Sqlite {
              SELECT value->>0, 'default', value->>1, 1, 'steps', 'running', 'me', 1, 0, NULL, 0, 0, '5', 'digest',
                  {NOW}, {NOW} FROM json_each(?);
              {STEPS}
-             SELECT value->>0, 0, 'step', value->>1, 'step', 'done', value->>2, 0, 1, {NOW} FROM json_each(?);
+             SELECT value->>0, 0, 'step', value->>1, 'step', 'done', value->>2, 0, 1, 1, {NOW} FROM json_each(?);
              UPDATE durable_processes SET status = 'completed', output = '5', owner = NULL, status_at = {NOW},
                  finished_at = {NOW} WHERE run IN (SELECT value->>0 FROM json_each(?));
              COMMIT"
@@ -112,7 +112,7 @@ impl Raw for Sqlite {
     }
 
     async fn transactions(&mut self, account: usize, transactions: usize) -> Result<Duration, Error> {
-        let sql = format!("{STEPS} VALUES (?, 0, 'step', ?, 'transaction', 'done', '12345', 0, 1, {NOW})");
+        let sql = format!("{STEPS} VALUES (?, 0, 'step', ?, 'transaction', 'done', '12345', 0, 1, 1, {NOW})");
         let run = self.run();
         let started = Instant::now();
         for n in 0..transactions {
@@ -136,7 +136,7 @@ impl Raw for Sqlite {
              {PROCESSES}, finished_at, output) {series}
              SELECT run, 'default', 'old-' || n, 1, 'steps', 'completed', NULL, 1, 0, NULL, 0, 0, '5', 'digest',
                  {NOW}, {NOW}, {NOW}, '5' FROM r;
-             {STEPS} {series} SELECT run, 0, 'step', '0', 'step', 'done', '12345', 0, 1, {NOW} FROM r;
+             {STEPS} {series} SELECT run, 0, 'step', '0', 'step', 'done', '12345', 0, 1, 1, {NOW} FROM r;
              COMMIT; ANALYZE; PRAGMA wal_checkpoint(TRUNCATE)"
         );
         self.connection.execute(AssertSqlSafe(sql)).await?;

@@ -43,6 +43,11 @@ use crate::storage::{RecordKey, RunId, Scope};
 /// deterministic enough to ask for the same names; their order does not matter, and they may run concurrently
 /// (`tokio::join!`, `FuturesUnordered`).
 ///
+/// A resumed execution begins nothing before the function has asked for everything that was recorded. If it waits, or
+/// ends, without having asked for a record (a step was renamed without [`was`](Step::was), or removed; an older program
+/// runs a newer process), the process becomes *stuck* before anything happens. A cancellation arrives where the function
+/// waits, so the same rollback runs in memory and after a crash.
+///
 /// Losing the database, the lease or the host never shows up as an error here: the function is dropped at an await
 /// and runs again later. The exception is cancellation, which is asked for.
 ///
@@ -157,7 +162,8 @@ impl Process {
     /// A recorded value: `f` makes it at the first time; from then on, and after a crash, it is the last committed
     /// value of its name, be it one that [`set`](Self::set) wrote further down.
     ///
-    /// Not a place for side effects: `f` may run again if the program dies before the value is committed.
+    /// Not a place for side effects: `f` may run again if the program dies before the value is committed. A value is
+    /// nothing that a process waits for, so a cancellation does not reach it.
     ///
     /// ```
     /// # use durable_core::*;
@@ -185,8 +191,9 @@ impl Process {
     /// A durable variable: overwrites the value of its name and returns once that is committed.
     ///
     /// # After a crash
-    /// Without a key it runs, and writes, again; so a function that resumes passes through the values that it set
-    /// before. With a key (`("progress", n)`) it is written once for each key, and a plain `get` does not see it.
+    /// Without a key it runs again, so a function that resumes passes through the values that it set before; what it set
+    /// last is written if it differs from what is recorded, before anything else begins. With a key (`("progress", n)`) it
+    /// is written once for each key, and a plain `get` does not see it. A cancellation does not reach it.
     #[track_caller]
     pub fn set<'p, T>(&'p self, name: impl Into<Name>, value: T) -> Set<'p, T>
     where
