@@ -359,7 +359,7 @@ impl Ledger {
         let payload = match (&record.effect, outcome) {
             (Some(Effect::Spawn(spawn)), Outcome::Spawned(spawned)) => {
                 self.spawned(me, spawn, spawned.run, spawned.existed, wrong);
-                spawned.to_json().into()
+                spawned.to_json(&record.payload).into()
             }
             (Some(Effect::Raise(raise)), Outcome::Raised(raised)) => {
                 self.raised(&raise.name, &raise.event_id, &raise.payload, *raised, wrong);

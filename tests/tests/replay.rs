@@ -38,6 +38,7 @@ on_each_backend!(
     what_else_it_awaits_is_given_a_moment,
     it_is_told_whether_it_replays,
     a_future_that_is_held_while_others_are_polled,
+    what_a_start_came_to_is_judged_once,
     many_at_once,
 );
 
@@ -710,6 +711,35 @@ async fn a_future_that_is_held_while_others_are_polled<B: Backend>() {
     handle.raise(GO, &1).await.unwrap();
     assert_eq!(handle.output().await.unwrap(), 3);
     assert_eq!(deploy.effects.count("charge"), 2);
+}
+
+/// A later version of the code, or the order of a set, would give the child another input; and an error stays one.
+async fn what_a_start_came_to_is_judged_once<B: Backend>() {
+    const OTHER: Definition<u32, u32> = Definition::new("other");
+    let starts = |input: u32| {
+        move |effects: Effects, proc: Process| async move {
+            let mut came = Vec::new();
+            came.push(proc.spawn(OTHER, "mine", &input).await.map(|child| child.run()));
+            came.push(proc.spawn(OTHER, "there", &(input + 1)).await.map(|child| child.run()));
+            came.push(proc.spawn(OTHER, "there too", &(input + 1)).existing_ok().await.map(|child| child.run()));
+            effects.add(format!("{came:?}"));
+            Ok(proc.event(GO).await?)
+        }
+    };
+    let mut deploy = Deploy::<B> { backend: B::new().await, effects: Effects::default(), host: None };
+    deploy.then(starts(1)).await;
+    for id in ["there", "there too"] {
+        deploy.host().spawn(OTHER, id, &7).await.unwrap();
+    }
+    let handle = deploy.host().spawn(IT, "it", &()).await.unwrap();
+    until("it is parked", async || handle.status().await.unwrap().waiting_for.is_some()).await;
+    let handle = deploy.then(starts(6)).await;
+    handle.raise(GO, &1).await.unwrap();
+    handle.output().await.unwrap();
+    let all = deploy.effects.all();
+    assert_eq!(all.len(), 2);
+    assert_eq!(all[0], all[1]);
+    assert!(all[0].starts_with("[Ok(") && all[0].contains("Err(OtherInput { id: \"there\" }), Ok("), "{}", all[0]);
 }
 
 /// A thousand that were recorded at the same time.

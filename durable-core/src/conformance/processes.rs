@@ -150,13 +150,20 @@ pub async fn a_durable_start_and_its_record<S: Subject>(subject: &S) {
     let child = spawn("child");
     assert_eq!(other.one(Op::Record(start(&child))).await, Outcome::Lost);
     assert_eq!(storage.find(NAMESPACE, "child", None).await.unwrap(), None, "no record, no child");
-    for (start, expected) in
-        [(start(&child), spawned(&child, false)), (start(&spawn("existing")), spawned(&existing, true))]
-    {
+    let there = spawned(&existing, true);
+    // Asked for with this input, with another one, and with any.
+    let asked = |digest: &str| crate::storage::RecordOp { payload: digest.into(), ..start(&spawn("existing")) };
+    for (start, expected, other) in [
+        (start(&child), spawned(&child, false), "false"),
+        (asked(&existing.digest), there.clone(), "false"),
+        (asked("another"), there.clone(), "true"),
+        (asked(""), there, "false"),
+    ] {
         for _ in 0..2 {
             assert_eq!(owner.one(Op::Record(start.clone())).await, Outcome::Spawned(expected.clone()));
             let payload = storage.record(parent, &start.key).await.unwrap().unwrap().payload;
-            assert_eq!(payload, expected.to_json());
+            assert_eq!(payload, expected.to_json(&start.payload));
+            assert!(payload.ends_with(&format!("\"other_input\":{other}}}")), "{payload}");
         }
     }
 }

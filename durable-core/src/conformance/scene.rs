@@ -167,7 +167,11 @@ pub fn record(run: RunId, claim: i64, key: RecordKey) -> RecordOp {
 
 /// A record with an effect.
 pub fn with_effect(run: RunId, op: OpKind, effect: Effect) -> RecordOp {
-    RecordOp { op, effect: Some(effect), ..record(run, 1, key("effect", &Uuid::now_v7().to_string())) }
+    let payload = match &effect {
+        Effect::Spawn(spawn) => spawn.digest.clone(),
+        Effect::Raise(_) => "".into(),
+    };
+    RecordOp { op, payload, effect: Some(effect), ..record(run, 1, key("effect", &Uuid::now_v7().to_string())) }
 }
 
 /// The record that an operation leaves.

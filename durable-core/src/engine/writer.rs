@@ -317,7 +317,7 @@ impl Writer {
                 match (record.effect.take(), outcome) {
                     (Some(Effect::Spawn(spawn)), Outcome::Spawned(spawned)) => {
                         self.spawned(spawn, spawned.existed);
-                        record.payload = spawned.to_json();
+                        record.payload = spawned.to_json(&record.payload);
                     }
                     (Some(Effect::Raise(raise)), Outcome::Raised(raised)) => {
                         self.raised(raise, *raised);

@@ -11,7 +11,7 @@ pub use handle::{Handle, Info, Json, Resume, Send};
 pub use outbox::{OutboxError, RaiseIn, SpawnIn};
 pub use processes::Processes;
 pub use spawn::SpawnProcess;
-pub(crate) use spawn::{check_message, check_spawn, judge_spawned};
+pub(crate) use spawn::{check_message, check_spawn};
 
 use std::future::Future;
 use std::sync::Arc;

@@ -131,13 +131,7 @@ fn check_payload(
 }
 
 /// Whether what has the id now is what was asked for.
-pub(crate) fn judge_spawned(
-    spawned: &Spawned,
-    id: &str,
-    kind: &str,
-    digest: &str,
-    existing_ok: bool,
-) -> Result<(), SpawnError> {
+fn judge_spawned(spawned: &Spawned, id: &str, kind: &str, digest: &str, existing_ok: bool) -> Result<(), SpawnError> {
     if *spawned.kind != *kind {
         return Err(SpawnError::OtherKind { id: id.into(), asked: kind.into(), found: spawned.kind.clone() });
     }

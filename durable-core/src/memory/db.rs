@@ -250,7 +250,7 @@ impl Db {
             }
             Some(Effect::Spawn(spawn)) => {
                 let spawned = self.spawn(me, namespace, spawn, now);
-                (spawned.to_json(), Outcome::Spawned(spawned))
+                (spawned.to_json(&op.payload), Outcome::Spawned(spawned))
             }
         };
         #[cfg(durable_mutations)]

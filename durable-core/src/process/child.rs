@@ -11,10 +11,10 @@ use super::Process;
 use crate::engine::operation::{Begun, Operation, Write};
 use crate::engine::run::{At, Part, Run, WaitFor};
 use crate::error::{OutputError, SpawnError};
-use crate::host::{check_spawn, judge_spawned};
+use crate::host::check_spawn;
 use crate::limits;
 use crate::payload::{self, EncodeError};
-use crate::storage::{Effect, Ended, Op, OpKind, Outcome, RunId, Spawn, Spawned, Status};
+use crate::storage::{Effect, Ended, Op, OpKind, Outcome, RunId, Spawn, SpawnRecord, Status};
 
 /// Another process that a process has started. See [`Process::spawn`].
 #[derive(Debug)]
@@ -118,39 +118,47 @@ async fn spawn(
     input: Result<Box<str>, EncodeError>,
     existing_ok: bool,
     restart_finished: bool,
-) -> Result<(Box<str>, Spawned), SpawnError> {
+) -> Result<(Box<str>, SpawnRecord), SpawnError> {
     let input = check_spawn(&run.core, kind, &id, input)?;
     let id: Box<str> = id.into();
-    let digest = payload::digest(&input);
     let mut operation = Operation::with_key(&run, part, kind, &format!("+{id}"), OpKind::Spawn, at);
-    let spawned = match operation.begin().await? {
-        Begun::Recorded(record) => match payload::decode::<Spawned>(&record.payload) {
-            Ok(spawned) => spawned,
-            Err(why) => return operation.undecodable(&why).await,
-        },
+    let record = match operation.begin().await? {
+        Begun::Recorded(record) => record.payload,
         Begun::Open(_) => {
             let places = run.core.may_take(kind);
             // Made once, outside whatever is retried: by it a repetition recognises its own success.
             let child = run.core.new_run();
+            let digest = payload::digest(&input);
+            // What is there is judged now, and never again by what a later version of the code would give.
+            let asked = if existing_ok { "".into() } else { digest.clone() };
             let spawn = Spawn {
                 run: child,
                 id: id.clone(),
                 kind: kind.into(),
                 input,
-                digest: digest.clone(),
+                digest,
                 take: places.is_some(),
                 restart_finished,
             };
-            let write = Write { effect: Some(Effect::Spawn(spawn)), places, ..Write::done("") };
+            let write = Write { effect: Some(Effect::Spawn(spawn)), places, ..Write::done(&*asked) };
             match operation.record(write).await? {
-                Outcome::Spawned(spawned) => spawned,
+                Outcome::Spawned(spawned) => spawned.to_json(&asked),
                 other => return operation.undecodable(&format!("the storage answered {other:?}")).await,
             }
         }
     };
+    let record: SpawnRecord = match payload::decode(&record) {
+        Ok(record) => record,
+        Err(why) => return operation.undecodable(&why).await,
+    };
     operation.done();
-    judge_spawned(&spawned, &id, kind, &digest, existing_ok)?;
-    Ok((id, spawned))
+    if *record.kind != *kind {
+        return Err(SpawnError::OtherKind { id, asked: kind.into(), found: record.kind });
+    }
+    if record.other_input {
+        return Err(SpawnError::OtherInput { id });
+    }
+    Ok((id, record))
 }
 
 /// The output of another process, to be awaited. See [`Process::output`].

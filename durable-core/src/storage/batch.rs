@@ -177,7 +177,8 @@ pub struct RecordOp {
     /// The engine knows of a record under this key, which this one replaces: a pending one, or a value. Where it does not,
     /// all that can stand there is an earlier attempt of this very write, so a storage need not look before it inserts.
     pub replaces: bool,
-    /// JSON text. A record with an effect gets its payload from the effect's outcome instead.
+    /// JSON text. A record with an effect gets its payload from the effect's outcome instead: that of a message is
+    /// [`Raised::as_json`], that of a start is [`Spawned::to_json`] of what is given here.
     pub payload: Box<str>,
     /// The run's cancellation does not reach the operation: in a compensation, or behind a point of no return.
     pub shielded: bool,
@@ -198,7 +199,7 @@ pub struct RecordOp {
 pub enum Effect {
     /// A message. The record's payload is [`Raised::as_json`] of its outcome.
     Raise(Raise),
-    /// A start. The record's payload is [`Spawned::to_json`] of its outcome.
+    /// A start. The record's payload is [`Spawned::to_json`] of its outcome, given the record's payload.
     Spawn(Spawn),
 }
 
@@ -292,7 +293,7 @@ pub struct Claimed {
 }
 
 /// What came of a start.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spawned {
     /// The run that the id has now.
     pub run: RunId,
@@ -305,11 +306,23 @@ pub struct Spawned {
 }
 
 impl Spawned {
-    /// As it stands in a record.
-    pub fn to_json(&self) -> Box<str> {
-        // A struct of strings and a bool always serialises.
-        serde_json::to_string(self).unwrap_or_default().into()
+    /// As it stands in a record, which says once and for all whether the process has the input that was asked for: its
+    /// digest, or empty if any input will do.
+    pub fn to_json(&self, asked: &str) -> Box<str> {
+        let other_input = !asked.is_empty() && *self.digest != *asked;
+        let record = SpawnRecord { run: self.run, existed: self.existed, kind: self.kind.clone(), other_input };
+        // A struct of strings and bools always serialises.
+        serde_json::to_string(&record).unwrap_or_default().into()
     }
+}
+
+/// What stands in the record of a start.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct SpawnRecord {
+    pub(crate) run: RunId,
+    pub(crate) existed: bool,
+    pub(crate) kind: Box<str>,
+    pub(crate) other_input: bool,
 }
 
 /// What came of a message.

@@ -12,6 +12,7 @@ mod rows;
 mod sorted;
 mod transaction;
 
+pub(crate) use batch::SpawnRecord;
 pub use batch::{
     Batch, Claimed, Effect, Fence, Finish, Forget, Op, Outcome, Park, Prepared, Raise, Raised, RecordOp, Spawn, Spawned,
 };

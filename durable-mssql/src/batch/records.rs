@@ -31,8 +31,8 @@ pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     let started = Payload {
         expression: format!(
             "CONCAT(N'{{\"run\":\"', {}, N'\",\"existed\":', CASE WHEN c.run = CONVERT(BINARY(16), j.effect_token, 2)
-                 THEN N'false' ELSE N'true' END, N',\"kind\":\"', STRING_ESCAPE(c.kind, N'json'), N'\",\"digest\":\"',
-                 c.input_digest, N'\"}}')",
+                 THEN N'false' ELSE N'true' END, N',\"kind\":\"', STRING_ESCAPE(c.kind, N'json'), N'\",\"other_input\":',
+                 CASE WHEN j.payload <> N'' AND c.input_digest <> j.payload THEN N'true' ELSE N'false' END, N'}}')",
             hyphenated("c.run")
         ),
         join: format!(

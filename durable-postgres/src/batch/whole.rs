@@ -219,7 +219,7 @@ pub(super) fn start_records(sql: &mut Sql, of: &Of<'_>, records: Records<'_, '_>
     let join = format!("JOIN {of}.processes c ON c.run = coalesce({existing}, {current})");
     // Without blanks, unlike json_build_object.
     let expression = "(SELECT row_to_json(o) FROM (SELECT c.run, c.run <> j.effect_token::uuid AS existed, c.kind,
-        c.input_digest AS digest) o)";
+        j.payload <> '' AND c.input_digest <> j.payload AS other_input) o)";
     parts::recorded(sql, of, records, &Payload { expression, join: &join }, Standing::Judged, OPEN)
 }
 

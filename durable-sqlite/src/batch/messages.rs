@@ -68,7 +68,7 @@ impl Plan<'_> {
 
     /// The records of durable messages: what became of them.
     fn raise_records(&mut self) {
-        let mut rows = record_sets();
+        let mut rows = record_sets(2);
         for (index, op) in self.ops() {
             if let Op::Record(record @ RecordOp { effect: Some(Effect::Raise(raise)), .. }) = op {
                 push_record(&mut rows, index, record, cells![&raise.id, &raise.event_id]);

@@ -8,7 +8,7 @@ use crate::script::NOW;
 
 impl Plan<'_> {
     pub(super) fn records(&mut self) {
-        let mut rows = record_sets();
+        let mut rows = record_sets(1);
         let mut takes = Rows::default();
         let mut awaited = Rows::default();
         for (index, op) in self.ops() {
@@ -21,7 +21,7 @@ impl Plan<'_> {
                 awaited.push(cells![run, target.0, claim]);
             }
             if record.effect.is_none() {
-                push_record(&mut rows, index, record, cells![&record.payload, None::<i64>]);
+                push_record(&mut rows, index, record, cells![&record.payload]);
             }
         }
         self.write_records(rows, "j.value->>4", "");
@@ -82,12 +82,17 @@ const OWNED: &str = "SELECT j.value->>0, j.value->>1 FROM jsonb_each(?) j CROSS 
 
 const HEAD: [&str; 5] = ["scope", "op", "state", "attempts", "claim"];
 
-/// Rows of records: run, name, key, place in the order, and two cells for the payload or for what the payload is made of.
-pub(super) fn record_sets() -> Sets<5> {
-    Sets::new(6, HEAD)
+/// Rows of records: run, name, key, place in the order, and so many cells for the payload or for what the payload is made of.
+pub(super) fn record_sets(payload: usize) -> Sets<5> {
+    Sets::new(4 + payload, HEAD)
 }
 
-pub(super) fn push_record<'r>(rows: &mut Sets<5>, at: usize, record: &'r RecordOp, payload: [Cell<'r>; 2]) {
+pub(super) fn push_record<'r, const N: usize>(
+    rows: &mut Sets<5>,
+    at: usize,
+    record: &'r RecordOp,
+    payload: [Cell<'r>; N],
+) {
     let RecordOp { run, claim, key, op, state, attempts, seq, .. } = record;
     let head = cells![key.scope as i64, op.as_str(), state.as_str(), i64::from(*attempts), *claim];
     rows.push(at, cells![run.0, &key.name, &key.key, i64::from(*seq)].into_iter().chain(payload), head);

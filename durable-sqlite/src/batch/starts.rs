@@ -89,16 +89,17 @@ impl Plan<'_> {
 
     /// The records of durable starts: what the id has now.
     fn spawn_records(&mut self) {
-        let mut rows = record_sets();
+        let mut rows = record_sets(3);
         for (index, op) in self.ops() {
             if let Op::Record(record @ RecordOp { effect: Some(Effect::Spawn(spawn)), .. }) = op {
-                push_record(&mut rows, index, record, cells![&spawn.id, spawn.run.0]);
+                push_record(&mut rows, index, record, cells![&spawn.id, spawn.run.0, &record.payload]);
             }
         }
         self.write_records(
             rows,
             "json_object('run', c.run, 'existed', json(iif(c.run = j.value->>5, 'false', 'true')),
-                 'kind', c.kind, 'digest', c.input_digest)",
+                 'kind', c.kind, 'other_input',
+                 json(iif(j.value->>6 <> '' AND c.input_digest <> j.value->>6, 'true', 'false')))",
             "CROSS JOIN durable_processes c ON c.run = coalesce(
                  (SELECT q.run FROM durable_processes q WHERE q.run = j.value->>5),
                  (SELECT q.run FROM durable_processes q WHERE q.namespace = ? AND q.id = j.value->>4 AND q.current = 1))",
