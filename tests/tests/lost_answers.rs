@@ -249,7 +249,7 @@ async fn what_the_database_refuses_is_found<B: Backend>() {
     for (n, handle) in handles.iter().enumerate() {
         if n == 7 {
             let reason = until_status(handle, Status::Stuck).await.reason.unwrap();
-            assert!(reason.contains("the database refuses a record"), "{reason}");
+            assert!(reason.contains("the database refuses the record of step \"text\""), "{reason}");
         } else {
             assert_eq!(handle.output().await.unwrap(), "fine");
         }

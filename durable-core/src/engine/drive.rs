@@ -12,12 +12,12 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep};
 
 use super::operation::{Operation, Write};
-use super::queue::Answer;
+use super::queue::{Answer, From};
 use super::registry::Ended;
 use super::replay::Next;
 use super::run::{Cancel, End, Part, Run, WaitFor};
 use super::wake::{Context, Inside};
-use crate::storage::{Finish, Op, OpKind, Outcome, Park, RecordKey, Status};
+use crate::storage::{Finish, Op, OpKind, Outcome, Park, RecordKey};
 
 /// After this time a run that cannot park is looked at again: the database's clock may have jumped, and a waker that
 /// somebody else held may be gone.
@@ -336,6 +336,10 @@ enum Parked {
 async fn park_quiet(run: &Arc<Run>, park: Park) -> Parked {
     let seen = park.seen;
     match run.submit(Op::Park(park), None).await {
+        Ok(Ok(Outcome::Signalled(signals))) if seen.is_some_and(|seen| seen > signals) => {
+            run.behind();
+            Parked::No
+        }
         Ok(Ok(Outcome::Signalled(signals))) => {
             if seen.is_some_and(|seen| seen < signals) && run.state().mail.seen < signals {
                 run.core.post.fetch([run.run]);
@@ -388,9 +392,7 @@ async fn finish(run: &Arc<Run>, ended: Ended) {
 
 async fn stuck(run: &Arc<Run>, reason: String) {
     tracing::error!(id = %run.id, kind = %run.kind, run = %run.run, "stuck: {reason}");
-    let reason = Some(reason.chars().take(4000).filter(|c| *c != '\0').collect::<String>().into());
-    let op = Finish { run: run.run, claim: run.claim, status: Status::Stuck, output: None, reason, unasked: None };
-    let _ = run.submit(Op::Finish(op), None).await;
+    run.core.mark_stuck(run.run, run.claim, || From::Run(run.clone()), &reason).await;
 }
 
 async fn give_back(run: &Arc<Run>) {

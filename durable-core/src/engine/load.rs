@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::epoch::Epoch;
-use super::queue::{From, Job};
+use super::queue::From;
 use super::run::Run;
 use super::{Backoff, Core, drive};
-use crate::storage::{Finish, Op, ProcessRow, RunId, RunState, Spawn, Status};
+use crate::storage::{ProcessRow, RunId, RunState, Spawn, Status};
 
 impl Core {
     /// Starts a process that this instance has just put into the database, under claim 1: there is nothing to read.
@@ -124,9 +124,6 @@ fn crashes(state: &RunState, claim: i64) -> i64 {
 
 async fn stuck(core: &Arc<Core>, epoch: &Arc<Epoch>, run: RunId, claim: i64, reason: String) {
     tracing::error!(run = %run, "stuck: {reason}");
-    let finish = Finish { run, claim, status: Status::Stuck, output: None, reason: Some(reason.into()), unasked: None };
-    let (reply, answer) = tokio::sync::oneshot::channel();
-    core.queue.push(Job::new(Op::Finish(finish), From::Epoch(epoch.instance), Some(reply)));
-    let _ = answer.await;
+    core.mark_stuck(run, claim, || From::Epoch(epoch.instance), &reason).await;
     core.held.remove(run, claim);
 }

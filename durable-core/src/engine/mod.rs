@@ -16,6 +16,7 @@ pub(crate) mod registry;
 pub(crate) mod replay;
 pub(crate) mod run;
 mod sent;
+mod stuck;
 mod supervisor;
 pub(crate) mod surroundings;
 mod takeover;
@@ -26,6 +27,7 @@ mod writer;
 pub(crate) use supervisor::{reaches, supervise};
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -79,6 +81,8 @@ pub(crate) struct Core {
     pub(crate) phase: Ratchet<Phase>,
     pub(crate) said_kept_in_memory: Once,
     poked: Notify,
+    /// What is owned may not be what is held.
+    compares: AtomicBool,
     next_look: Mutex<Instant>,
     /// What the storage complained of last, for the errors of calls that time out.
     trouble: Mutex<Option<Box<str>>>,
@@ -107,6 +111,7 @@ impl Core {
             phase: Ratchet::new(Phase::Live),
             said_kept_in_memory: Once::default(),
             poked: Notify::new(),
+            compares: AtomicBool::new(false),
             next_look: Mutex::new(Instant::now()),
             trouble: Mutex::new(None),
         }
@@ -140,6 +145,17 @@ impl Core {
 
     pub(crate) fn trouble(&self) -> Option<Box<str>> {
         lock(&self.trouble).clone()
+    }
+
+    /// Has what is owned compared with what is held, before the next batch.
+    pub(crate) fn compare_soon(&self) {
+        self.compares.store(true, Ordering::Release);
+        self.queue.nudge();
+    }
+
+    /// Whether that was asked for since the last time.
+    fn takes_comparison(&self) -> bool {
+        self.compares.swap(false, Ordering::AcqRel)
     }
 
     /// A run has left memory; there is room.

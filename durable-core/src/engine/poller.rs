@@ -79,7 +79,7 @@ async fn act(core: &Arc<Core>, epoch: &Arc<Epoch>, polled: &Polled, turn: usize)
     }
     for (run, signals) in &polled.signalled {
         match core.held.get(*run) {
-            Some(Slot::Live(live)) if live.state().mail.seen >= *signals => {
+            Some(Slot::Live(live)) if live.state().mail.seen == *signals => {
                 // Read already; say so, or every look would find it again.
                 let op = Op::Seen { run: *run, claim: live.claim, signals: *signals };
                 core.queue.push(Job::new(op, From::Epoch(epoch.instance), None));

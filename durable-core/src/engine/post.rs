@@ -1,6 +1,6 @@
 //! Reads the signals that came for runs in memory, many at a time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use tokio::sync::Notify;
 
@@ -35,8 +35,16 @@ impl Post {
 pub(super) async fn deliver(core: Arc<Core>, epoch: Arc<Epoch>) {
     let mut backoff = Backoff::new();
     while !epoch.is_over() {
-        let runs: Vec<RunId> =
-            core.post.take().into_iter().filter(|run| matches!(core.held.get(*run), Some(Slot::Live(_)))).collect();
+        // With what each has seen before they are read.
+        let mut known = HashMap::new();
+        let mut runs = core.post.take();
+        runs.retain(|run| match core.held.get(*run) {
+            Some(Slot::Live(live)) => {
+                known.insert(*run, (live.serial, live.state().mail.seen));
+                true
+            }
+            _ => false,
+        });
         if runs.is_empty() {
             tokio::select! { biased; () = epoch.over() => return, () = core.post.filled.notified() => continue }
         }
@@ -48,7 +56,10 @@ pub(super) async fn deliver(core: Arc<Core>, epoch: Arc<Epoch>) {
                     missing.remove(&loaded.run);
                     let Some(Slot::Live(run)) = core.held.get(loaded.run) else { continue };
                     match loaded.state {
-                        Ok(Some(state)) => run.merge(state),
+                        Ok(Some(state)) => {
+                            let known = known.get(&loaded.run).filter(|(serial, _)| *serial == run.serial);
+                            run.merge(state, known.map_or(0, |(_, seen)| *seen));
+                        }
                         Ok(None) => run.end(End::Gone),
                         Err(why) => run.fault(format_args!("its messages cannot be read: {why}")),
                     }

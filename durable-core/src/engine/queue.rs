@@ -146,11 +146,16 @@ impl Queue {
         lock(&self.inner).jobs.len()
     }
 
-    /// Waits until there is something.
+    /// Waits until there is something, or somebody nudges.
     pub(crate) async fn filled(&self) {
-        while self.len() == 0 {
+        if self.len() == 0 {
             self.filled.notified().await;
         }
+    }
+
+    /// Has the writer look, although there may be nothing to write.
+    pub(crate) fn nudge(&self) {
+        self.filled.notify_one();
     }
 
     /// The next batch: what is queued, in order, as far as the bounds and the rule of one operation for each row allow.

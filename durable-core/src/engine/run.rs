@@ -347,14 +347,19 @@ impl Run {
         here
     }
 
-    /// A message was committed by this instance. False if others before it are missing: they must be read.
+    /// The database has less than this execution knows: it has lost commits. What it has is read again.
+    pub(crate) fn behind(&self) {
+        tracing::warn!(id = %self.id, run = %self.run, "the database has lost commits of it; it is read again");
+        self.end(End::Gone);
+        self.core.compare_soon();
+    }
+
+    /// A message was committed by this instance. False if the signals must be read: others before it are missing, or it
+    /// has a number that was read already. Then it was put in before, or the database has lost commits.
     pub(crate) fn deliver(&self, event: EventRow) -> bool {
         {
             let mut state = self.state();
             let mail = &mut state.mail;
-            if event.number <= mail.seen {
-                return true;
-            }
             if event.number != mail.seen + 1 {
                 return false;
             }
@@ -365,8 +370,11 @@ impl Run {
         true
     }
 
-    /// The signals were read.
-    pub(crate) fn merge(&self, read: RunState) {
+    /// The signals were read, when this execution had seen so many.
+    pub(crate) fn merge(&self, read: RunState, known: i64) {
+        if read.process.signals < known {
+            return self.behind();
+        }
         {
             let mut state = self.state();
             let seen = state.mail.seen;

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::epoch::Epoch;
 use super::held::{Places, Slot};
 use super::queue::{Answer, From, Job};
+use super::run::End;
 use super::{Backoff, Core};
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
@@ -94,7 +95,7 @@ impl Writer {
                 return;
             }
             // However much is queued: what nobody holds must not wait for a quiet moment.
-            if Instant::now() >= self.compare_at {
+            if self.core.takes_comparison() || Instant::now() >= self.compare_at {
                 self.tell();
                 self.compare().await;
             }
@@ -291,6 +292,10 @@ impl Writer {
 
     fn refuse(&self, job: Job, why: &str) {
         tracing::error!("the storage refuses an operation: {why}");
+        if let (From::Run(run), Op::Record(record)) = (&job.from, &job.op) {
+            // Whether anybody awaits it or not: its next use would wait for it.
+            run.fault(format_args!("the database refuses the record of {} {}: {why}", record.op, record.key));
+        }
         job.answer(Err(why.into()));
     }
 
@@ -311,7 +316,10 @@ impl Writer {
         match (op, &outcome) {
             (Op::Record(record), Outcome::Lost) => {
                 tracing::warn!(run = %record.run, "the record {} was refused: the run is not owned under claim {}, or another claim wrote it", record.key, record.claim);
-                self.compare_at = Instant::now();
+                if let From::Run(run) = &from {
+                    run.end(End::Gone);
+                }
+                self.core.compare_soon();
             }
             (Op::Record(mut record), outcome) => {
                 match (record.effect.take(), outcome) {
@@ -423,7 +431,7 @@ impl Writer {
         let (strays, lost) = self.core.held.compare(&owned);
         for run in lost {
             tracing::warn!(id = %run.id, run = %run.run, "held here but not owned by this instance; dropped");
-            run.end(super::run::End::Gone);
+            run.end(End::Gone);
         }
         if !strays.is_empty() {
             tracing::warn!(

@@ -1,0 +1,136 @@
+//! Nothing stands still: not for what the database refuses or has lost, not for code that never gives way, not for a
+//! neighbour.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use durable_core::memory::Memory;
+use durable_core::storage::{Op, OpKind, RecordState, Status};
+use durable_core::*;
+use durable_tests::faulty::{Fault, Faulty};
+use durable_tests::*;
+use std::future::{IntoFuture, poll_fn};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+const IT: Definition<(), u32> = Definition::new("it");
+const GO: Event<u32> = Event::new("Go");
+const PAUSE: Duration = Duration::from_millis(10);
+
+on_each_backend!(a_record_that_is_refused_after_its_operation_was_dropped, a_reason_that_the_database_does_not_take);
+
+on_each_database!(a_database_that_has_lost_messages);
+
+/// Nobody awaits it; its next use would, for ever.
+async fn a_record_that_is_refused_after_its_operation_was_dropped<B: Backend>() {
+    let backend = B::new().await;
+    let is_step = |op: &Op| matches!(op, Op::Record(r) if r.op == OpKind::Step && r.state == RecordState::Done);
+    let storage = Faulty::once(backend.storage().await, Fault::Refused, is_step);
+    let function = async |proc: Process, ()| {
+        let mut dropped = Box::pin(proc.step("charge", || async { Ok::<_, Failure>(1) }).into_future());
+        // Its record is on its way, and it is not awaited.
+        poll_fn(|cx| Poll::Ready(dropped.as_mut().poll(cx).is_ready())).await;
+        drop(dropped);
+        Ok::<_, Failure>(proc.step("charge", || async { Ok::<_, Failure>(2) }).await?)
+    };
+    let host = Host::builder(storage).quiet_time(PAUSE).register(IT, function).start().await.unwrap();
+    let handle = host.spawn(IT, "it", &()).await.unwrap();
+    let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+    assert!(reason.contains("the database refuses the record of step \"charge\""), "{reason}");
+    handle.resume().await.unwrap();
+    handle.output().await.unwrap();
+}
+
+/// It is marked all the same, or it would run again and again.
+async fn a_reason_that_the_database_does_not_take<B: Backend>() {
+    let backend = B::new().await;
+    let foreign = |op: &Op| match op {
+        Op::Finish(finish) => finish.reason.as_ref().is_some_and(|reason| !reason.is_ascii()),
+        _ => false,
+    };
+    let storage =
+        Faulty::new(backend.storage().await, move |batch| batch.ops.iter().any(foreign).then_some(Fault::Refused));
+    let effects = Effects::default();
+    let counted = effects.clone();
+    let function = move |proc: Process, ()| {
+        let effects = counted.clone();
+        async move {
+            effects.add("run");
+            assert!(proc.is_replaying(), "out of cheese → →");
+            Ok::<_, Failure>(0)
+        }
+    };
+    let builder = Host::builder(storage).reconcile_every(50 * PAUSE).register(IT, function);
+    let host = builder.start().await.unwrap();
+    let handle = host.spawn(IT, "it", &()).await.unwrap();
+    let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+    assert!(reason.contains(r"out of cheese \u{2192} \u{2192}"), "{reason}");
+    assert_eq!(effects.all().len(), 1);
+}
+
+/// A standby that was behind, a restored backup: it knows less than the processes in memory.
+async fn a_database_that_has_lost_messages<B: Sql>() {
+    let backend = B::new().await;
+    let function = async |proc: Process, ()| {
+        let mut sum = 0;
+        for _ in 0..3 {
+            sum += proc.event(GO).await?;
+        }
+        Ok::<_, Failure>(sum)
+    };
+    // From its own instance, and from another one.
+    for own in [true, false] {
+        let id = format!("it {own}");
+        let builder = quick(&backend).await.quiet_time(Duration::from_secs(3600)).register(IT, function);
+        let host = builder.start().await.unwrap();
+        let other = quick(&backend).await.start().await.unwrap();
+        let handle = host.spawn(IT, &*id, &()).await.unwrap();
+        for n in [1, 10] {
+            handle.raise(GO, &n).await.unwrap();
+        }
+        let (steps, processes) = (B::STEPS, B::PROCESSES);
+        let run = format!("run IN (SELECT run FROM {processes} WHERE id = '{id}')");
+        let taken = format!("SELECT count(*) FROM {steps} WHERE {run} AND state = 'done'");
+        until("it has taken two", async || backend.number(&taken).await == 2).await;
+        let events = processes.replace("processes", "events");
+        backend.execute(&format!("DELETE FROM {events} WHERE {run}")).await;
+        backend.execute(&format!("UPDATE {processes} SET signals = 0 WHERE id = '{id}'")).await;
+        let sender = if own { handle.clone() } else { other.get(&*id).of(IT) };
+        sender.raise(GO, &100).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 111, "{own}");
+    }
+}
+
+/// As futures of other libraries do; the runtime has one thread.
+#[test]
+fn a_future_that_wakes_itself() {
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let done = Arc::new(AtomicBool::new(false));
+            let seen = done.clone();
+            let function = move |_: Process, ()| {
+                let done = seen.clone();
+                async move {
+                    poll_fn(|cx| {
+                        if done.load(Ordering::SeqCst) {
+                            return Poll::Ready(());
+                        }
+                        cx.waker().wake_by_ref();
+                        Poll::Pending
+                    })
+                    .await;
+                    Ok::<_, Failure>(1)
+                }
+            };
+            let host = Host::builder(Memory::new()).register(IT, function).start().await.unwrap();
+            let handle = host.spawn(IT, "it", &()).await.unwrap();
+            tokio::time::sleep(PAUSE).await;
+            done.store(true, Ordering::SeqCst);
+            assert_eq!(handle.output().await.unwrap(), 1);
+        });
+        ended.send(()).unwrap();
+    });
+    end.recv_timeout(Duration::from_secs(30)).expect("the runtime is dead");
+}
