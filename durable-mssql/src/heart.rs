@@ -20,9 +20,12 @@ use crate::sql::{Commits, Sql, hex};
 use crate::store::Shared;
 
 /// One run of a server: locks of another one are gone, whatever a heartbeat says. The temporary database is made anew at
-/// each start, and everybody may see when; but on Azure, where the look decides alone.
+/// each start, and everybody may see when; but on Azure, where after a failover all locks look free at once. There a lock
+/// proves nothing, and the heartbeat decides.
 const LIFETIME: &str = "COALESCE((SELECT CONVERT(NVARCHAR(40), d.create_date, 126) FROM sys.databases AS d
     WHERE d.name = N'tempdb'), N'unknown')";
+/// What stands there where nobody may see when.
+const HIDDEN: &str = "unknown";
 
 pub(crate) fn lock(schema: &Schema, instance: Uuid) -> String {
     schema.lock(format_args!("alive/{}", hex(instance)))
@@ -67,7 +70,7 @@ pub(crate) fn peers(schema: &Schema, namespace: &str, me: InstanceId) -> Sql {
     sql.push("SELECT SYSUTCDATETIME()");
     sql.push(format!(
         "SELECT i.instance, i.heartbeat_at, CONVERT(BIT, CASE WHEN f.fenced_at IS NULL THEN 0 ELSE 1 END),
-             CONVERT(BIT, CASE WHEN i.locked_in = {LIFETIME} THEN 1 ELSE 0 END),
+             CONVERT(BIT, CASE WHEN i.locked_in = {LIFETIME} AND i.locked_in <> N'{HIDDEN}' THEN 1 ELSE 0 END),
              CONVERT(BIT, APPLOCK_TEST(N'public', i.lock_name, N'Exclusive', N'Session'))
          FROM {schema}.instances AS i LEFT JOIN {schema}.fences AS f ON f.instance = i.instance
          WHERE i.namespace = {namespace} AND i.instance <> {me}"
