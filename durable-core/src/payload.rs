@@ -34,9 +34,9 @@ pub(crate) fn encode_raw<T: Serialize + ?Sized>(value: &T) -> Result<Box<RawValu
 /// The JSON text of a record of the engine's own, which may hold a value that the program gave: as it stands, however deep.
 pub(crate) fn encode_record<T: Serialize + ?Sized>(value: &T) -> Result<Box<str>, EncodeError> {
     let text = serde_json::to_string(value).map_err(|e| EncodeError(e.to_string().into()))?;
-    // serde_json writes NaN and the infinities as null: they look like `None` afterwards.
+    // serde_json writes NaN and the infinities as null, and `Some(())`: they look like `None` afterwards.
     if text.contains("null") {
-        value.serialize(Finite).map_err(|e| EncodeError(e.0.into()))?;
+        value.serialize(Lossless).map_err(|e| EncodeError(e.0.into()))?;
     }
     Ok(text.into())
 }
@@ -150,43 +150,44 @@ fn canonicalise(text: &str, out: &mut String) {
     }
 }
 
-/// A serializer that writes nothing and refuses floating-point numbers that JSON has no text for.
-struct Finite;
+/// A serializer that writes nothing and refuses what JSON would bring back as something else: floating-point numbers that
+/// it has no text for, and a `Some` that looks like `None`.
+struct Lossless;
 
 #[derive(Debug)]
-struct NotFinite(String);
+struct Loss(String);
 
-impl fmt::Display for NotFinite {
+impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
-impl std::error::Error for NotFinite {}
-impl ser::Error for NotFinite {
+impl std::error::Error for Loss {}
+impl ser::Error for Loss {
     fn custom<T: fmt::Display>(message: T) -> Self {
         Self(message.to_string())
     }
 }
 
 macro_rules! ignore {
-    ($($name:ident: $t:ty),*) => { $(fn $name(self, _: $t) -> Result<(), NotFinite> { Ok(()) })* };
+    ($($name:ident: $t:ty),*) => { $(fn $name(self, _: $t) -> Result<(), Loss> { Ok(()) })* };
 }
 macro_rules! compound {
     ($($trait:ident { $($method:ident($($arg:ident: $t:ty),*)),* }),*) => {
-        $(impl ser::$trait for Finite {
+        $(impl ser::$trait for Lossless {
             type Ok = ();
-            type Error = NotFinite;
-            $(fn $method<T: Serialize + ?Sized>(&mut self, $($arg: $t,)* value: &T) -> Result<(), NotFinite> {
-                value.serialize(Finite)
+            type Error = Loss;
+            $(fn $method<T: Serialize + ?Sized>(&mut self, $($arg: $t,)* value: &T) -> Result<(), Loss> {
+                value.serialize(Lossless)
             })*
-            fn end(self) -> Result<(), NotFinite> { Ok(()) }
+            fn end(self) -> Result<(), Loss> { Ok(()) }
         })*
     };
 }
 
-impl ser::Serializer for Finite {
+impl ser::Serializer for Lossless {
     type Ok = ();
-    type Error = NotFinite;
+    type Error = Loss;
     type SerializeSeq = Self;
     type SerializeTuple = Self;
     type SerializeTupleStruct = Self;
@@ -199,25 +200,30 @@ impl ser::Serializer for Finite {
         serialize_u8: u8, serialize_u16: u16, serialize_u32: u32, serialize_u64: u64, serialize_char: char,
         serialize_str: &str, serialize_bytes: &[u8], serialize_unit_struct: &'static str);
 
-    fn serialize_f32(self, v: f32) -> Result<(), NotFinite> {
+    fn serialize_f32(self, v: f32) -> Result<(), Loss> {
         self.serialize_f64(f64::from(v))
     }
-    fn serialize_f64(self, v: f64) -> Result<(), NotFinite> {
-        if v.is_finite() { Ok(()) } else { Err(NotFinite(format!("JSON has no text for the number {v}"))) }
+    fn serialize_f64(self, v: f64) -> Result<(), Loss> {
+        if v.is_finite() { Ok(()) } else { Err(Loss(format!("JSON has no text for the number {v}"))) }
     }
-    fn serialize_none(self) -> Result<(), NotFinite> {
+    fn serialize_none(self) -> Result<(), Loss> {
         Ok(())
     }
-    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<(), NotFinite> {
-        value.serialize(self)
+    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<(), Loss> {
+        match serde_json::to_string(value) {
+            Ok(text) if text == "null" => Err(Loss(
+                "a `Some` of what is null in JSON reads back as `None`; use an enum, or a struct with a field".into(),
+            )),
+            _ => value.serialize(self),
+        }
     }
-    fn serialize_unit(self) -> Result<(), NotFinite> {
+    fn serialize_unit(self) -> Result<(), Loss> {
         Ok(())
     }
-    fn serialize_unit_variant(self, _: &'static str, _: u32, _: &'static str) -> Result<(), NotFinite> {
+    fn serialize_unit_variant(self, _: &'static str, _: u32, _: &'static str) -> Result<(), Loss> {
         Ok(())
     }
-    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, _: &'static str, value: &T) -> Result<(), NotFinite> {
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, _: &'static str, value: &T) -> Result<(), Loss> {
         value.serialize(self)
     }
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -226,28 +232,28 @@ impl ser::Serializer for Finite {
         _: u32,
         _: &'static str,
         value: &T,
-    ) -> Result<(), NotFinite> {
+    ) -> Result<(), Loss> {
         value.serialize(self)
     }
-    fn serialize_seq(self, _: Option<usize>) -> Result<Self, NotFinite> {
+    fn serialize_seq(self, _: Option<usize>) -> Result<Self, Loss> {
         Ok(self)
     }
-    fn serialize_tuple(self, _: usize) -> Result<Self, NotFinite> {
+    fn serialize_tuple(self, _: usize) -> Result<Self, Loss> {
         Ok(self)
     }
-    fn serialize_tuple_struct(self, _: &'static str, _: usize) -> Result<Self, NotFinite> {
+    fn serialize_tuple_struct(self, _: &'static str, _: usize) -> Result<Self, Loss> {
         Ok(self)
     }
-    fn serialize_tuple_variant(self, _: &'static str, _: u32, _: &'static str, _: usize) -> Result<Self, NotFinite> {
+    fn serialize_tuple_variant(self, _: &'static str, _: u32, _: &'static str, _: usize) -> Result<Self, Loss> {
         Ok(self)
     }
-    fn serialize_map(self, _: Option<usize>) -> Result<Self, NotFinite> {
+    fn serialize_map(self, _: Option<usize>) -> Result<Self, Loss> {
         Ok(self)
     }
-    fn serialize_struct(self, _: &'static str, _: usize) -> Result<Self, NotFinite> {
+    fn serialize_struct(self, _: &'static str, _: usize) -> Result<Self, Loss> {
         Ok(self)
     }
-    fn serialize_struct_variant(self, _: &'static str, _: u32, _: &'static str, _: usize) -> Result<Self, NotFinite> {
+    fn serialize_struct_variant(self, _: &'static str, _: u32, _: &'static str, _: usize) -> Result<Self, Loss> {
         Ok(self)
     }
 }
@@ -270,6 +276,10 @@ mod tests {
         assert!(encode(&vec![Some((1, f64::NEG_INFINITY))]).is_err());
         assert!(encode(&HashMap::from([(vec![1], 2)])).is_err());
         assert!(encode(&BTreeMap::from([(1, None::<u8>)])).is_ok());
+        assert!(encode(&Some(())).is_err() && encode(&vec![Some(None::<u8>)]).is_err());
+        assert!(
+            encode(&None::<()>).is_ok() && encode(&Some(Some(1))).is_ok() && encode(&Some((None::<u8>, ()))).is_ok()
+        );
         assert_eq!(&*encode(&(None::<u8>, 1.5, "null")).unwrap(), r#"[null,1.5,"null"]"#);
 
         #[derive(serde::Serialize, serde::Deserialize)]
