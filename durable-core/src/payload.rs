@@ -151,7 +151,7 @@ fn canonicalise(text: &str, out: &mut String) {
 }
 
 /// A serializer that writes nothing and refuses what JSON would bring back as something else: floating-point numbers that
-/// it has no text for, and a `Some` that looks like `None`.
+/// it has no text for, and a `Some` that looks like `None`. It tells whether the text is `null`.
 struct Lossless;
 
 #[derive(Debug)]
@@ -170,23 +170,23 @@ impl ser::Error for Loss {
 }
 
 macro_rules! ignore {
-    ($($name:ident: $t:ty),*) => { $(fn $name(self, _: $t) -> Result<(), Loss> { Ok(()) })* };
+    ($($name:ident: $t:ty),*) => { $(fn $name(self, _: $t) -> Result<bool, Loss> { Ok(false) })* };
 }
 macro_rules! compound {
     ($($trait:ident { $($method:ident($($arg:ident: $t:ty),*)),* }),*) => {
         $(impl ser::$trait for Lossless {
-            type Ok = ();
+            type Ok = bool;
             type Error = Loss;
             $(fn $method<T: Serialize + ?Sized>(&mut self, $($arg: $t,)* value: &T) -> Result<(), Loss> {
-                value.serialize(Lossless)
+                value.serialize(Lossless).map(drop)
             })*
-            fn end(self) -> Result<(), Loss> { Ok(()) }
+            fn end(self) -> Result<bool, Loss> { Ok(false) }
         })*
     };
 }
 
 impl ser::Serializer for Lossless {
-    type Ok = ();
+    type Ok = bool;
     type Error = Loss;
     type SerializeSeq = Self;
     type SerializeTuple = Self;
@@ -198,32 +198,35 @@ impl ser::Serializer for Lossless {
 
     ignore!(serialize_bool: bool, serialize_i8: i8, serialize_i16: i16, serialize_i32: i32, serialize_i64: i64,
         serialize_u8: u8, serialize_u16: u16, serialize_u32: u32, serialize_u64: u64, serialize_char: char,
-        serialize_str: &str, serialize_bytes: &[u8], serialize_unit_struct: &'static str);
+        serialize_str: &str, serialize_bytes: &[u8]);
 
-    fn serialize_f32(self, v: f32) -> Result<(), Loss> {
+    fn serialize_f32(self, v: f32) -> Result<bool, Loss> {
         self.serialize_f64(f64::from(v))
     }
-    fn serialize_f64(self, v: f64) -> Result<(), Loss> {
-        if v.is_finite() { Ok(()) } else { Err(Loss(format!("JSON has no text for the number {v}"))) }
+    fn serialize_f64(self, v: f64) -> Result<bool, Loss> {
+        if v.is_finite() { Ok(false) } else { Err(Loss(format!("JSON has no text for the number {v}"))) }
     }
-    fn serialize_none(self) -> Result<(), Loss> {
-        Ok(())
+    fn serialize_none(self) -> Result<bool, Loss> {
+        Ok(true)
     }
-    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<(), Loss> {
-        match serde_json::to_string(value) {
-            Ok(text) if text == "null" => Err(Loss(
+    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<bool, Loss> {
+        if value.serialize(self)? {
+            return Err(Loss(
                 "a `Some` of what is null in JSON reads back as `None`; use an enum, or a struct with a field".into(),
-            )),
-            _ => value.serialize(self),
+            ));
         }
+        Ok(false)
     }
-    fn serialize_unit(self) -> Result<(), Loss> {
-        Ok(())
+    fn serialize_unit(self) -> Result<bool, Loss> {
+        Ok(true)
     }
-    fn serialize_unit_variant(self, _: &'static str, _: u32, _: &'static str) -> Result<(), Loss> {
-        Ok(())
+    fn serialize_unit_struct(self, _: &'static str) -> Result<bool, Loss> {
+        Ok(true)
     }
-    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, _: &'static str, value: &T) -> Result<(), Loss> {
+    fn serialize_unit_variant(self, _: &'static str, _: u32, _: &'static str) -> Result<bool, Loss> {
+        Ok(false)
+    }
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, _: &'static str, value: &T) -> Result<bool, Loss> {
         value.serialize(self)
     }
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -232,8 +235,9 @@ impl ser::Serializer for Lossless {
         _: u32,
         _: &'static str,
         value: &T,
-    ) -> Result<(), Loss> {
-        value.serialize(self)
+    ) -> Result<bool, Loss> {
+        value.serialize(self)?;
+        Ok(false)
     }
     fn serialize_seq(self, _: Option<usize>) -> Result<Self, Loss> {
         Ok(self)

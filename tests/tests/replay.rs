@@ -35,6 +35,7 @@ on_each_backend!(
     what_came_first_comes_first,
     values_are_written_if_they_differ,
     a_value_that_only_the_end_sets,
+    a_value_that_is_too_large,
     what_else_it_awaits_is_given_a_moment,
     it_is_told_whether_it_replays,
     a_future_that_is_held_while_others_are_polled,
@@ -648,6 +649,27 @@ async fn a_value_that_only_the_end_sets<B: Backend>() {
     handle.raise(GO, &1).await.unwrap();
     assert_eq!(handle.output().await.unwrap(), 7);
     assert_eq!(handle.value::<String>("progress").await.unwrap().as_deref(), Some("done"));
+}
+
+/// Set in a replay, it is refused as it would be in live.
+async fn a_value_that_is_too_large<B: Backend>() {
+    let function = async |effects: Effects, proc: Process| {
+        charge(&effects, &proc, "charge").await?;
+        Ok(proc.event(GO).await?)
+    };
+    let mut deploy = Deploy::<B>::first(function).await;
+    let larger = deploy.then(async |effects: Effects, proc: Process| {
+        charge(&effects, &proc, "charge").await?;
+        proc.set("large", "x".repeat(2 << 20)).await?;
+        Ok(proc.event(GO).await?)
+    });
+    let handle = larger.await;
+    handle.raise(GO, &1).await.unwrap();
+    let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+    assert!(reason.contains("the value \"large\": ") && reason.contains("at most 1048576"), "{reason}");
+    let handle = deploy.then(function).await;
+    handle.resume().await.unwrap();
+    assert_eq!(handle.output().await.unwrap(), 1);
 }
 
 /// What it awaits besides may lead to what was recorded.

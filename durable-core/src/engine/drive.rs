@@ -70,15 +70,13 @@ async fn leave(
     drop(sleep);
     let end = match (turn, fault) {
         (None, _) => None,
-        (Some(Turn::Returned(ended)), None) => {
-            finish(&run, *ended).await;
-            None
-        }
+        (Some(Turn::Returned(ended)), None) => finish(&run, *ended).await.err(),
         (Some(Turn::End(end @ End::Gone)), _) => Some(end),
         (_, Some(fault)) => Some(End::Stuck(fault)),
         (Some(Turn::End(end)), None) => Some(end),
         (Some(Turn::Quiet(_)), None) => None,
     };
+    let gone = matches!(end, Some(End::Gone));
     match end {
         None => {}
         Some(End::Gone) => tracing::info!(parent: &span, "the run is not ours any more; dropped"),
@@ -86,6 +84,10 @@ async fn leave(
         Some(End::Release) => give_back(&run).await,
     }
     run.core.left_memory(&run);
+    if gone {
+        // It may be ours all the same, and is taken up again: not before it has left.
+        run.core.compare_soon();
+    }
 }
 
 fn start(run: &Arc<Run>, span: &tracing::Span, input: Box<str>) -> Option<UserFuture> {
@@ -304,20 +306,29 @@ fn record_cancel(run: &Arc<Run>) {
 
 /// Writes what the function has set and got in its replay; then it is live.
 fn settle(run: &Arc<Run>, values: Vec<(RecordKey, Box<str>)>) {
-    let written: Vec<_> = values.into_iter().map(|(key, payload)| write_value(run, key, payload)).collect();
     let run = run.clone();
     tokio::spawn(async move {
-        for answer in written {
-            match answer.await {
-                Ok(Ok(Outcome::Recorded)) => {}
-                Ok(Ok(_)) => return run.end(End::Gone),
-                Ok(Err(refused)) => return run.fault(format_args!("the database refuses a value: {refused}")),
-                Err(_) => return,
+        match write_values(&run, values).await {
+            Ok(()) => {
+                run.state().settled();
+                run.notify();
             }
+            Err(end) => run.end(end),
         }
-        run.state().settled();
-        run.notify();
     });
+}
+
+/// Writes values; or says how the execution ends instead.
+async fn write_values(run: &Arc<Run>, values: Vec<(RecordKey, Box<str>)>) -> Result<(), End> {
+    let sent: Vec<_> = values.into_iter().map(|(key, payload)| write_value(run, key, payload)).collect();
+    for answer in sent {
+        match answer.await {
+            Ok(Ok(Outcome::Recorded)) => {}
+            Ok(Err(refused)) => return Err(End::Stuck(format!("the database refuses a value: {refused}"))),
+            Ok(Ok(_)) | Err(_) => return Err(End::Gone),
+        }
+    }
+    Ok(())
 }
 
 fn write_value(run: &Arc<Run>, key: RecordKey, payload: Box<str>) -> oneshot::Receiver<Answer> {
@@ -363,30 +374,32 @@ async fn park_quiet(run: &Arc<Run>, park: Park) -> Parked {
     }
 }
 
-async fn finish(run: &Arc<Run>, ended: Ended) {
-    let diverged = run.state().diverged_at_end();
+/// Writes how the process ended; or says how its execution ends instead.
+async fn finish(run: &Arc<Run>, ended: Ended) -> Result<(), End> {
+    let (diverged, values) = {
+        let mut state = run.state();
+        (state.diverged_at_end(), state.unwritten_values())
+    };
     if let Some(reason) = diverged {
-        return stuck(run, reason).await;
+        return Err(End::Stuck(reason));
     }
-    let values = run.state().unwritten_values();
-    for (key, payload) in values {
-        // Before the end, in the same batch or an earlier one.
-        drop(write_value(run, key, payload));
-    }
+    write_values(run, values).await?;
     match ended {
         Ended::Output { status, output, reason } => {
             if let Some(given) = output.as_ref().map(|o| o.len()).filter(|len| *len > run.core.settings.max_payload) {
                 let allowed = run.core.settings.max_payload;
                 let error = crate::limits::LimitError::Payload { what: "output", given, allowed };
-                return stuck(run, error.to_string()).await;
+                return Err(End::Stuck(error.to_string()));
             }
             tracing::info!(id = %run.id, kind = %run.kind, run = %run.run, "{status}");
             let op = Finish { run: run.run, claim: run.claim, status, output, reason, unasked: None };
-            if let Ok(Err(refused)) = run.submit(Op::Finish(op), None).await {
-                stuck(run, format!("the database refuses its output: {refused}")).await;
+            match run.submit(Op::Finish(op), None).await {
+                Ok(Err(refused)) => Err(End::Stuck(format!("the database refuses its output: {refused}"))),
+                Ok(Ok(Outcome::Lost)) | Err(_) => Err(End::Gone),
+                Ok(Ok(_)) => Ok(()),
             }
         }
-        Ended::Unencodable(why) => stuck(run, format!("its output cannot be recorded: {why}")).await,
+        Ended::Unencodable(why) => Err(End::Stuck(format!("its output cannot be recorded: {why}"))),
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::epoch::Epoch;
 use super::queue::From;
 use super::run::Run;
-use super::{Backoff, Core, drive};
+use super::{Backoff, Core, Phase, drive};
 use crate::storage::{ProcessRow, RunId, RunState, Spawn, Status};
 
 impl Core {
@@ -53,7 +53,7 @@ impl Core {
                 }
             }
         }
-        if epoch.is_over() {
+        if epoch.is_over() || self.phase() == Phase::Dead {
             run.end(super::run::End::Gone);
         }
         tokio::spawn(drive::drive(run, input));

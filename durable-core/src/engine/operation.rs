@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::held::Places;
 use super::names::Usage;
 use super::queue::Answer;
-use super::replay::Turn;
+use super::replay::Position;
 use super::run::{At, Delivery, Part, Run, State, WaitFor};
 use crate::error::Cancelled;
 use crate::limits;
@@ -31,14 +31,14 @@ pub(crate) struct Operation {
     at: At,
     busy: bool,
     /// Its place among those that wait in a replay.
-    turn: Option<Turn>,
+    turn: Option<Position>,
 }
 
 /// What a look at a name comes to.
 enum Taken {
     Begun(Begun),
     /// In a replay it waits for its turn.
-    Waits(Turn),
+    Waits(Position),
     Cancelled,
 }
 
@@ -149,7 +149,7 @@ impl Operation {
         let begun = wait_until(&self.run, WaitFor::Engine, None, |state: &mut State, _| {
             let turn = turn.as_ref()?;
             let record = state.names.of(&self.key).record.clone();
-            if let Some(record) = record.filter(|_| matches!(turn, Turn::Recorded(..))) {
+            if let Some(record) = record.filter(|_| matches!(turn, Position::Recorded(..))) {
                 return state.is_turn(turn).then_some(Ok(Begun::Recorded(record)));
             }
             if state.unwinds(self.part()) {
@@ -290,10 +290,7 @@ impl Operation {
         // What the engine wraps (a message, an output) was within the limit when it was given.
         let own = matches!(self.op, OpKind::Step | OpKind::Value | OpKind::Transaction)
             && write.state != RecordState::Pending;
-        if own && write.payload.len() > self.run.core.settings.max_payload {
-            let (given, allowed) = (write.payload.len(), self.run.core.settings.max_payload);
-            let error = limits::LimitError::Payload { what: "result", given, allowed };
-            self.run.fault(format_args!("the {} {}: {error}", self.op, self.key));
+        if own && !self.fits(&write.payload) {
             return Sent::Stuck;
         }
         let (op, places) = self.record_op(write);
@@ -328,9 +325,19 @@ impl Operation {
         (op, places)
     }
 
+    /// Whether a result is within the limit; else the process is stuck.
+    fn fits(&self, payload: &str) -> bool {
+        let (given, allowed) = (payload.len(), self.run.core.settings.max_payload);
+        if given > allowed {
+            let error = limits::LimitError::Payload { what: "result", given, allowed };
+            self.run.fault(format_args!("the {} {}: {error}", self.op, self.key));
+        }
+        given <= allowed
+    }
+
     /// Keeps a value in memory during a replay. False if it must be recorded now.
     pub(crate) fn keep(&self, payload: &str) -> bool {
-        self.run.state().keep_value(&self.key, payload)
+        self.run.state().is_replaying() && self.fits(payload) && self.run.state().keep_value(&self.key, payload)
     }
 
     /// The operation returns what is recorded.

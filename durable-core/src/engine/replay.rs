@@ -27,12 +27,12 @@ const MOMENT: Duration = Duration::from_secs(1);
 pub(crate) struct Replay {
     stage: Stage,
     /// Operations in the order in which they go on, those that were there at the last poll.
-    waiting: BTreeSet<Turn>,
+    waiting: BTreeSet<Position>,
     /// Those that came in the last poll.
-    asked: BTreeSet<Turn>,
+    asked: BTreeSet<Position>,
     /// Those that nobody polled when it was their turn: the function holds their futures and polls others. They go on
     /// whenever they are polled.
-    passed_over: BTreeSet<Turn>,
+    passed_over: BTreeSet<Position>,
     /// What waits to begin.
     open: BTreeMap<u32, Waiting>,
     next_open: u32,
@@ -60,7 +60,7 @@ enum Stage {
 
 /// When an operation goes on: recorded ones by the order of their records, then the others as they came.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Turn {
+pub(crate) enum Position {
     Recorded(i32, RecordKey),
     Open(u32),
 }
@@ -121,14 +121,14 @@ impl Replay {
 
     /// Whether the first that waits may go on.
     fn has_next(&self) -> bool {
-        self.waiting.first().is_some_and(|turn| matches!(turn, Turn::Recorded(..)) || self.may_begin())
+        self.waiting.first().is_some_and(|turn| matches!(turn, Position::Recorded(..)) || self.may_begin())
     }
 
-    fn remove(&mut self, turn: &Turn) {
+    fn remove(&mut self, turn: &Position) {
         self.waiting.remove(turn);
         self.asked.remove(turn);
         self.passed_over.remove(turn);
-        if let Turn::Open(n) = turn {
+        if let Position::Open(n) = turn {
             self.open.remove(n);
         }
         self.moved();
@@ -172,16 +172,16 @@ impl State {
     }
 
     /// Takes a place among those that wait for their turn; none if nobody has to. `seq` is that of its record.
-    pub(crate) fn queue_up(&mut self, key: &RecordKey, op: OpKind, at: At, seq: Option<i32>) -> Option<Turn> {
+    pub(crate) fn queue_up(&mut self, key: &RecordKey, op: OpKind, at: At, seq: Option<i32>) -> Option<Position> {
         let replay = self.replay.as_mut()?;
         let turn = match seq {
-            Some(seq) => Turn::Recorded(seq, key.clone()),
+            Some(seq) => Position::Recorded(seq, key.clone()),
             None if replay.may_begin() => return None,
             None => {
                 let n = replay.next_open;
                 replay.next_open += 1;
                 replay.open.insert(n, Waiting { key: key.clone(), op, at });
-                Turn::Open(n)
+                Position::Open(n)
             }
         };
         replay.asked.insert(turn.clone());
@@ -190,9 +190,9 @@ impl State {
     }
 
     /// Whether it is this one's turn.
-    pub(crate) fn is_turn(&self, turn: &Turn) -> bool {
+    pub(crate) fn is_turn(&self, turn: &Position) -> bool {
         let Some(replay) = &self.replay else { return true };
-        if matches!(turn, Turn::Open(_)) && !replay.may_begin() {
+        if matches!(turn, Position::Open(_)) && !replay.may_begin() {
             return false;
         }
         // One that has just come may be before those that wait: what follows on what went on in the same poll.
@@ -201,7 +201,7 @@ impl State {
     }
 
     /// It goes on, or nobody awaits it any more.
-    pub(crate) fn leave_queue(&mut self, turn: &Turn) {
+    pub(crate) fn leave_queue(&mut self, turn: &Position) {
         if let Some(replay) = &mut self.replay {
             replay.remove(turn);
         }

@@ -351,7 +351,6 @@ impl Run {
     pub(crate) fn behind(&self) {
         tracing::warn!(id = %self.id, run = %self.run, "the database has lost commits of it; it is read again");
         self.end(End::Gone);
-        self.core.compare_soon();
     }
 
     /// A message was committed by this instance. False if the signals must be read: others before it are missing, or it

@@ -25,6 +25,7 @@ impl Core {
                 return;
             }
         }
+        tracing::error!(run = %run, "the database refuses to mark it as stuck");
     }
 }
 

@@ -12,7 +12,7 @@ use super::epoch::Epoch;
 use super::held::{Places, Slot};
 use super::queue::{Answer, From, Job};
 use super::run::End;
-use super::{Backoff, Core};
+use super::{Backoff, Core, Phase};
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
 use crate::storage::{
@@ -95,7 +95,7 @@ impl Writer {
                 return;
             }
             // However much is queued: what nobody holds must not wait for a quiet moment.
-            if self.core.takes_comparison() || Instant::now() >= self.compare_at {
+            if core.phase() < Phase::Dead && (core.takes_comparison() || Instant::now() >= self.compare_at) {
                 self.tell();
                 self.compare().await;
             }
@@ -318,8 +318,9 @@ impl Writer {
                 tracing::warn!(run = %record.run, "the record {} was refused: the run is not owned under claim {}, or another claim wrote it", record.key, record.claim);
                 if let From::Run(run) = &from {
                     run.end(End::Gone);
+                } else {
+                    self.core.compare_soon();
                 }
-                self.core.compare_soon();
             }
             (Op::Record(mut record), outcome) => {
                 match (record.effect.take(), outcome) {

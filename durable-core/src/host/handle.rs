@@ -70,8 +70,8 @@ pub struct Info {
     pub waiting_for: Option<Box<str>>,
     /// When cancellation was asked for.
     pub cancel_requested_at: Option<DateTime<Utc>>,
-    /// Records that its function, when it ended, had never asked for: probably steps that were renamed without
-    /// [`was`](crate::Step::was).
+    /// Records that its function, when it ended, had never asked for. Always `None` at present: such a process is stuck
+    /// instead, and its reason names them.
     pub unasked_records: Option<Box<str>>,
     /// When it was started.
     pub created_at: DateTime<Utc>,
