@@ -38,8 +38,8 @@ pub use error::{
     Unavailable,
 };
 pub use host::{
-    Handle, Host, HostBuilder, Info, Json, OutboxError, Processes, RaiseIn, Resume, Send as SendMessage, SpawnIn,
-    SpawnProcess, with,
+    Handle, Health, Host, HostBuilder, Info, Json, OutboxError, Processes, RaiseIn, Resume, Send as SendMessage,
+    SpawnIn, SpawnProcess, with,
 };
 pub use limits::LimitError;
 pub use name::Name;

@@ -68,6 +68,7 @@ async fn leave(
     // Whatever happens next, no code of the process runs any more.
     let fault = drop_quietly(&run, future);
     drop(sleep);
+    run.state().code_over = true;
     let end = match (turn, fault) {
         (None, _) => None,
         (Some(Turn::Returned(ended)), None) => finish(&run, *ended).await.err(),
@@ -155,10 +156,14 @@ fn turn(
                 state.rested = false;
                 state.polling();
             }
-            let _context = Context { run: run.serial, inside: Inside::Function }.enter();
-            let _span = span.enter();
-            let mut user_cx = TaskContext::from_waker(&run.root);
-            match catch_unwind(AssertUnwindSafe(|| user.as_mut().poll(&mut user_cx))) {
+            let polled = {
+                let _context = Context { run: run.serial, inside: Inside::Function }.enter();
+                let _span = span.enter();
+                let mut user_cx = TaskContext::from_waker(&run.root);
+                catch_unwind(AssertUnwindSafe(|| user.as_mut().poll(&mut user_cx)))
+            };
+            run.core.queue.announce();
+            match polled {
                 Ok(Poll::Ready(ended)) => {
                     let state = run.state();
                     // A fault that came up in the same poll goes before what the function made of it.
@@ -422,8 +427,12 @@ fn drop_quietly(run: &Arc<Run>, future: Option<UserFuture>) -> Option<String> {
             state.end = Some(End::Gone);
         }
     }
-    let _context = Context { run: run.serial, inside: Inside::Function }.enter();
-    catch_unwind(AssertUnwindSafe(|| drop(future))).err().map(|panic| panic_message(&*panic))
+    let dropped = {
+        let _context = Context { run: run.serial, inside: Inside::Function }.enter();
+        catch_unwind(AssertUnwindSafe(|| drop(future)))
+    };
+    run.core.queue.announce();
+    dropped.err().map(|panic| panic_message(&*panic))
 }
 
 fn panic_message(panic: &(dyn Any + Send)) -> String {

@@ -4,10 +4,12 @@
 use chrono::{DateTime, Utc};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use super::Core;
 use super::epoch::Epoch;
+use super::pulse::Standstill;
 use super::ratchet::Ratchet;
 use crate::storage::{Heart, NewInstance, Result, StorageError};
 
@@ -44,7 +46,8 @@ pub(super) async fn start(core: &Arc<Core>, epoch: &Arc<Epoch>) -> Result<HeartH
     let (ready, enlisted) = oneshot::channel();
     let (stopped_tx, stopped) = oneshot::channel::<()>();
     let stop = Arc::new(Ratchet::new(false));
-    let beating = beat(core.clone(), epoch.clone(), new, ready, stop.clone());
+    let service = core.storage.heartbeat_thread().then(Handle::current);
+    let beating = beat(core.clone(), epoch.clone(), new, ready, stop.clone(), service);
     if core.storage.heartbeat_thread() {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -75,6 +78,7 @@ async fn beat(
     new: NewInstance,
     ready: oneshot::Sender<Result<DateTime<Utc>>>,
     stop: Arc<Ratchet<bool>>,
+    service: Option<Handle>,
 ) {
     let sent = core.live.sending();
     let enlisting = core.storage.enlist(&new);
@@ -97,12 +101,26 @@ async fn beat(
     let mut pause = interval;
     let mut failing = false;
     let mut cursor = 0;
+    let mut standstill = Standstill::new();
     loop {
         tokio::select! {
             biased;
             () = stop.reached(true) => return,
             () = tokio::time::sleep(pause) => {}
             () = core.storage.changed(&mut cursor, pause), if core.storage.announces_everything() => {}
+        }
+        if let Some(runtime) = &service {
+            core.ask_for_tick(runtime);
+            let stalled = standstill.look(&core.pulse, interval * 2);
+            if stalled >= core.settings.stall_limit {
+                tracing::error!(
+                    instance = %epoch.instance,
+                    "code has blocked the runtime's threads for {stalled:?}; another instance takes over"
+                );
+                // With the heart goes the proof of life.
+                epoch.end();
+                return;
+            }
         }
         let sent = core.live.sending();
         let beat = tokio::select! {

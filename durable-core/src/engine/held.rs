@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::lock;
@@ -147,6 +148,25 @@ impl Held {
         };
         let lost = inner.slots.iter().filter_map(lost).collect();
         (strays, lost)
+    }
+
+    /// Waits until nothing is held but what does not leave: code that blocks its thread after it was told to end. That is let
+    /// go: nothing that it does counts any more.
+    pub(crate) async fn vacate(&self) {
+        /// No await, and so no end, for so long.
+        const BLOCKED: Duration = Duration::from_secs(1);
+        if tokio::time::timeout(BLOCKED, self.empty()).await.is_err() {
+            let left = |slot: &mut Slot| match slot {
+                Slot::Live(run) if !run.state().code_over => Some(run.clone()),
+                _ => None,
+            };
+            let blocked: Vec<Arc<Run>> = lock(&self.inner).slots.values_mut().filter_map(left).collect();
+            for run in blocked {
+                tracing::error!(id = %run.id, run = %run.run, "its code blocks a thread and does not end; it is left behind");
+                self.remove(run.run, run.claim);
+            }
+            self.empty().await;
+        }
     }
 
     /// Waits until nothing is held.

@@ -10,6 +10,7 @@ mod names;
 pub(crate) mod operation;
 mod poller;
 mod post;
+pub(crate) mod pulse;
 pub(crate) mod queue;
 mod ratchet;
 pub(crate) mod registry;
@@ -53,6 +54,7 @@ pub(crate) struct Settings {
     pub(crate) batch_bytes: usize,
     pub(crate) claim: usize,
     pub(crate) reconcile_every: Duration,
+    pub(crate) stall_limit: Duration,
 }
 
 /// How far a host is.
@@ -74,6 +76,7 @@ pub(crate) struct Core {
     pub(crate) kinds: HashMap<Arc<str>, Arc<dyn registry::Entry>>,
     pub(crate) clock: clock::DbClock,
     pub(crate) live: clock::Liveness,
+    pub(crate) pulse: pulse::Pulse,
     pub(crate) queue: queue::Queue,
     pub(crate) held: Arc<held::Held>,
     pub(crate) post: post::Post,
@@ -103,6 +106,7 @@ impl Core {
             settings,
             kinds,
             clock: clock::DbClock::new(surroundings.now()),
+            pulse: pulse::Pulse::new(),
             surroundings,
             queue: queue::Queue::new(),
             held: Arc::default(),

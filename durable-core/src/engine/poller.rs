@@ -45,6 +45,7 @@ pub(super) async fn poll(core: Arc<Core>, epoch: Arc<Epoch>) {
             }
         };
         backoff = Backoff::new();
+        core.pulse.looked.set();
         core.clock.sync(polled.now);
         let worked = act(&core, &epoch, &polled, turn).await;
         interval = if worked { SHORTEST } else { (interval * 2).min(core.settings.poll) };

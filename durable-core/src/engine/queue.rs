@@ -1,11 +1,14 @@
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, Hash};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use super::held::Places;
 use super::lock;
 use super::run::Run;
+use super::wake::Context;
 use crate::storage::{Effect, InstanceId, Op, Outcome, Raise, Spawn};
 
 /// What an operation's outcome is: or why the database refuses the operation for good.
@@ -65,6 +68,8 @@ impl Job {
 pub(crate) struct Queue {
     inner: Mutex<Inner>,
     filled: Notify,
+    /// Something was queued of which the writer has not been told.
+    unannounced: AtomicBool,
 }
 
 #[derive(Default)]
@@ -76,6 +81,8 @@ struct Inner {
     closed: bool,
     /// How many jobs there may be before those are looked for that nobody waits for any more.
     look_at: usize,
+    /// Since when something waits, and nothing has been written.
+    stalled: Option<Instant>,
 }
 
 impl Inner {
@@ -99,7 +106,7 @@ impl Inner {
 
 impl Queue {
     pub(crate) fn new() -> Self {
-        Self { inner: Mutex::default(), filled: Notify::new() }
+        Self { inner: Mutex::default(), filled: Notify::new(), unannounced: AtomicBool::new(false) }
     }
 
     pub(crate) fn push(&self, job: Job) {
@@ -108,6 +115,7 @@ impl Queue {
             let mut inner = lock(&self.inner);
             if inner.admits(&job) {
                 inner.jobs.push_back(job);
+                inner.stalled.get_or_insert_with(Instant::now);
                 dropped.extend(inner.abandoned());
             } else {
                 dropped.push(job);
@@ -115,7 +123,19 @@ impl Queue {
         }
         // Outside the lock: its end wakes whoever waits for it.
         drop(dropped);
-        self.filled.notify_one();
+        if Context::current().run == 0 {
+            self.filled.notify_one();
+        } else {
+            self.unannounced.store(true, Ordering::Release);
+        }
+    }
+
+    /// Tells the writer what code of a process has queued. Not while it runs: the runtime would keep the writer for its
+    /// thread, to be polled next, and that code may block the thread.
+    pub(crate) fn announce(&self) {
+        if self.unannounced.swap(false, Ordering::AcqRel) {
+            self.filled.notify_one();
+        }
     }
 
     /// From now on only this instance's operations are taken, and calls from outside, which wait for one. What an
@@ -144,6 +164,17 @@ impl Queue {
 
     pub(crate) fn len(&self) -> usize {
         lock(&self.inner).jobs.len()
+    }
+
+    /// Something was written; `more` is on its way.
+    pub(crate) fn moved(&self, more: bool) {
+        let mut inner = lock(&self.inner);
+        inner.stalled = (more || !inner.jobs.is_empty()).then(Instant::now);
+    }
+
+    /// For how long nothing of what waits has been written.
+    pub(crate) fn stalled(&self) -> Duration {
+        lock(&self.inner).stalled.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Waits until there is something, or somebody nudges.

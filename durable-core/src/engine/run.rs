@@ -62,6 +62,8 @@ pub(crate) struct State {
     pub(crate) rested: bool,
     /// Why the future must be dropped.
     pub(crate) end: Option<End>,
+    /// None of its code runs any more.
+    pub(crate) code_over: bool,
     /// Its end is in the database.
     pub(crate) ended: bool,
     /// The host is stopping: no new operation starts.

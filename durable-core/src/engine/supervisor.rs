@@ -111,7 +111,7 @@ async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended
             let _ = writer.await;
         }
         while tasks.join_next().await.is_some() {}
-        core.held.empty().await;
+        core.held.vacate().await;
         heart.stop().await;
         return if core.phase() == Phase::Live { Ended::Fenced } else { Ended::Stop };
     }

@@ -94,6 +94,7 @@ impl Writer {
                 core.queue.put_back(back);
                 return;
             }
+            core.queue.moved(self.next.is_some());
             // However much is queued: what nobody holds must not wait for a quiet moment.
             if core.phase() < Phase::Dead && (core.takes_comparison() || Instant::now() >= self.compare_at) {
                 self.tell();

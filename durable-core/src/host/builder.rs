@@ -67,6 +67,7 @@ impl HostBuilder {
             batch_ops: 1000,
             batch_bytes: 4 * 1024 * 1024,
             claim: 500,
+            stall_limit: Duration::from_secs(60),
             reconcile_every: Duration::from_secs(if storage.announces_everything() { 3600 } else { 60 }),
         };
         Self {
@@ -172,6 +173,14 @@ impl HostBuilder {
         self
     }
 
+    /// How long code may block the runtime's threads, so that none of the engine's tasks runs, before the host gives up what
+    /// it owns to other instances; 60 s by default. Blocked for less it keeps its lease: the heartbeat has a thread of its own.
+    /// Once the runtime runs again, the host goes on as a new instance.
+    pub fn stall_limit(mut self, limit: Duration) -> Self {
+        self.settings.stall_limit = limit;
+        self
+    }
+
     /// Clocks and ids from somewhere else than the machine: for simulations.
     #[doc(hidden)]
     pub fn surroundings(mut self, surroundings: Arc<dyn Surroundings>) -> Self {
@@ -207,6 +216,11 @@ impl HostBuilder {
                 format!("an expiry of {given:?} is too short; it must be at least three heartbeats, {least:?}");
             return Err(StartError::Setting(message.into()));
         }
+        if settings.stall_limit < settings.expiry {
+            let (given, least) = (settings.stall_limit, settings.expiry);
+            let message = format!("a stall limit of {given:?} is too short; it must be at least the expiry, {least:?}");
+            return Err(StartError::Setting(message.into()));
+        }
         if storage.announces_everything() {
             const HOUR: Duration = Duration::from_secs(3600);
             settings.heartbeat = HOUR;
@@ -226,8 +240,8 @@ impl Settings {
     /// `Duration::MAX` stands for "never": as long as the clocks can add it up.
     fn bound(&mut self) {
         const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
-        let Self { heartbeat, expiry, quiet_time, poll, call_timeout, reconcile_every, .. } = self;
-        for time in [&mut *heartbeat, expiry, quiet_time, &mut *poll, call_timeout, reconcile_every] {
+        let Self { heartbeat, expiry, quiet_time, poll, call_timeout, reconcile_every, stall_limit, .. } = self;
+        for time in [&mut *heartbeat, expiry, quiet_time, &mut *poll, call_timeout, reconcile_every, stall_limit] {
             *time = (*time).min(LONGEST);
         }
         *poll = (*poll).max(SHORTEST);

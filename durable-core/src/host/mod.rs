@@ -2,12 +2,14 @@
 
 mod builder;
 mod handle;
+mod health;
 mod outbox;
 mod processes;
 mod spawn;
 
 pub use builder::{HostBuilder, with};
 pub use handle::{Handle, Info, Json, Resume, Send};
+pub use health::Health;
 pub use outbox::{OutboxError, RaiseIn, SpawnIn};
 pub use processes::Processes;
 pub use spawn::SpawnProcess;
@@ -125,7 +127,8 @@ impl Host {
     }
 
     /// Ends the host in order. Steps that run get `grace` to end and be recorded; everything else stops at its await
-    /// at once. Nothing is reported as failed: what had not ended goes on on another instance, or at the next start.
+    /// at once. Nothing is reported as failed: what had not ended goes on on another instance, or at the next start. What
+    /// blocks its thread is left behind a second later, and handed to others like what was given back.
     pub async fn shutdown(&self, grace: Duration) {
         let core = &self.core;
         core.phase.reach(Phase::Stopping);
@@ -133,12 +136,15 @@ impl Host {
             run.state().stopping = true;
             run.wake.nudge();
         }
-        let dead = reaches(core, Phase::Dead);
         if tokio::time::timeout(grace, core.held.empty()).await.is_err() {
             for run in core.held.runs() {
                 run.end(End::Release);
             }
         }
+        let dead = async {
+            core.held.vacate().await;
+            reaches(core, Phase::Dead).await;
+        };
         // Giving back what was under way needs the storage. If that stays away, the end is a crash, and is treated so.
         if tokio::time::timeout(core.settings.call_timeout, dead).await.is_err() {
             tracing::warn!("the storage did not answer at the shutdown; another instance will take over");

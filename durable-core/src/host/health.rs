@@ -1,0 +1,50 @@
+use std::time::Duration;
+
+use super::Host;
+
+/// How long the parts of a host have not moved: [`Host::health`].
+///
+/// A probe compares them with what it tolerates. All are small while all is well: the heartbeat's age stays below
+/// [`heartbeat`](crate::HostBuilder::heartbeat)'s interval and a round trip, the poller's below [`poll`](crate::HostBuilder::poll)
+/// and one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Health {
+    /// How old the last heartbeat is that the database has acknowledged. From half the expiry on no attempt of a step starts;
+    /// from the expiry on another instance takes over.
+    pub heartbeat: Duration,
+    /// For how long nothing of what waits to be written has been. Zero if nothing waits.
+    pub writer: Duration,
+    /// For how long it has not looked for work.
+    pub poller: Duration,
+    /// For how long the runtime has run none of the engine's tasks: code blocks its threads. From
+    /// [`stall_limit`](crate::HostBuilder::stall_limit) on the host gives up what it owns.
+    pub runtime: Duration,
+    /// What the database complained of last, if ever: it may be over.
+    pub trouble: Option<Box<str>>,
+}
+
+impl Host {
+    /// How long this host's heartbeat, writer, poller and runtime have not moved. It answers at once, on any thread, and asks
+    /// nobody: where every thread of the runtime may be blocked, ask from a thread of your own.
+    ///
+    /// ```
+    /// # use durable_core::*;
+    /// # use durable_core::memory::Memory;
+    /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+    /// let host = Host::builder(Memory::new()).start().await?;
+    /// let health = host.health();
+    /// assert!(health.writer < std::time::Duration::from_secs(20), "nothing is written: {:?}", health.trouble);
+    /// # Ok::<_, Box<dyn std::error::Error>>(()) }).unwrap();
+    /// ```
+    pub fn health(&self) -> Health {
+        let core = &self.core;
+        Health {
+            heartbeat: core.live.age(),
+            writer: core.queue.stalled(),
+            poller: core.pulse.looked.age(),
+            runtime: core.blocked(),
+            trouble: core.trouble(),
+        }
+    }
+}
