@@ -33,6 +33,8 @@ pub enum Rule {
     SetOverwrites,
     /// What has an unknown outcome is fenced off before it is sent again.
     Refences,
+    /// What must not overtake operations that are held up waits behind them.
+    StaysBehind,
     /// No attempt of a step starts while the heartbeat is old.
     Gate,
     /// No cancellation is seen before everything that was recorded has been asked for.

@@ -24,6 +24,8 @@ impl std::error::Error for Told {}
 pub(crate) enum Class {
     /// Another transaction was chosen, or was first; this one is rolled back, and may be run again at once.
     Again,
+    /// Somebody holds what it needs for longer than it may wait; rolled back.
+    Held,
     /// Rolled back, and may work later.
     Later,
     /// A row of that key came to be there between the look and the insert.
@@ -42,8 +44,9 @@ pub(crate) enum Class {
 /// connection errors in Azure SQL Database").
 pub(crate) fn class(number: u32) -> Class {
     match number {
-        // A deadlock's victim; an update conflict under row versioning; no lock within the time-out.
-        1205 | 3960 | 3961 | 1222 => Class::Again,
+        // A deadlock's victim; an update conflict under row versioning.
+        1205 | 3960 | 3961 => Class::Again,
+        1222 => Class::Held,
         2601 | 2627 => Class::Duplicate,
         // No locks, memory or disk left; a log that is full, a database that is read-only or being recovered; a
         // resource governor's or Azure's limit.
@@ -84,6 +87,7 @@ fn by_number(number: u32, said: &str, committing: bool) -> StorageError {
     let told = Told { number, message: message(number, said) };
     match class(number) {
         Class::Again | Class::Later | Class::Duplicate => StorageError::unavailable(told),
+        Class::Held => StorageError::blocked(told),
         Class::Refused => StorageError::refused(told),
         Class::Schema => StorageError::schema(told),
         Class::Gone | Class::Other if committing => StorageError::unknown(told),
@@ -109,13 +113,13 @@ fn message(number: u32, said: &str) -> Box<str> {
 
 /// Whether a batch that failed so should be run again at once: the server has rolled it back for the sake of another one.
 pub(crate) fn passes_at_once(error: &Error) -> bool {
-    error.code().is_some_and(|number| matches!(class(number), Class::Again | Class::Duplicate) && number != 1222)
+    error.code().is_some_and(|number| matches!(class(number), Class::Again | Class::Duplicate))
 }
 
 /// Whether another try may not meet the error, which a service's statement met.
 pub(crate) fn passes(error: &Error) -> bool {
     match error.code() {
-        Some(number) => matches!(class(number), Class::Again | Class::Later | Class::Gone),
+        Some(number) => matches!(class(number), Class::Again | Class::Held | Class::Later | Class::Gone),
         None => matches!(error, Error::Io { .. } | Error::Tls(_) | Error::Protocol(_) | Error::Routing { .. }),
     }
 }
@@ -129,6 +133,7 @@ mod tests {
         let sorted = |number: u32| {
             let of = |committing| match by_number(number, "said", committing) {
                 StorageError::Unavailable(_) => "unavailable",
+                StorageError::Blocked(_) => "blocked",
                 StorageError::Unknown(_) => "unknown",
                 StorageError::Refused(_) => "refused",
                 StorageError::Schema(_) => "schema",
@@ -136,7 +141,8 @@ mod tests {
             };
             (of(true), of(false))
         };
-        for number in [1205, 3960, 1222, 2627, 2601, 9002, 701, 3906, 40501, 40613, 49920, 10928, 4060, 18456] {
+        assert_eq!(sorted(1222), ("blocked", "blocked"));
+        for number in [1205, 3960, 2627, 2601, 9002, 701, 3906, 40501, 40613, 49920, 10928, 4060, 18456] {
             assert_eq!(sorted(number), ("unavailable", "unavailable"), "{number}");
         }
         for number in [6005, 40197, 596, 10054, 50000, 33_557_097] {

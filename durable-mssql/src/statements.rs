@@ -3,7 +3,7 @@
 use chrono::DateTime;
 use durable_core::storage::{
     Batch, Effect, Fence, Filter, Finish, Forget, InstanceId, LockState, NewInstance, Op, OpKind, Park, Peer, Poll,
-    Prepared, Raise, RecordKey, RecordOp, RecordState, RunId, Scope, Spawn, Status,
+    Raise, RecordKey, RecordOp, RecordState, RunId, Scope, Spawn, Status,
 };
 use sqlparser::dialect::MsSqlDialect;
 use sqlparser::parser::Parser;
@@ -72,7 +72,7 @@ fn record(effect: Option<Effect>) -> RecordOp {
 
 fn batch(ops: Vec<Op>) -> Batch {
     let fence = Fence { instance: instance(), generation: 0 };
-    Batch { fence, namespace: "default".into(), ops, prepared: Prepared::default() }
+    Batch::new(fence, "default", ops)
 }
 
 #[tokio::test]

@@ -62,7 +62,8 @@ impl Mssql {
     async fn commit_one(&self, batch: &Batch, swept: bool) -> Result<Committed> {
         let mut lent = self.0.sessions.lend().await?;
         let result = batch::commit(&mut lent, &self.0.schema, batch, swept).await;
-        lent.done(result)
+        // One that was given another patience keeps it.
+        if batch.patience.is_some() { result } else { lent.done(result) }
     }
 }
 

@@ -43,6 +43,10 @@ fn by_code(told: Told, committing: bool) -> StorageError {
     match (code.get(..2).unwrap_or_default(), &*code) {
         // Going down, the server may say so after the commit: while it waits for a standby to confirm it, say.
         ("08", _) | (_, "57P01" | "57P02") if committing => StorageError::unknown(told),
+        // Rows that somebody holds for too long, a statement that takes too long.
+        (_, "55P03" | "57014") => StorageError::blocked(told),
+        // A commit whose node was lost: CockroachDB, and some poolers.
+        (_, "40003") if committing => StorageError::unknown(told),
         // A connection refused or lost, no memory or disk, too many connections, a deadlock, a time-out, a server
         // that starts or goes down: none of it was written.
         ("08" | "40" | "53" | "55" | "57", _) => StorageError::unavailable(told),
@@ -103,17 +107,21 @@ mod tests {
         let sorted = |code: &str, committing| match by_code(Told { code: code.into(), message: "m".into() }, committing)
         {
             StorageError::Unavailable(_) => "unavailable",
+            StorageError::Blocked(_) => "blocked",
             StorageError::Unknown(_) => "unknown",
             StorageError::Refused(_) => "refused",
             StorageError::Schema(_) => "schema",
             _ => "other",
         };
-        for code in [
-            "40001", "40P01", "53100", "53200", "53300", "55P03", "57014", "57P03", "25006", "25P03", "28P01", "3D000",
-            "0A000", "26000",
-        ] {
+        for code in
+            ["40001", "40P01", "53100", "53200", "53300", "57P03", "25006", "25P03", "28P01", "3D000", "0A000", "26000"]
+        {
             assert_eq!((sorted(code, true), sorted(code, false)), ("unavailable", "unavailable"), "{code}");
         }
+        for code in ["55P03", "57014"] {
+            assert_eq!((sorted(code, true), sorted(code, false)), ("blocked", "blocked"), "{code}");
+        }
+        assert_eq!(sorted("40003", true), "unknown");
         for code in ["08006", "57P01", "57P02", "XX000"] {
             assert_eq!((sorted(code, true), sorted(code, false)), ("unknown", "unavailable"), "{code}");
         }

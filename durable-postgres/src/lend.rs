@@ -97,7 +97,7 @@ impl Lent {
     /// Gives the connection back, unless what went wrong may be its own fault.
     pub(crate) fn done<T>(self, result: Result<T>) -> Result<T> {
         let trusted = match &result {
-            Ok(_) | Err(StorageError::Fenced | StorageError::Refused(_)) => true,
+            Ok(_) | Err(StorageError::Fenced | StorageError::Refused(_) | StorageError::Blocked(_)) => true,
             Err(_) => false,
         };
         if trusted {

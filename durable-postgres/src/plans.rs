@@ -114,12 +114,7 @@ fn batch_of(kind: Kind) -> Batch {
             Op::Delete { id: id.clone() },
         ]);
     }
-    Batch {
-        fence: Fence { instance: InstanceId::new(), generation: 0 },
-        namespace: "default".into(),
-        ops,
-        prepared: Default::default(),
-    }
+    Batch::new(Fence { instance: InstanceId::new(), generation: 0 }, "default", ops)
 }
 
 fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
@@ -280,7 +275,7 @@ async fn an_old_snapshot() {
     };
     let (_heart, _) = storage.enlist(&new).await.unwrap();
     let fence = || Fence { instance: new.id, generation: 0 };
-    let batch = |ops| Batch { fence: fence(), namespace: "default".into(), ops, prepared: Default::default() };
+    let batch = |ops| Batch::new(fence(), "default", ops);
     let claim = || batch(vec![Op::Claim { kind: "kind-1".into(), limit: PROCESSES }]);
     let poll = Poll { instance: new.id, namespace: "default".into(), kinds: new.kinds.clone(), watched: vec![] };
     let spawn = |n: usize| {

@@ -60,12 +60,7 @@ fn everything() -> Batch {
         Op::Delete { id: id.clone() },
         Op::Claim { kind: "kind".into(), limit: 10 },
     ];
-    Batch {
-        fence: Fence { instance: InstanceId::new(), generation: 0 },
-        namespace: "n".into(),
-        ops,
-        prepared: Default::default(),
-    }
+    Batch::new(Fence { instance: InstanceId::new(), generation: 0 }, "n", ops)
 }
 
 #[tokio::test]

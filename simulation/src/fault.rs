@@ -41,6 +41,8 @@ listed! {
         Away = "storage away",
         /// For more than two minutes.
         AwayLong = "storage away for minutes",
+        /// Somebody holds rows of processes for a while.
+        HeldUp = "rows held",
         /// A client does not wait for its answer.
         ClientGone = "client gone",
         /// A process drops an operation and does it again.
@@ -101,6 +103,7 @@ listed! {
         Zombie = "a zombie's batch refused",
         Stray = "a stray adopted",
         NotParked = "a park refused for signals",
+        Apart = "written apart from what is held up",
         OwnStart = "own start recognised",
         OwnMessage = "own message recognised",
         OwnRecord = "own record recognised",

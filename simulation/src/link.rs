@@ -250,9 +250,18 @@ impl Storage for Link {
         {
             return Err(StorageError::Fenced);
         }
+        if let Some(wait) = self.world.held_up(batch) {
+            sleep(wait).await;
+            self.world.awake(self.host).await;
+            return Err(StorageError::blocked("somebody holds a row"));
+        }
+        let apart = batch.patience.is_some();
         let (batch, host) = (batch.clone(), self.host);
         let result = self.write((&before, &after), move |world| world.commit(host, &batch)).await;
         let mut inner = self.world.inner();
+        if apart && result.is_ok() {
+            inner.tally.saw(Sight::Apart);
+        }
         for outcome in result.iter().flatten() {
             if let Outcome::Claimed(claimed) = outcome {
                 for claimed in claimed {

@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use durable_core::storage::{
-    Batch, Committed, Ending, Fence, InstanceId, Op, Open, Outcome, Prepared, Record, RecordKey, RecordOp, RecordState,
-    Result, RolledBack, RunId, Slot, Storage, StorageError, Transactional, Tx,
+    Batch, Committed, Ending, Fence, InstanceId, Op, Open, Outcome, Record, RecordKey, RecordOp, RecordState, Result,
+    RolledBack, RunId, Slot, Storage, StorageError, Transactional, Tx,
 };
 use std::error::Error;
 use std::sync::Arc;
@@ -96,7 +96,7 @@ fn commit(world: &World, host: usize, instance: InstanceId, record: &RecordOp, w
     // Not the writer's: any generation of a living instance.
     let fence = Fence { instance, generation: world.inner().ledger.generation(instance) };
     let ops = vec![Op::Record(record.clone())];
-    let batch = Batch { fence, namespace: "default".into(), ops, prepared: Prepared::default() };
+    let batch = Batch::new(fence, "default", ops);
     match &world.commit(host, &batch)?[..] {
         [Outcome::Recorded] => {
             let place = (record.run, record.key.clone());

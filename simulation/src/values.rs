@@ -24,7 +24,9 @@ impl World {
             let mut inner = self.inner();
             let inner = &mut *inner;
             let kept = inner.effects.kept.entry((run, claim)).or_default();
-            let recorded = inner.ledger.values.get(&(run, key.clone())).is_some_and(|values| !values.is_empty());
+            // A zombie's replay knows nothing of what later executions have recorded.
+            let values = inner.ledger.values.get(&(run, key.clone()));
+            let recorded = values.is_some_and(|values| values.iter().any(|(by, _)| *by <= claim));
             let keeps = match valued {
                 Valued::Set(to) if replaying && key.key.is_empty() => {
                     kept.insert(key.clone(), to);

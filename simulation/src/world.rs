@@ -3,7 +3,8 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use durable_core::memory::Memory;
 use durable_core::storage::{
-    Batch, Heart, InstanceId, Op, Outcome, RecordKey, RecordOp, Result, RunId, Scope, Storage, StorageError,
+    Batch, Effect, Heart, InstanceId, Op, Outcome, Raise, RecordKey, RecordOp, Result, RunId, Scope, Spawn, Storage,
+    StorageError,
 };
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -56,11 +57,16 @@ pub struct Inner {
     /// Nothing goes wrong any more.
     pub calm: bool,
     away: Option<Outage>,
+    /// Whose rows somebody holds, of eight shares, and until when.
+    held: Option<(u64, Instant)>,
     deaths: u64,
     /// What must not be.
     pub wrong: Vec<String>,
     pub trace: Option<Vec<String>>,
 }
+
+/// Of the ids of all processes, some are held at a time.
+const SHARES: u64 = 8;
 
 /// A time in which nobody reaches the storage.
 #[derive(Clone, Copy)]
@@ -158,6 +164,7 @@ impl World {
             commits: BTreeMap::new(),
             calm: false,
             away: None,
+            held: None,
             deaths: 0,
             wrong: Vec::new(),
             trace: traced.then(Vec::new),
@@ -283,6 +290,51 @@ impl World {
         inner.lateness.trouble((now + fate.arrival + fate.answer).max(inner.hosts[host].cut.unwrap_or(now)));
         inner.tally.hit(fault, places);
         fate
+    }
+
+    /// For how long a batch waits in vain for rows that somebody holds, if it touches such.
+    pub fn held_up(&self, batch: &Batch) -> Option<Duration> {
+        let mut inner = self.inner();
+        let inner = &mut *inner;
+        let now = Instant::now();
+        if inner.calm {
+            return None;
+        }
+        if inner.held.is_none_or(|(_, until)| until <= now) {
+            inner.held = None;
+            if inner.seed.below(10_000) < inner.odds.fault {
+                let until = now + ms(inner.seed.ms(20_000));
+                inner.held = Some((inner.seed.below(SHARES), until));
+                inner.lateness.trouble(until);
+                inner.tally.hit(Fault::HeldUp, &[]);
+            }
+        }
+        let (share, _) = inner.held?;
+        let held = |id: &str| id.bytes().map(u64::from).sum::<u64>() % SHARES == share;
+        let of = |run: &RunId| held(inner.ledger.id(*run));
+        let touched = |op: &Op| match op {
+            Op::Spawn(Spawn { id, .. })
+            | Op::Raise(Raise { id, .. })
+            | Op::Cancel { id }
+            | Op::Resume { id, .. }
+            | Op::Delete { id } => held(id),
+            Op::Record(record) => {
+                of(&record.run)
+                    || match &record.effect {
+                        Some(Effect::Spawn(spawn)) => held(&spawn.id),
+                        Some(Effect::Raise(raise)) => held(&raise.id),
+                        None => false,
+                    }
+            }
+            Op::Await { run, id, .. } => of(run) || held(id),
+            Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => of(run),
+            Op::Finish(finish) => of(&finish.run),
+            Op::Park(park) => of(&park.run),
+            _ => false,
+        };
+        let touched = batch.ops.iter().any(touched);
+        let longest = batch.patience.unwrap_or(Duration::from_secs(2));
+        touched.then(|| longest.min(ms(inner.seed.ms(2_000))))
     }
 
     /// What befalls a host in the middle of its own code.

@@ -64,6 +64,11 @@ fn a_claim_that_is_not_found_among_what_is_owned() {
 }
 
 #[test]
+fn what_is_held_up_is_overtaken() {
+    noticed(Rule::StaysBehind, 5_000);
+}
+
+#[test]
 fn an_acknowledged_set_is_lost() {
     noticed(Rule::SetWrites, 500);
 }
@@ -90,7 +95,7 @@ fn an_attempt_with_an_old_heartbeat() {
 
 #[test]
 fn a_cancellation_in_the_replay() {
-    noticed(Rule::ReplaySeesNoCancel, 500);
+    noticed(Rule::ReplaySeesNoCancel, 5_000);
 }
 
 #[test]

@@ -22,6 +22,8 @@ pub enum Fault {
     LostAndFenced,
     /// The database refuses it for good.
     Refused,
+    /// Somebody holds what it touches.
+    Blocked,
     /// Nothing can be written: a right was taken away, say.
     Schema,
 }
@@ -117,6 +119,7 @@ impl<S: Storage> Storage for Faulty<S> {
                 self.late.lock().unwrap().push(batch.clone());
                 Err(lost())
             }
+            Some(Fault::Blocked) => Err(StorageError::blocked("somebody holds the row")),
             Some(Fault::Schema) => Err(StorageError::schema("permission denied")),
             Some(Fault::Refused) => Err(StorageError::refused("the database does not like it")),
         }

@@ -18,7 +18,7 @@ pub async fn enlist(storage: &impl Storage) -> (InstanceId, Box<dyn Heart>) {
 
 /// A batch of this instance.
 pub fn batch(instance: InstanceId, generation: i64, ops: Vec<Op>) -> Batch {
-    Batch { fence: Fence { instance, generation }, namespace: "default".into(), ops, prepared: Default::default() }
+    Batch::new(Fence { instance, generation }, "default", ops)
 }
 
 /// Commits a batch of the first generation.

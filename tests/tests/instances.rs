@@ -269,7 +269,7 @@ async fn enlist(storage: &impl Storage) -> (InstanceId, Box<dyn storage::Heart>)
 }
 
 fn batch(instance: InstanceId, ops: Vec<Op>) -> Batch {
-    Batch { fence: Fence { instance, generation: 0 }, namespace: "default".into(), ops, prepared: Default::default() }
+    Batch::new(Fence { instance, generation: 0 }, "default", ops)
 }
 
 /// Everything that a zombie may still have in its queue.

@@ -774,7 +774,7 @@ fn a_deletion_that_takes_long() {
         schema.execute(slow).await;
         let ops = vec![Op::Delete { id: "p".into() }, Op::Cancel { id: "q".into() }];
         let refused = storage.commit(&batch(me, 0, ops)).await.unwrap_err();
-        assert!(matches!(refused, StorageError::Unavailable(_)), "{refused:?}");
+        assert!(matches!(refused, StorageError::Blocked(_)), "{refused:?}");
     });
 }
 

@@ -233,12 +233,7 @@ fn dropped_calls_leave_nothing_open() {
                     restart_finished: false,
                 })
             };
-            let batch = Batch {
-                fence: Fence { instance: id, generation: 0 },
-                namespace: "default".into(),
-                ops: (0..50).map(spawn).collect(),
-                prepared: Default::default(),
-            };
+            let batch = Batch::new(Fence { instance: id, generation: 0 }, "default", (0..50).map(spawn).collect());
             let call = {
                 let storage = storage.clone();
                 tokio::spawn(async move { storage.commit(&batch).await })

@@ -37,7 +37,7 @@ impl<'s, S: Storage> Actor<'s, S> {
     /// A batch of it.
     pub fn batch(&self, ops: Vec<Op>) -> Batch {
         let fence = Fence { instance: self.id, generation: self.generation };
-        Batch { fence, namespace: NAMESPACE.into(), ops, prepared: Default::default() }
+        Batch::new(fence, NAMESPACE, ops)
     }
 
     /// Commits.

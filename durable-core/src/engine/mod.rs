@@ -1,6 +1,8 @@
 //! The engine of one host: batches, schedules and recovers, over any storage. See `ARCHITECTURE.md`.
 
+mod aside;
 pub(crate) mod clock;
+mod committer;
 mod drive;
 pub(crate) mod epoch;
 mod heart;
@@ -15,6 +17,7 @@ pub(crate) mod queue;
 mod ratchet;
 pub(crate) mod registry;
 pub(crate) mod replay;
+mod rows;
 pub(crate) mod run;
 mod sent;
 mod stuck;

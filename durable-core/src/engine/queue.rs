@@ -1,15 +1,17 @@
-use std::collections::{HashSet, VecDeque};
-use std::hash::{BuildHasher, Hash};
+use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
+use super::aside::{Aside, take_nothing};
 use super::held::Places;
 use super::lock;
+use super::rows::{Rows, size};
 use super::run::Run;
 use super::wake::Context;
-use crate::storage::{Effect, InstanceId, Op, Outcome, Raise, Spawn};
+use crate::storage::{InstanceId, Op, Outcome};
 
 /// What an operation's outcome is: or why the database refuses the operation for good.
 pub(crate) type Answer = Result<Outcome, Box<str>>;
@@ -57,6 +59,25 @@ impl Job {
         matches!(self.from, From::Host) && !self.again && self.reply.as_ref().is_some_and(oneshot::Sender::is_closed)
     }
 
+    /// What it is, for people.
+    pub(super) fn words(&self) -> String {
+        let (what, whose): (&str, &dyn fmt::Display) = match &self.op {
+            Op::Spawn(spawn) => ("the start of", &spawn.id),
+            Op::Raise(raise) => ("a message to", &raise.id),
+            Op::Record(record) => return format!("the record {} of run {}", record.key, record.run),
+            Op::Await { run, .. } => ("a wait of run", run),
+            Op::AcceptCancel { run, .. } => ("the cancellation of run", run),
+            Op::Seen { run, .. } => ("a note of run", run),
+            Op::Finish(finish) => ("the end of run", &finish.run),
+            Op::Park(park) => ("the park of run", &park.run),
+            Op::Cancel { id } => ("a request to cancel", id),
+            Op::Resume { id, .. } => ("a request to resume", id),
+            Op::Delete { id } => ("a request to delete", id),
+            Op::Claim { kind, .. } => ("a claim of kind", kind),
+        };
+        format!("{what} {whose}")
+    }
+
     pub(crate) fn answer(self, answer: Answer) {
         if let Some(reply) = self.reply {
             let _ = reply.send(answer);
@@ -66,15 +87,20 @@ impl Job {
 
 /// The operations of all processes of an instance, in the order in which they came.
 pub(crate) struct Queue {
-    inner: Mutex<Inner>,
+    pub(super) inner: Mutex<Inner>,
     filled: Notify,
+    /// Something was set aside.
+    pub(super) aside: Notify,
     /// Something was queued of which the writer has not been told.
     unannounced: AtomicBool,
 }
 
 #[derive(Default)]
-struct Inner {
+pub(super) struct Inner {
     jobs: VecDeque<Job>,
+    /// What people order: written one by one, so there are few in a batch, and all else passes them.
+    orders: VecDeque<Job>,
+    pub(super) aside: Aside,
     /// The instance that is written for: what belongs to another one is dropped, which tells whoever waits.
     serving: Option<InstanceId>,
     /// The host is dead.
@@ -90,23 +116,94 @@ impl Inner {
         !self.closed && job.from.instance().is_none_or(|instance| Some(instance) == self.serving)
     }
 
+    fn lane(&mut self, job: &Job) -> &mut VecDeque<Job> {
+        match job.op {
+            Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. } => &mut self.orders,
+            _ => &mut self.jobs,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.jobs.len() + self.orders.len()
+    }
+
+    /// All that is here, what was set aside before what came later.
+    fn take_all(&mut self) -> Vec<Job> {
+        let aside = self.aside.take();
+        aside.chain(std::mem::take(&mut self.jobs)).chain(std::mem::take(&mut self.orders)).collect()
+    }
+
+    /// Puts one back in front, unless it is nobody's any more: then it comes back, to be dropped without the lock.
+    pub(super) fn put_first(&mut self, job: Job) -> Option<Job> {
+        if !self.admits(&job) {
+            return Some(job);
+        }
+        self.lane(&job).push_front(job);
+        None
+    }
+
     /// Takes out what nobody waits for any more, whenever there is twice as much as the last time: while the database is
     /// away, what is queued stays in proportion to those who wait.
     fn abandoned(&mut self) -> VecDeque<Job> {
         const FEW: usize = 1000;
-        if self.jobs.len() < self.look_at.max(FEW) {
+        if self.len() < self.look_at.max(FEW) {
             return VecDeque::new();
         }
-        let (abandoned, stay) = std::mem::take(&mut self.jobs).into_iter().partition(Job::is_abandoned);
-        self.jobs = stay;
-        self.look_at = self.jobs.len() * 2;
+        let mut abandoned = VecDeque::new();
+        for lane in [&mut self.jobs, &mut self.orders] {
+            let (go, stay): (VecDeque<Job>, _) = std::mem::take(lane).into_iter().partition(Job::is_abandoned);
+            *lane = stay;
+            abandoned.extend(go);
+        }
+        self.look_at = self.len() * 2;
         abandoned
     }
+
+    /// Moves the first operations of one lane into a batch, in order, as far as its bounds and its rows allow. What must wait
+    /// behind operations that are set aside goes there.
+    fn fill(&mut self, batch: &mut Filling, lane: impl Fn(&mut Self) -> &mut VecDeque<Job>, most: usize) {
+        let before = batch.taken.len();
+        while let Some(job) = lane(self).front() {
+            if job.is_abandoned() {
+                batch.abandoned.extend(lane(self).pop_front());
+                continue;
+            }
+            if !self.aside.is_empty() {
+                let job = lane(self).pop_front().and_then(|job| self.aside.keeps(job));
+                let Some(job) = job else { continue };
+                lane(self).push_front(job);
+            }
+            let Some(job) = lane(self).front() else { break };
+            let bytes = batch.bytes + size(&job.op);
+            let full = batch.taken.len() - before == most || (bytes > batch.max_bytes && !batch.taken.is_empty());
+            if full || !batch.rows.admit(&job.op) {
+                break;
+            }
+            batch.bytes = bytes;
+            batch.taken.extend(lane(self).pop_front());
+        }
+    }
+}
+
+/// A batch that is being put together.
+#[derive(Default)]
+struct Filling {
+    taken: Vec<Job>,
+    rows: Rows,
+    bytes: usize,
+    max_bytes: usize,
+    /// Dropped when the lock is free again.
+    abandoned: Vec<Job>,
 }
 
 impl Queue {
     pub(crate) fn new() -> Self {
-        Self { inner: Mutex::default(), filled: Notify::new(), unannounced: AtomicBool::new(false) }
+        Self {
+            inner: Mutex::default(),
+            filled: Notify::new(),
+            aside: Notify::new(),
+            unannounced: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn push(&self, job: Job) {
@@ -114,7 +211,7 @@ impl Queue {
         {
             let mut inner = lock(&self.inner);
             if inner.admits(&job) {
-                inner.jobs.push_back(job);
+                inner.lane(&job).push_back(job);
                 inner.stalled.get_or_insert_with(Instant::now);
                 dropped.extend(inner.abandoned());
             } else {
@@ -141,13 +238,17 @@ impl Queue {
     /// From now on only this instance's operations are taken, and calls from outside, which wait for one. What an
     /// earlier instance left is dropped, and so is whatever of it comes later.
     pub(crate) fn serve(&self, instance: Option<InstanceId>) {
-        let mut dropped = VecDeque::new();
+        let mut dropped = Vec::new();
         {
             let mut inner = lock(&self.inner);
             inner.serving = instance;
-            let (stay, go) = std::mem::take(&mut inner.jobs).into_iter().partition(|job| inner.admits(job));
-            inner.jobs = stay;
-            dropped.extend::<VecDeque<Job>>(go);
+            for job in inner.take_all() {
+                if inner.admits(&job) {
+                    inner.lane(&job).push_back(job);
+                } else {
+                    dropped.push(job);
+                }
+            }
         }
         drop(dropped);
     }
@@ -157,19 +258,19 @@ impl Queue {
         let jobs = {
             let mut inner = lock(&self.inner);
             inner.closed = true;
-            std::mem::take(&mut inner.jobs)
+            inner.take_all()
         };
         drop(jobs);
     }
 
     pub(crate) fn len(&self) -> usize {
-        lock(&self.inner).jobs.len()
+        lock(&self.inner).len()
     }
 
     /// Something was written; `more` is on its way.
     pub(crate) fn moved(&self, more: bool) {
         let mut inner = lock(&self.inner);
-        inner.stalled = (more || !inner.jobs.is_empty()).then(Instant::now);
+        inner.stalled = (more || inner.len() > 0).then(Instant::now);
     }
 
     /// For how long nothing of what waits has been written.
@@ -189,27 +290,19 @@ impl Queue {
         self.filled.notify_one();
     }
 
-    /// The next batch: what is queued, in order, as far as the bounds and the rule of one operation for each row allow.
+    /// The next batch: what is queued, in order, as far as the bounds and the rule of one operation for each row allow; and
+    /// some of what people order.
     pub(crate) fn take(&self, max_ops: usize, max_bytes: usize) -> Vec<Job> {
-        // Dropped when the lock is free again.
-        let mut abandoned = Vec::new();
-        let jobs = &mut lock(&self.inner).jobs;
-        let mut taken = Vec::with_capacity(jobs.len().min(max_ops));
-        let mut rows = Rows::default();
-        let mut bytes = 0;
-        while let Some(job) = jobs.front() {
-            if job.is_abandoned() {
-                abandoned.extend(jobs.pop_front());
-                continue;
-            }
-            bytes += size(&job.op);
-            let full = taken.len() == max_ops || (bytes > max_bytes && !taken.is_empty());
-            if full || !rows.admit(&job.op) {
-                break;
-            }
-            taken.extend(jobs.pop_front());
-        }
-        taken
+        /// Each is written by itself, so many in a batch would hold up the rest.
+        const ORDERS: usize = 30;
+        let mut inner = lock(&self.inner);
+        let orders = inner.orders.len().min(ORDERS).min(max_ops / 2 + 1);
+        let mut batch =
+            Filling { max_bytes, taken: Vec::with_capacity(inner.len().min(max_ops)), ..Filling::default() };
+        inner.fill(&mut batch, |inner| &mut inner.jobs, max_ops.saturating_sub(orders).max(usize::from(orders == 0)));
+        inner.fill(&mut batch, |inner| &mut inner.orders, orders);
+        drop(inner);
+        batch.taken
     }
 
     /// Puts calls from outside back in front, in their order, for the next instance. A start among them may have
@@ -217,107 +310,16 @@ impl Queue {
     /// says so ([`Job::again`]).
     pub(crate) fn put_back(&self, back: Vec<Job>) {
         for mut job in back.into_iter().rev() {
-            if let Op::Spawn(spawn) = &mut job.op {
-                spawn.take = false;
-                job.places = None;
-            }
-            let mut inner = lock(&self.inner);
-            if inner.admits(&job) {
-                inner.jobs.push_front(job);
-            }
+            take_nothing(&mut job);
+            self.put_first(job);
         }
-        self.filled.notify_one();
-    }
-}
-
-/// Which rows a batch touches so far, as hashes: two that collide merely wait for the next batch.
-#[derive(Default)]
-struct Rows {
-    seen: HashSet<u64, foldhash::fast::RandomState>,
-    /// What people order: written one by one, so there are few in a batch.
-    orders: usize,
-}
-
-/// What kind of row a hash stands for.
-#[derive(Hash)]
-enum Row {
-    Process,
-    Id,
-    Event,
-    Record,
-    Claim,
-}
-
-impl Rows {
-    fn hash(&self, row: (Row, impl Hash)) -> u64 {
-        self.seen.hasher().hash_one(row)
+        self.nudge();
     }
 
-    fn has(&self, row: (Row, impl Hash)) -> bool {
-        self.seen.contains(&self.hash(row))
-    }
-
-    /// Whether the row is new to the batch.
-    fn enter(&mut self, row: (Row, impl Hash)) -> bool {
-        let row = self.hash(row);
-        self.seen.insert(row)
-    }
-
-    /// Whether the operation may join the batch.
-    fn admit(&mut self, op: &Op) -> bool {
-        match op {
-            Op::Spawn(spawn) => self.spawn(spawn),
-            Op::Raise(raise) => self.raise(raise),
-            Op::Record(record) => {
-                // Storages apply records before parks and finishes: one behind its run's park would overtake it.
-                if self.has((Row::Process, record.run)) || !self.enter((Row::Record, (record.run, &record.key))) {
-                    return false;
-                }
-                match &record.effect {
-                    Some(Effect::Spawn(spawn)) => self.spawn(spawn),
-                    Some(Effect::Raise(raise)) => self.raise(raise),
-                    None => true,
-                }
-            }
-            Op::Await { run, .. } => !self.has((Row::Process, *run)),
-            Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => self.enter((Row::Process, *run)),
-            Op::Finish(finish) => self.enter((Row::Process, finish.run)),
-            Op::Park(park) => self.enter((Row::Process, park.run)),
-            Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } => {
-                const MOST: usize = 30;
-                self.orders += 1;
-                self.orders <= MOST && self.enter((Row::Id, id))
-            }
-            Op::Claim { .. } => self.enter((Row::Claim, ())),
-        }
-    }
-
-    fn spawn(&mut self, spawn: &Spawn) -> bool {
-        self.enter((Row::Id, &spawn.id))
-    }
-
-    fn raise(&mut self, raise: &Raise) -> bool {
-        self.enter((Row::Event, (&raise.id, &raise.event_id)))
-    }
-}
-
-fn size(op: &Op) -> usize {
-    const ROW: usize = 200;
-    let spawn = |s: &Spawn| s.input.len() + ROW;
-    let raise = |r: &Raise| r.payload.len() + ROW;
-    match op {
-        Op::Spawn(s) => spawn(s),
-        Op::Raise(r) => raise(r),
-        Op::Record(r) => {
-            let effect = match &r.effect {
-                Some(Effect::Spawn(s)) => spawn(s),
-                Some(Effect::Raise(r)) => raise(r),
-                None => 0,
-            };
-            r.payload.len() + effect + ROW
-        }
-        Op::Finish(f) => f.output.as_deref().map_or(0, str::len) + ROW,
-        _ => ROW,
+    /// Puts one that was taken back in front.
+    pub(super) fn put_first(&self, job: Job) {
+        let dropped = lock(&self.inner).put_first(job);
+        drop(dropped);
     }
 }
 

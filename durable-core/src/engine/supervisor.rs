@@ -4,10 +4,11 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
+use super::committer::Committer;
 use super::epoch::Epoch;
 use super::heart::HeartHandle;
 use super::writer::Writer;
-use super::{Backoff, Core, Phase, heart, poller, post, takeover};
+use super::{Backoff, Core, Phase, aside, heart, poller, post, takeover};
 use crate::storage::StorageError;
 
 /// Runs a host until it is shut down or dropped. `ready` hears how the first enlistment went.
@@ -70,7 +71,9 @@ enum Ended {
 async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended {
     let mut tasks = JoinSet::new();
     core.queue.serve(Some(epoch.instance));
-    let mut writer = tokio::spawn(Writer::new(core.clone(), epoch.clone()).write());
+    let committer = Committer::new(core.clone(), epoch.clone());
+    let mut writer = tokio::spawn(Writer::new(core.clone(), epoch.clone(), committer.clone()).write());
+    tasks.spawn(aside::write(core.clone(), epoch.clone(), committer));
     tasks.spawn(poller::poll(core.clone(), epoch.clone()));
     tasks.spawn(takeover::watch_peers(core.clone(), epoch.clone()));
     tasks.spawn(post::deliver(core.clone(), epoch.clone()));
@@ -115,9 +118,12 @@ async fn live(core: &Arc<Core>, epoch: &Arc<Epoch>, heart: HeartHandle) -> Ended
         heart.stop().await;
         return if core.phase() == Phase::Live { Ended::Fenced } else { Ended::Stop };
     }
-    // All has been given back; what is queued still goes out.
+    // All has been given back; what is queued still goes out, as long as anybody waits for that.
     epoch.drain();
-    let _ = writer.await;
+    tokio::select! {
+        _ = &mut writer => {}
+        () = reaches(core, Phase::Dead) => writer.abort(),
+    }
     epoch.end();
     core.queue.serve(None);
     while tasks.join_next().await.is_some() {}

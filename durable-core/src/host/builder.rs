@@ -174,7 +174,7 @@ impl HostBuilder {
     }
 
     /// How long code may block the runtime's threads, so that none of the engine's tasks runs, before the host gives up what
-    /// it owns to other instances; 60 s by default. Blocked for less it keeps its lease: the heartbeat has a thread of its own.
+    /// it owns to other instances; 60 s by default, and never less than the expiry. Blocked for less it keeps its lease: the heartbeat has a thread of its own.
     /// Once the runtime runs again, the host goes on as a new instance.
     pub fn stall_limit(mut self, limit: Duration) -> Self {
         self.settings.stall_limit = limit;
@@ -216,11 +216,7 @@ impl HostBuilder {
                 format!("an expiry of {given:?} is too short; it must be at least three heartbeats, {least:?}");
             return Err(StartError::Setting(message.into()));
         }
-        if settings.stall_limit < settings.expiry {
-            let (given, least) = (settings.stall_limit, settings.expiry);
-            let message = format!("a stall limit of {given:?} is too short; it must be at least the expiry, {least:?}");
-            return Err(StartError::Setting(message.into()));
-        }
+        settings.stall_limit = settings.stall_limit.max(settings.expiry);
         if storage.announces_everything() {
             const HOUR: Duration = Duration::from_secs(3600);
             settings.heartbeat = HOUR;

@@ -15,6 +15,8 @@ pub struct Health {
     pub heartbeat: Duration,
     /// For how long nothing of what waits to be written has been. Zero if nothing waits.
     pub writer: Duration,
+    /// How many operations are held up, by a row that somebody has locked, say, or wait behind such. The log names them.
+    pub held_up: usize,
     /// For how long it has not looked for work.
     pub poller: Duration,
     /// For how long the runtime has run none of the engine's tasks: code blocks its threads. From
@@ -42,6 +44,7 @@ impl Host {
         Health {
             heartbeat: core.live.age(),
             writer: core.queue.stalled(),
+            held_up: core.queue.aside_len(),
             poller: core.pulse.looked.age(),
             runtime: core.blocked(),
             trouble: core.trouble(),

@@ -3,6 +3,7 @@ use chrono::{DateTime, Utc};
 use std::any::Any;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 use uuid::Uuid;
 
 /// Who writes.
@@ -17,6 +18,7 @@ pub struct Fence {
 /// What one instance commits at once. The engine never puts two operations on one row into one batch, except
 /// messages to one process, which keep their order.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Batch {
     /// Who writes.
     pub fence: Fence,
@@ -25,8 +27,18 @@ pub struct Batch {
     /// What is written. They take effect kind by kind in the order of the variants of [`Op`], and in this order
     /// within a kind; the effects of records with the starts and messages. None is about a run that another one starts.
     pub ops: Vec<Op>,
+    /// For how long it may wait for what somebody else holds, where that is less than the storage's own bound. The engine
+    /// looks for the operation that is held up.
+    pub patience: Option<Duration>,
     /// What the storage has made of it beforehand.
     pub prepared: Prepared,
+}
+
+impl Batch {
+    /// A batch that waits for as long as the storage's own bounds let it.
+    pub fn new(fence: Fence, namespace: impl Into<Box<str>>, ops: Vec<Op>) -> Self {
+        Self { fence, namespace: namespace.into(), ops, patience: None, prepared: Prepared::default() }
+    }
 }
 
 /// What [`Storage::prepare`](super::Storage::prepare) has made of a batch. Whoever changes the batch empties it; a clone is

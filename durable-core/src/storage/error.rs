@@ -9,6 +9,10 @@ pub enum StorageError {
     /// It did not happen, and may work later: no connection, a locked or full database, a time-out before sending.
     #[error("the storage is not available: {0}")]
     Unavailable(#[source] Source),
+    /// It did not happen: something that it touches is held by somebody else, or it took too long. What touches other things
+    /// may work meanwhile.
+    #[error("the storage had to give up waiting: {0}")]
+    Blocked(#[source] Source),
     /// It may have happened, or may happen yet: the answer was lost. Fence off the attempt before anything else.
     #[error("the storage's answer was lost: {0}")]
     Unknown(#[source] Source),
@@ -28,6 +32,10 @@ impl StorageError {
     /// The call did not happen, for this reason, and may be made again.
     pub fn unavailable(source: impl Into<Source>) -> Self {
         Self::Unavailable(source.into())
+    }
+    /// The call did not happen, since what it touches is held by somebody else.
+    pub fn blocked(source: impl Into<Source>) -> Self {
+        Self::Blocked(source.into())
     }
     /// The call may have happened.
     pub fn unknown(source: impl Into<Source>) -> Self {
@@ -59,6 +67,6 @@ impl StorageError {
     }
     /// Whether trying again can help.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Unavailable(_) | Self::Unknown(_))
+        matches!(self, Self::Unavailable(_) | Self::Blocked(_) | Self::Unknown(_))
     }
 }

@@ -214,7 +214,7 @@ mod tests {
     use super::*;
     use crate::fake::{Answer, Login, Server};
     use crate::names::Schema;
-    use durable_core::storage::{Batch, Fence, InstanceId, Prepared};
+    use durable_core::storage::{Batch, Fence, InstanceId};
 
     /// What a batch without operations comes to, by its verdict and the transactions that it says are open.
     async fn comes_to(answer: Answer) -> Result<bool> {
@@ -222,7 +222,7 @@ mod tests {
         let mut lent = server.sessions().lend().await?;
         server.answers([answer]);
         let fence = Fence { instance: InstanceId::new(), generation: 0 };
-        let batch = Batch { fence, namespace: "default".into(), ops: Vec::new(), prepared: Prepared::default() };
+        let batch = Batch::new(fence, "default", Vec::new());
         let result = super::super::commit(&mut lent, &Schema::new("durable")?, &batch, false).await;
         Ok(matches!(result?, Committed::Done(_)))
     }

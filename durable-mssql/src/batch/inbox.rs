@@ -69,7 +69,7 @@ pub(crate) async fn sweep(client: &mut Client, schema: &Schema, namespace: &str,
         }
         let gate = Gate::Moving(&numbers);
         let of = Of { schema, instance: Uuid::nil(), generation: 0, namespace, gate };
-        match run(client, &of, &ops, &Sorted::new(&ops)).await {
+        match run(client, &of, &ops, &Sorted::new(&ops), None).await {
             Ok(Committed::Done(outcomes)) => {
                 let refusals = ops.iter().zip(&outcomes).filter_map(|(op, outcome)| refused(op, outcome));
                 refusals.for_each(|(id, why)| tracing::error!(id = %id, "taken out of the inbox, for nothing: {why}"));

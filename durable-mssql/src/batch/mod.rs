@@ -15,6 +15,7 @@ mod starts;
 
 use durable_core::storage::{Batch, Op, Outcome, Result, Sorted, StorageError};
 use std::fmt;
+use std::time::Duration;
 use uuid::Uuid;
 
 use crate::errors::{passes_at_once, sort};
@@ -72,16 +73,22 @@ pub(crate) async fn commit(client: &mut Client, schema: &Schema, batch: &Batch, 
     let gate = if !swept && sorted.names_an_id() { Gate::Inbox } else { Gate::Fence };
     let (instance, generation) = (batch.fence.instance.0, batch.fence.generation);
     let of = Of { schema, instance, generation, namespace: &batch.namespace, gate };
-    run(client, &of, &batch.ops, &sorted).await
+    run(client, &of, &batch.ops, &sorted, batch.patience).await
 }
 
 /// Runs the script; again, if the server has rolled it back for the sake of another transaction.
-async fn run(client: &mut Client, of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) -> Result<Committed> {
+async fn run(
+    client: &mut Client,
+    of: &Of<'_>,
+    ops: &[Op],
+    sorted: &Sorted<'_>,
+    patience: Option<Duration>,
+) -> Result<Committed> {
     const TRIES: usize = 5;
     let mut tries = 0;
     loop {
         tries += 1;
-        match script(of, sorted).fetch(client).await {
+        match script(of, sorted, patience).fetch(client).await {
             Ok(parts) => return answers::committed(&parts, of.instance, ops, sorted),
             Err(error) if tries < TRIES && passes_at_once(&error) => {
                 tracing::debug!("a batch gave way to another: {error}");
@@ -91,8 +98,12 @@ async fn run(client: &mut Client, of: &Of<'_>, ops: &[Op], sorted: &Sorted<'_>) 
     }
 }
 
-fn script(of: &Of<'_>, sorted: &Sorted<'_>) -> Sql {
+fn script(of: &Of<'_>, sorted: &Sorted<'_>, patience: Option<Duration>) -> Sql {
     let mut sql = Sql::default();
+    if let Some(patience) = patience {
+        // The session keeps it: it is not used again.
+        sql.push(format!("SET LOCK_TIMEOUT {}", patience.as_millis().max(1)));
+    }
     let (me, generation, namespace) = (sql.id(of.instance), sql.number(of.generation), sql.text(of.namespace));
     sql.push(format!(
         "DECLARE @verdict INT = {COMMITTED}, @me BINARY(16) = {me}, @generation BIGINT = {generation}, \
@@ -180,5 +191,5 @@ pub(crate) fn scripts(schema: &Schema, batch: &Batch) -> Sql {
     let sorted = Sorted::new(&batch.ops);
     let gate = if sorted.names_an_id() { Gate::Inbox } else { Gate::Fence };
     let (instance, generation) = (batch.fence.instance.0, batch.fence.generation);
-    script(&Of { schema, instance, generation, namespace: &batch.namespace, gate }, &sorted)
+    script(&Of { schema, instance, generation, namespace: &batch.namespace, gate }, &sorted, None)
 }

@@ -84,7 +84,8 @@ pub(crate) async fn commit(
 ) -> Result<Vec<Outcome>> {
     let sorted = Sorted::new(&batch.ops);
     let of = of(schema, batch, &sorted, swept);
-    let answer = if single::fits(&sorted) {
+    // Bounds of its own are a transaction's.
+    let answer = if batch.patience.is_none() && single::fits(&sorted) {
         let commit = single::commit(connection, &of, &batch.ops, &sorted, &batch.prepared);
         within(bounds.answer(), unknown, commit).await?
     } else {
@@ -95,11 +96,13 @@ pub(crate) async fn commit(
     let bound = if deletes { DELETION } else { bounds.answers() };
     match answer {
         single::Answer::Done(outcomes) => Ok(outcomes),
-        single::Answer::Nothing => within(bound, unknown, whole::commit(connection, &of, &batch.ops, &sorted)).await,
+        single::Answer::Nothing => {
+            within(bound, unknown, whole::commit(connection, &of, &batch.ops, &sorted, batch.patience)).await
+        }
         single::Answer::Partly => {
             // What has come into the inbox since then is not before this batch.
             let of = Of { gate: Gate::Fence, ..of };
-            let again = within(bound, unknown, whole::commit(connection, &of, &batch.ops, &sorted)).await;
+            let again = within(bound, unknown, whole::commit(connection, &of, &batch.ops, &sorted, None)).await;
             again.map_err(|error| StorageError::unknown(error.to_string()))
         }
     }

@@ -2,9 +2,10 @@
 //! of its own, which is taken when all rows that it goes by are locked.
 
 use durable_core::storage::{Claimed, Op, Outcome, Raised, RecordOp, Result, RunId, Sorted, StorageError};
-use sqlx::Executor;
 use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, Executor, raw_sql};
 use std::collections::HashSet;
+use std::time::Duration;
 
 use super::parts::{self, Payload, Standing};
 use super::{FINISHED, Of, mail, orders, read};
@@ -20,8 +21,18 @@ pub(super) async fn commit(
     of: &Of<'_>,
     ops: &[Op],
     sorted: &Sorted<'_>,
+    patience: Option<Duration>,
 ) -> Result<Vec<Outcome>> {
-    connection.execute("BEGIN").await.map_err(reading)?;
+    /// What a statement takes besides waiting, at most this many times as long.
+    const WORK: u32 = 20;
+    match patience {
+        None => connection.execute("BEGIN").await.map_err(reading)?,
+        Some(patience) => {
+            let (lock, statement) = (patience.as_millis().max(1), (patience * WORK).as_millis().max(1));
+            let begin = format!("BEGIN; SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}");
+            connection.execute(raw_sql(AssertSqlSafe(begin))).await.map_err(reading)?
+        }
+    };
     match write(connection, of, ops, sorted).await {
         Ok(outcomes) => {
             connection.execute("COMMIT").await.map_err(|error| sort(error, true))?;

@@ -155,7 +155,7 @@ impl Play {
             ops.extend(op.filter(|op| !self.meets_order(op, &ops) && admits(&mut rows, op)));
         }
         let fence = Fence { instance: self.names.instances[by], generation };
-        Batch { fence, namespace: self.names.namespace.clone().into(), ops, prepared: Default::default() }
+        Batch::new(fence, self.names.namespace.clone(), ops)
     }
 
     /// Whether an order and the end or park of the process that it is about would be in one batch. What came of those may be
