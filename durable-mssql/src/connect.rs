@@ -1,4 +1,4 @@
-use durable_core::storage::{Result, StorageError};
+use durable_core::storage::{Result, StorageError, shares};
 use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
@@ -90,8 +90,8 @@ pub struct Connect {
     trust_any: bool,
     schema: String,
     verify_only: bool,
-    max_connections: u32,
-    max_transactions: u32,
+    max_connections: usize,
+    max_transactions: usize,
     bounds: Bounds,
 }
 
@@ -104,7 +104,7 @@ impl Connect {
             trust_any: false,
             schema: "durable".to_owned(),
             verify_only: false,
-            max_connections: 8,
+            max_connections: 10,
             max_transactions: 8,
             bounds: Bounds::default(),
         }
@@ -151,14 +151,16 @@ impl Connect {
         self
     }
 
-    /// How many connections the engine uses at most, besides one for each host's heartbeat; 8 by default.
-    pub fn max_connections(mut self, most: u32) -> Self {
+    /// How many connections the engine uses at most, besides one for each host's heartbeat; 10 by default, and at least 3. Of
+    /// 10, 3 write, 4 look for work, and 3 read for callers of `Host` and `Handle`: however many of these ask, and however
+    /// slowly they are answered, nobody waits for them but they themselves.
+    pub fn max_connections(mut self, most: usize) -> Self {
         self.max_connections = most;
         self
     }
 
     /// How many transactional steps run at once at most, each on a connection of its own; 8 by default.
-    pub fn max_transactions(mut self, most: u32) -> Self {
+    pub fn max_transactions(mut self, most: usize) -> Self {
         self.max_transactions = most;
         self
     }
@@ -194,7 +196,8 @@ impl Connect {
         let schema = Schema::new(&self.schema)?;
         let target = self.target()?;
         let place = target.config.get_addr();
-        let sessions = Sessions::new(target.clone(), Whose::Engine, self.max_connections);
+        let [writing, sessions, asking] =
+            shares(self.max_connections).map(|most| Sessions::new(target.clone(), Whose::Engine, most));
         let mut session = sessions.own().await.map_err(|error| explain(&place, error))?;
         let name = database(&mut session).await?;
         let schema = schema.within(&name);
@@ -211,7 +214,7 @@ impl Connect {
             );
         }
         let transactions = Sessions::new(target, Whose::Service, self.max_transactions);
-        Ok(Mssql(Arc::new(Shared { schema, sessions, transactions, locks, bounds: self.bounds })))
+        Ok(Mssql(Arc::new(Shared { schema, writing, sessions, asking, transactions, locks, bounds: self.bounds })))
     }
 }
 
@@ -222,10 +225,11 @@ impl Mssql {
         let bounds = Bounds::default();
         let target = Target::plain(Config::new(), bounds);
         let sessions = |whose| Sessions::new(target.clone(), whose, 1);
-        let (sessions, transactions) = (sessions(Whose::Engine), sessions(Whose::Service));
+        let [writing, asking, transactions] = [Whose::Engine, Whose::Engine, Whose::Service].map(sessions);
+        let sessions = sessions(Whose::Engine);
         #[allow(clippy::unwrap_used)]
         let schema = Schema::new("durable").unwrap().within("service");
-        Self(Arc::new(Shared { schema, sessions, transactions, locks: true, bounds }))
+        Self(Arc::new(Shared { schema, writing, sessions, asking, transactions, locks: true, bounds }))
     }
 }
 

@@ -220,6 +220,11 @@ pub(crate) fn count_script(schema: &Schema, namespace: &str, filter: &Filter) ->
     sql
 }
 
+/// The one record that was asked for.
+pub(crate) fn recorded(rows: &[Row]) -> Result<Option<Record>> {
+    rows.first().map(|row| rows::record(row).map(|(_, record)| record)).transpose()
+}
+
 pub(crate) fn counted(rows: &[Row]) -> Vec<Counted> {
     let counted = |row: &Row| {
         let count = u64::try_from(get::<i64>(row, 2)?).map_err(StorageError::schema)?;

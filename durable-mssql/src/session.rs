@@ -19,6 +19,7 @@ use tokio_util::compat::{Compat, TokioAsyncWriteCompatExt};
 
 use crate::connect::Target;
 use crate::errors::reading;
+use crate::sql::{Commits, Parts, Sql};
 
 /// The driver's client, on the runtime's sockets.
 pub type Client = tiberius::Client<Compat<TcpStream>>;
@@ -234,17 +235,24 @@ fn too_old() -> Error {
 }
 
 impl Sessions {
-    pub(crate) fn new(target: Target, whose: Whose, most: u32) -> Self {
+    pub(crate) fn new(target: Target, whose: Whose, most: usize) -> Self {
         const PATIENCE: Duration = Duration::from_secs(10);
         let errors = Errors(watch::Sender::new(None));
         let pool = bb8::Pool::builder()
             .error_sink(Box::new(errors.clone()))
-            .max_size(most.max(1))
+            .max_size(u32::try_from(most.max(1)).unwrap_or(u32::MAX))
             .connection_timeout(PATIENCE)
             .retry_connection(false)
             .test_on_check_out(true)
             .build_unchecked(Manager::new(target, whose));
         Self { pool, errors }
+    }
+
+    /// Runs a script: one that reads, or that may as well run twice, so that a lost answer is no worse than none.
+    pub(crate) async fn run(&self, sql: Sql) -> Result<Parts> {
+        let mut lent = self.lend().await?;
+        let result = sql.run(&mut lent, Commits::No).await;
+        lent.done(result)
     }
 
     /// Hands over a session, in doubt.

@@ -11,13 +11,18 @@ use crate::fence::BUSY;
 use crate::names::Schema;
 use crate::rows::{self, get, readable};
 use crate::session::{Bounds, Sessions};
-use crate::sql::{Commits, Parts, Sql};
+use crate::sql::{Parts, Sql};
 use crate::{Mssql, batch, fence, heart, read};
 
 /// Behind every clone of a [`Mssql`].
 pub(crate) struct Shared {
     pub(crate) schema: Schema,
+    /// For batches.
+    pub(crate) writing: Sessions,
+    /// For the engine's looks at what there is to do.
     pub(crate) sessions: Sessions,
+    /// For callers' questions, which may be many, and slow.
+    pub(crate) asking: Sessions,
     /// For the service's own transactions: apart, so that they never wait for the engine, nor it for them.
     pub(crate) transactions: Sessions,
     /// Session locks exclude others here, so they prove life and death.
@@ -26,16 +31,19 @@ pub(crate) struct Shared {
 }
 
 impl Mssql {
-    /// Runs a script: one that reads, or that may as well run twice, so that a lost answer is no worse than none.
+    /// Runs a script for the engine.
     pub(crate) async fn run(&self, sql: Sql) -> Result<Parts> {
-        let mut lent = self.0.sessions.lend().await?;
-        let result = sql.run(&mut lent, Commits::No).await;
-        lent.done(result)
+        self.0.sessions.run(sql).await
+    }
+
+    /// Runs a script for a caller.
+    async fn ask(&self, sql: Sql) -> Result<Parts> {
+        self.0.asking.run(sql).await
     }
 
     /// One that does something to an instance under its lock: how many rows it has changed, or found.
-    async fn alone(&self, sql: Sql) -> Result<usize> {
-        let rows = self.run(sql).await?.rows();
+    async fn alone(&self, sessions: &Sessions, sql: Sql) -> Result<usize> {
+        let rows = sessions.run(sql).await?.rows();
         let row = rows.first().ok_or_else(|| StorageError::unavailable("no answer"))?;
         if get::<i32>(row, 0)? == BUSY {
             return Err(StorageError::unavailable("the instance's lock did not come free in time"));
@@ -44,11 +52,11 @@ impl Mssql {
     }
 
     /// Moves on what waits in the inbox now. A lost answer is no worse than none: what was moved is not there any more.
-    async fn sweep(&self, namespace: &str) -> Result<()> {
-        let last = self.run(batch::last(&self.0.schema, namespace)).await?.rows();
+    async fn sweep(&self, sessions: &Sessions, namespace: &str) -> Result<()> {
+        let last = sessions.run(batch::last(&self.0.schema, namespace)).await?.rows();
         let Some(last) = last.first().map(|row| get::<i64>(row, 0)).transpose()? else { return Ok(()) };
         loop {
-            let mut lent = self.0.sessions.lend().await?;
+            let mut lent = sessions.lend().await?;
             let result = match batch::sweep(&mut lent, &self.0.schema, namespace, last).await {
                 Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
                 result => result,
@@ -60,7 +68,7 @@ impl Mssql {
     }
 
     async fn commit_one(&self, batch: &Batch, swept: bool) -> Result<Committed> {
-        let mut lent = self.0.sessions.lend().await?;
+        let mut lent = self.0.writing.lend().await?;
         let result = batch::commit(&mut lent, &self.0.schema, batch, swept).await;
         // One that was given another patience keeps it.
         if batch.patience.is_some() { result } else { lent.done(result) }
@@ -82,7 +90,7 @@ impl Storage for Mssql {
     }
 
     async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
-        match self.alone(fence::refence(&self.0.schema, instance, generation)).await? {
+        match self.alone(&self.0.writing, fence::refence(&self.0.schema, instance, generation)).await? {
             0 => Err(StorageError::Fenced),
             _ => Ok(()),
         }
@@ -93,7 +101,9 @@ impl Storage for Mssql {
             return Ok(outcomes);
         }
         // What is wrong in the inbox is not the batch's fault.
-        self.sweep(&batch.namespace).await.map_err(|error| StorageError::unavailable(error.to_string()))?;
+        self.sweep(&self.0.writing, &batch.namespace)
+            .await
+            .map_err(|error| StorageError::unavailable(error.to_string()))?;
         match self.commit_one(batch, true).await? {
             Committed::Done(outcomes) => Ok(outcomes),
             Committed::Inbox => Err(StorageError::unavailable("the inbox does not empty")),
@@ -118,7 +128,7 @@ impl Storage for Mssql {
         match look().await? {
             (polled, false) => Ok(polled),
             (_, true) => {
-                self.sweep(&poll.namespace).await?;
+                self.sweep(&self.0.sessions, &poll.namespace).await?;
                 Ok(look().await?.0)
             }
         }
@@ -141,21 +151,21 @@ impl Storage for Mssql {
     }
 
     async fn fence(&self, seen: &Peer) -> Result<bool> {
-        Ok(self.alone(fence::fence(&self.0.schema, seen)).await? > 0)
+        Ok(self.alone(&self.0.sessions, fence::fence(&self.0.schema, seen)).await? > 0)
     }
 
     async fn release(&self, fenced: InstanceId, limit: usize) -> Result<usize> {
         loop {
-            let released = self.alone(fence::release(&self.0.schema, fenced, limit)).await?;
+            let released = self.alone(&self.0.sessions, fence::release(&self.0.schema, fenced, limit)).await?;
             // Another instance may have handed back what this one was about to, and there may be more.
-            if released > 0 || self.alone(fence::forget(&self.0.schema, fenced)).await? == 0 {
+            if released > 0 || self.alone(&self.0.sessions, fence::forget(&self.0.schema, fenced)).await? == 0 {
                 return Ok(released);
             }
         }
     }
 
     async fn retire(&self, instance: InstanceId) -> Result<()> {
-        self.alone(fence::end(&self.0.schema, instance)).await?;
+        self.alone(&self.0.sessions, fence::end(&self.0.schema, instance)).await?;
         while self.release(instance, 10_000).await? > 0 {}
         Ok(())
     }
@@ -164,7 +174,7 @@ impl Storage for Mssql {
         let strangers = self.run(fence::strangers(&self.0.schema)).await?.rows();
         for row in &strangers {
             if let Some(owner) = rows::maybe_id(row, 0)? {
-                self.alone(fence::reinstate(&self.0.schema, InstanceId(owner))).await?;
+                self.alone(&self.0.sessions, fence::reinstate(&self.0.schema, InstanceId(owner))).await?;
             }
         }
         Ok(strangers.len())
@@ -172,28 +182,27 @@ impl Storage for Mssql {
 
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
         let find = async || {
-            Ok::<_, StorageError>(self.run(read::find_script(&self.0.schema, namespace, id, run)).await?.rows())
+            Ok::<_, StorageError>(self.ask(read::find_script(&self.0.schema, namespace, id, run)).await?.rows())
         };
         let mut rows = find().await?;
         if rows.is_empty() {
             // It may wait in the inbox, or may have left it since.
-            self.sweep(namespace).await?;
+            self.sweep(&self.0.asking, namespace).await?;
             rows = find().await?;
         }
         rows.first().map(rows::process).transpose()
     }
 
     async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
-        let rows = self.run(read::record_script(&self.0.schema, run, key)).await?.rows();
-        rows.first().map(|row| rows::record(row).map(|(_, record)| record)).transpose()
+        read::recorded(&self.ask(read::record_script(&self.0.schema, run, key)).await?.rows())
     }
 
     async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>> {
-        let rows = self.run(read::list_script(&self.0.schema, namespace, filter)).await?.rows();
+        let rows = self.ask(read::list_script(&self.0.schema, namespace, filter)).await?.rows();
         Ok(rows.iter().filter_map(|row| readable(rows::process(row))).collect())
     }
 
     async fn count(&self, namespace: &str, filter: &Filter) -> Result<Vec<Counted>> {
-        Ok(read::counted(&self.run(read::count_script(&self.0.schema, namespace, filter)).await?.rows()))
+        Ok(read::counted(&self.ask(read::count_script(&self.0.schema, namespace, filter)).await?.rows()))
     }
 }

@@ -1,7 +1,7 @@
 use async_trait::async_trait;
 use durable_core::storage::{
-    Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, Result, RolledBack, RunId, Slot, Storage,
-    StorageError, Transactional, source,
+    Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, Result, RolledBack, RunId, Slot, StorageError,
+    Transactional, source,
 };
 use durable_core::{Name, Process, Transaction, Typed};
 use std::error::Error;
@@ -13,6 +13,7 @@ use crate::Mssql;
 use crate::errors::{passes, reading, sort};
 use crate::fence::{self, BUSY};
 use crate::names::Schema;
+use crate::read;
 use crate::rows::get;
 use crate::session::{Bounds, Lent, SETTINGS, Socket};
 use crate::sql::{Commits, Sql, hex};
@@ -100,7 +101,7 @@ impl Transactional for Mssql {
         let (schema, run_arg) = (&self.0.schema, sql.id(run.0));
         sql.push(format!("UPDATE p SET signals = p.signals FROM {schema}.processes AS p WHERE p.run = {run_arg}"));
         self.run(sql).await?;
-        self.record(run, key).await
+        read::recorded(&self.run(read::record_script(&self.0.schema, run, key)).await?.rows())
     }
 }
 

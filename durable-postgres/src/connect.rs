@@ -1,4 +1,4 @@
-use durable_core::storage::{Result, StorageError};
+use durable_core::storage::{Result, StorageError, shares};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Error, Executor, Row};
 use std::future::{Future, IntoFuture};
@@ -36,7 +36,7 @@ impl Connect {
             url,
             schema,
             verify_only: false,
-            max_connections: 8,
+            max_connections: 10,
             max_transactions: 8,
             listen: true,
             bounds: Bounds::default(),
@@ -56,9 +56,11 @@ impl Connect {
         self
     }
 
-    /// How many connections it uses at most, besides one for each host's heartbeat and one that listens; 8 by default.
+    /// How many connections it uses at most, besides one for each host's heartbeat and one that listens; 10 by default, and
+    /// at least 3. Of 10, 3 write, 4 look for work, and 3 read for callers of `Host` and `Handle`: however many of these ask,
+    /// and however slowly they are answered, nobody waits for them but they themselves.
     pub fn max_connections(mut self, connections: usize) -> Self {
-        self.max_connections = connections.max(1);
+        self.max_connections = connections;
         self
     }
 
@@ -154,10 +156,12 @@ impl Connect {
         let prepares = locks.then(|| transaction::prepare(&schema).into());
         let service = Options { options: silent, whose: Whose::Service, prepares, ..options.clone() };
         let transactions = Connections::new(service, self.max_transactions);
-        let connections = Connections::new(options, self.max_connections);
-        connections.keep([connection, second]);
+        let [writing, connections, asking] =
+            shares(self.max_connections).map(|most| Connections::new(options.clone(), most));
+        writing.keep(connection);
+        connections.keep(second);
         let hints = Hints::new(&schema, self.listen);
-        Ok(Postgres(Arc::new(Shared { schema, connections, transactions, locks, hints })))
+        Ok(Postgres(Arc::new(Shared { schema, writing, connections, asking, transactions, locks, hints })))
     }
 }
 

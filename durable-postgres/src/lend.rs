@@ -1,5 +1,5 @@
 use durable_core::storage::{Result, StorageError};
-use sqlx::postgres::PgConnection;
+use sqlx::postgres::{PgConnection, PgRow};
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,6 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::connect::{Options, connect};
 use crate::errors::reading;
 use crate::session::Bounds;
+use crate::sql::{Commits, Sql};
 
 /// Connections, lent to one call at a time. Not the driver's pool: that takes back a connection whose user went away in
 /// the middle of a transaction with the transaction open, and asks each one that comes back whether it still lives.
@@ -43,9 +44,9 @@ impl Connections {
         Self { options, idle: Arc::default(), places }
     }
 
-    /// Takes connections that were opened already.
-    pub(crate) fn keep(&self, connections: impl IntoIterator<Item = PgConnection>) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(connections);
+    /// Takes a connection that was opened already.
+    pub(crate) fn keep(&self, connection: PgConnection) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
     }
 
     pub(crate) fn options(&self) -> &Options {
@@ -54,6 +55,13 @@ impl Connections {
 
     pub(crate) fn bounds(&self) -> Bounds {
         self.options.bounds
+    }
+
+    /// Runs one statement: one that reads, or that may as well run twice, so that a lost answer is no worse than none.
+    pub(crate) async fn run(&self, sql: Sql) -> Result<Vec<PgRow>> {
+        let mut lent = self.lend().await?;
+        let result = within(self.bounds().answer(), unavailable, sql.run(&mut lent.connection, Commits::No)).await;
+        lent.done(result)
     }
 
     pub(crate) async fn lend(&self) -> Result<Lent> {

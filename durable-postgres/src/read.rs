@@ -225,6 +225,11 @@ pub(crate) fn count_statement(schema: &Schema, namespace: &str, filter: &Filter)
     sql
 }
 
+/// The one record that was asked for.
+pub(crate) fn recorded(rows: &[PgRow]) -> Result<Option<Record>> {
+    rows.first().map(|row| rows::record(row).map(|(_, record)| record)).transpose()
+}
+
 pub(crate) fn counted(rows: &[PgRow]) -> Vec<Counted> {
     let counted = |row: &PgRow| {
         let count = u64::try_from(get::<i64>(row, 2)?).map_err(StorageError::schema)?;

@@ -11,13 +11,18 @@ use crate::lend::{Connections, unavailable, within};
 use crate::listen::{Hints, concerns_others};
 use crate::names::Schema;
 use crate::rows::{self, readable};
-use crate::sql::{Commits, Sql};
+use crate::sql::Sql;
 use crate::{Postgres, batch, fence, heart, read};
 
 /// Behind every clone of a [`Postgres`].
 pub(crate) struct Shared {
     pub(crate) schema: Schema,
+    /// For batches.
+    pub(crate) writing: Connections,
+    /// For the engine's looks at what there is to do.
     pub(crate) connections: Connections,
+    /// For callers' questions, which may be many, and slow.
+    pub(crate) asking: Connections,
     /// For the service's own transactions: apart, so that they never wait for the engine, nor it for them.
     pub(crate) transactions: Connections,
     /// Session locks exclude others here, so they prove life and death.
@@ -26,24 +31,24 @@ pub(crate) struct Shared {
 }
 
 impl Postgres {
-    /// Runs one statement: one that reads, or that may as well run twice, so that a lost answer is no worse than none.
+    /// Runs one statement for the engine.
     pub(crate) async fn run(&self, sql: Sql) -> Result<Vec<PgRow>> {
-        let mut lent = self.0.connections.lend().await?;
-        let bound = self.0.connections.bounds().answer();
-        let result = within(bound, unavailable, sql.run(&mut lent.connection, Commits::No)).await;
-        lent.done(result)
+        self.0.connections.run(sql).await
     }
-}
 
-impl Postgres {
+    /// Runs one statement for a caller.
+    async fn ask(&self, sql: Sql) -> Result<Vec<PgRow>> {
+        self.0.asking.run(sql).await
+    }
+
     /// Moves on what waits in the inbox now. A lost answer is no worse than none: what was moved is not there any more.
-    async fn sweep(&self, namespace: &str) -> Result<()> {
-        let last = self.run(batch::last(&self.0.schema, namespace)).await?;
+    async fn sweep(&self, connections: &Connections, namespace: &str) -> Result<()> {
+        let last = connections.run(batch::last(&self.0.schema, namespace)).await?;
         let Some(last) = last.first().map(|row| rows::get::<i64>(row, 0)).transpose()? else { return Ok(()) };
         loop {
-            let mut lent = self.0.connections.lend().await?;
+            let mut lent = connections.lend().await?;
             let sweep = batch::sweep(&mut lent.connection, &self.0.schema, namespace, last);
-            let result = match within(self.0.connections.bounds().answers(), unavailable, sweep).await {
+            let result = match within(connections.bounds().answers(), unavailable, sweep).await {
                 Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
                 result => result,
             };
@@ -70,7 +75,7 @@ impl Storage for Postgres {
     }
 
     async fn refence(&self, instance: InstanceId, generation: i64) -> Result<()> {
-        let rows = self.run(fence::refence(&self.0.schema, instance, generation)).await?;
+        let rows = self.0.writing.run(fence::refence(&self.0.schema, instance, generation)).await?;
         if rows.is_empty() { Err(StorageError::Fenced) } else { Ok(()) }
     }
 
@@ -80,15 +85,17 @@ impl Storage for Postgres {
 
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         let commit = async |swept: bool| {
-            let mut lent = self.0.connections.lend().await?;
-            let bounds = self.0.connections.bounds();
+            let mut lent = self.0.writing.lend().await?;
+            let bounds = self.0.writing.bounds();
             let result = batch::commit(&mut lent.connection, &self.0.schema, batch, swept, bounds).await;
             lent.done(result)
         };
         let outcomes = match commit(false).await {
             // Or something waits in the inbox, which goes first. What is wrong there is not the batch's fault.
             Err(StorageError::Fenced) if Sorted::new(&batch.ops).names_an_id() => {
-                self.sweep(&batch.namespace).await.map_err(|error| StorageError::unavailable(error.to_string()))?;
+                self.sweep(&self.0.writing, &batch.namespace)
+                    .await
+                    .map_err(|error| StorageError::unavailable(error.to_string()))?;
                 commit(true).await?
             }
             result => result?,
@@ -118,7 +125,7 @@ impl Storage for Postgres {
         match look().await? {
             (polled, false) => Ok(polled),
             (_, true) => {
-                self.sweep(&poll.namespace).await?;
+                self.sweep(&self.0.connections, &poll.namespace).await?;
                 Ok(look().await?.0)
             }
         }
@@ -172,27 +179,26 @@ impl Storage for Postgres {
     }
 
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
-        let find = || self.run(read::find_statement(&self.0.schema, namespace, id, run));
+        let find = || self.ask(read::find_statement(&self.0.schema, namespace, id, run));
         let mut rows = find().await?;
         if rows.is_empty() {
             // It may wait in the inbox, or may have left it since.
-            self.sweep(namespace).await?;
+            self.sweep(&self.0.asking, namespace).await?;
             rows = find().await?;
         }
         rows.first().map(rows::process).transpose()
     }
 
     async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>> {
-        let rows = self.run(read::record_statement(&self.0.schema, run, key)).await?;
-        rows.first().map(|row| rows::record(row).map(|(_, record)| record)).transpose()
+        read::recorded(&self.ask(read::record_statement(&self.0.schema, run, key)).await?)
     }
 
     async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>> {
-        let rows = self.run(read::list_statement(&self.0.schema, namespace, filter)).await?;
+        let rows = self.ask(read::list_statement(&self.0.schema, namespace, filter)).await?;
         Ok(rows.iter().filter_map(|row| readable(rows::process(row))).collect())
     }
 
     async fn count(&self, namespace: &str, filter: &Filter) -> Result<Vec<Counted>> {
-        Ok(read::counted(&self.run(read::count_statement(&self.0.schema, namespace, filter)).await?))
+        Ok(read::counted(&self.ask(read::count_statement(&self.0.schema, namespace, filter)).await?))
     }
 }

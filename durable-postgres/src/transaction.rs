@@ -1,7 +1,7 @@
 use async_trait::async_trait;
 use durable_core::storage::{
     Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, RecordState, Result, RolledBack, RunId, Slot,
-    Storage, StorageError, Transactional, source,
+    StorageError, Transactional, source,
 };
 use durable_core::{Name, Process, Transaction, Typed};
 use futures_util::TryStreamExt;
@@ -15,6 +15,7 @@ use crate::Postgres;
 use crate::errors::{code, passes, reading, sort};
 use crate::lend::{Home, unavailable, unknown, within};
 use crate::names::Schema;
+use crate::read;
 use crate::rows::get;
 use crate::session::{self, Bounds, Whose};
 use crate::sql::{Commits, Sql, literal, uuid};
@@ -98,7 +99,7 @@ impl Transactional for Postgres {
         let (schema, run_arg) = (&self.0.schema, sql.bind(run.0));
         sql.text = format!("SELECT 1 FROM {schema}.processes WHERE run = {run_arg} FOR NO KEY UPDATE");
         self.run(sql).await?;
-        self.record(run, key).await
+        read::recorded(&self.run(read::record_statement(schema, run, key)).await?)
     }
 }
 

@@ -206,4 +206,38 @@ mod postgres {
             sent.await.unwrap().unwrap_err();
         });
     }
+
+    /// However many callers ask, and however long they wait for their answers.
+    #[test]
+    fn callers_that_wait_for_their_answers() {
+        PostgresSchema::run(async {
+            const LONG: Duration = Duration::from_secs(3600);
+            let schema = PostgresSchema::new().await;
+            let storage = Postgres::connect(schema.url()).schema(schema.name()).statement_timeout(LONG, LONG);
+            let builder = Host::builder(storage.await.unwrap()).heartbeat(LONG, LONG * 3);
+            let host = summing(builder).start().await.unwrap();
+            let handle = host.spawn(SUM, "a", &1).await.unwrap();
+            // Who counts looks at the instances.
+            let mut psql = schema.connect().await;
+            psql.execute("BEGIN").await.unwrap();
+            psql.execute(schema.sql("LOCK TABLE {s}.instances")).await.unwrap();
+            let count = |host: Host| async move { host.processes().count().await };
+            let counts: Vec<_> = (0..20).map(|_| tokio::spawn(count(host.clone()))).collect();
+            let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{s}.instances'::regclass";
+            until("they wait", async || schema.number(&waiting.replace("{s}", schema.name())).await > 0).await;
+            handle.raise(ADD, &5).await.unwrap();
+            until_recorded(&schema, "a").await;
+            psql.execute("ROLLBACK").await.unwrap();
+            for count in counts {
+                assert_eq!(count.await.unwrap().unwrap().len(), 1);
+            }
+            assert_eq!(handle.output().await.unwrap(), 5);
+        });
+    }
+
+    async fn until_recorded(schema: &PostgresSchema, id: &str) {
+        let ended =
+            format!("SELECT count(*) FROM {}.processes WHERE id = '{id}' AND status = 'completed'", schema.name());
+        until("it has ended", async || schema.number(&ended).await == 1).await;
+    }
 }

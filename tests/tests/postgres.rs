@@ -195,7 +195,8 @@ async fn waiting(schema: &PostgresSchema, sessions: i64) {
 fn a_batch_that_queues_behind_a_take_over() {
     test(async {
         let schema = PostgresSchema::new().await;
-        let storage = schema.storage().await;
+        // Enough for all of them to write.
+        let storage = Postgres::connect(schema.url()).schema(schema.name()).max_connections(40).await.unwrap();
         for commits in [true, false] {
             let (zombie, _heart) = enlist(&storage).await;
             let name = |what: &str| format!("{what}-{commits}");
@@ -220,8 +221,7 @@ fn a_batch_that_queues_behind_a_take_over() {
             let mut transaction = session.begin().await.unwrap();
             let fence = schema.sql("UPDATE {s}.fences SET fenced_at = now() WHERE instance = $1");
             sqlx::query(fence).bind(zombie.0).execute(&mut *transaction).await.unwrap();
-            // As many as there are connections.
-            let count = batches.len().min(8);
+            let count = batches.len();
             let queued: Vec<_> =
                 batches.into_iter().map(|ops| in_background(&storage, batch(zombie, 0, ops))).collect();
             waiting(&schema, count as i64).await;

@@ -32,6 +32,14 @@ use std::time::Duration;
 /// What a storage's calls return.
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
 
+/// How many of so many connections write batches, look for work, and read for callers: each kind waits for its own alone,
+/// so that no look, and nobody outside, holds up a record. At least one each.
+pub fn shares(connections: usize) -> [usize; 3] {
+    let writing = connections / 4 + 1;
+    let others = connections.saturating_sub(writing).max(2);
+    [writing, others.div_ceil(2), others / 2]
+}
+
 /// A database that keeps processes.
 ///
 /// Every method is called from tasks of the engine's own, never from user code, so a future that it returns is
