@@ -120,6 +120,7 @@ CREATE TABLE {schema}.inbox (
 
 CREATE INDEX inbox_waiting ON {schema}.inbox (namespace, number) INCLUDE (refused) WHERE refused IS NULL;
 CREATE INDEX inbox_id ON {schema}.inbox (namespace, id, number) INCLUDE (refused) WHERE refused IS NULL;
+CREATE INDEX inbox_refused ON {schema}.inbox (namespace, id) INCLUDE (refused) WHERE refused IS NOT NULL;
 
 -- The engines that share this database.
 CREATE TABLE {schema}.instances (

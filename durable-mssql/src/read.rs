@@ -163,6 +163,7 @@ pub(crate) fn polled(parts: &[Vec<Row>]) -> Result<(Polled, bool)> {
         due: due.iter().map(one_due).collect::<Result<_>>()?,
         signalled: owned(signalled)?,
         ended: ended.iter().map(|row| run(row, 0)).collect::<Result<_>>()?,
+        more: false,
     };
     Ok((polled, get(first, 1)?))
 }

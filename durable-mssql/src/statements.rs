@@ -126,6 +126,8 @@ async fn reads() {
         ("record", read::record_script(&schema, run(), &key())),
         ("list", read::list_script(&schema, "default", &filter)),
         ("count", read::count_script(&schema, "default", &filter)),
+        ("inbox", crate::batch::waiting(&schema, "default", None, &[], 10)),
+        ("inbox of ids", crate::batch::waiting(&schema, "default", Some(&["id", "other"]), &["held".into()], 10)),
     ]));
 }
 

@@ -1,8 +1,9 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use durable_core::storage::inbox;
 use durable_core::storage::{
     Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, Result, RunId, Storage, StorageError,
+    Record, RecordKey, Result, RunId, Sorted, Storage, StorageError,
 };
 use std::time::Duration;
 
@@ -13,6 +14,9 @@ use crate::rows::{self, get, readable};
 use crate::session::{Bounds, Sessions};
 use crate::sql::{Parts, Sql};
 use crate::{Mssql, batch, fence, heart, read};
+
+/// Of the inbox, at most so many parts are moved on before anything else happens.
+const SWEPT: usize = 5;
 
 /// Behind every clone of a [`Mssql`].
 pub(crate) struct Shared {
@@ -51,20 +55,21 @@ impl Mssql {
         usize::try_from(get::<i32>(row, 1)?).map_err(StorageError::schema)
     }
 
-    /// Moves on what waits in the inbox now. A lost answer is no worse than none: what was moved is not there any more.
-    async fn sweep(&self, sessions: &Sessions, namespace: &str) -> Result<()> {
-        let last = sessions.run(batch::last(&self.0.schema, namespace)).await?.rows();
-        let Some(last) = last.first().map(|row| get::<i64>(row, 0)).transpose()? else { return Ok(()) };
-        loop {
+    /// Moves on what waits in the inbox, all of it or what is for these ids, in so many parts at most; and says whether
+    /// that was all.
+    async fn sweep(&self, sessions: &Sessions, namespace: &str, ids: Option<&[&str]>, parts: usize) -> Result<bool> {
+        for _ in 0..parts {
             let mut lent = sessions.lend().await?;
-            let result = match batch::sweep(&mut lent, &self.0.schema, namespace, last).await {
-                Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
-                result => result,
-            };
-            if lent.done(result)? == 0 {
-                return Ok(());
+            let mut rows = batch::Rows { client: &mut lent, schema: &self.0.schema, namespace, ids };
+            let moved = inbox::move_on(&mut rows).await.map_err(|error| match error {
+                StorageError::Unknown(why) => StorageError::Unavailable(why),
+                error => error,
+            });
+            if lent.done(moved)? == 0 {
+                return Ok(true);
             }
         }
+        Ok(false)
     }
 
     async fn commit_one(&self, batch: &Batch, swept: bool) -> Result<Committed> {
@@ -100,10 +105,13 @@ impl Storage for Mssql {
         if let Committed::Done(outcomes) = self.commit_one(batch, false).await? {
             return Ok(outcomes);
         }
-        // What is wrong in the inbox is not the batch's fault.
-        self.sweep(&self.0.writing, &batch.namespace)
-            .await
-            .map_err(|error| StorageError::unavailable(error.to_string()))?;
+        let ids = Sorted::new(&batch.ops).ids();
+        match self.sweep(&self.0.writing, &batch.namespace, Some(&ids), SWEPT).await {
+            Ok(true) => {}
+            Ok(false) => return Err(StorageError::blocked("too much waits in the inbox before it")),
+            Err(StorageError::Blocked(why)) => return Err(StorageError::Blocked(why)),
+            Err(error) => return Err(StorageError::unavailable(error.to_string())),
+        }
         match self.commit_one(batch, true).await? {
             Committed::Done(outcomes) => Ok(outcomes),
             Committed::Inbox => Err(StorageError::unavailable("the inbox does not empty")),
@@ -128,8 +136,16 @@ impl Storage for Mssql {
         match look().await? {
             (polled, false) => Ok(polled),
             (_, true) => {
-                self.sweep(&self.0.sessions, &poll.namespace).await?;
-                Ok(look().await?.0)
+                let all = match self.sweep(&self.0.sessions, &poll.namespace, None, SWEPT).await {
+                    Ok(all) => all,
+                    // It is looked at again soon; all else goes on.
+                    Err(error) => {
+                        tracing::warn!("something waits in the inbox: {error}");
+                        true
+                    }
+                };
+                let (polled, _) = look().await?;
+                Ok(Polled { more: !all, ..polled })
             }
         }
     }
@@ -187,7 +203,7 @@ impl Storage for Mssql {
         let mut rows = find().await?;
         if rows.is_empty() {
             // It may wait in the inbox, or may have left it since.
-            self.sweep(&self.0.asking, namespace).await?;
+            while !self.sweep(&self.0.asking, namespace, Some(&[id]), SWEPT).await? {}
             rows = find().await?;
         }
         rows.first().map(rows::process).transpose()

@@ -161,8 +161,9 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
             _ => {}
         }
     }
-    statements.push(("inbox", batch::waiting(schema, "default", 1, 10)));
-    statements.push(("last of the inbox", batch::last(schema, "default")));
+    statements.push(("inbox", batch::waiting(schema, "default", None, &[], 10)));
+    statements.push(("inbox of ids", batch::waiting(schema, "default", Some(&["p-1", "p-2"]), &["p-3".into()], 10)));
+    statements.push(("inbox, held", batch::held(schema, &[1, 2])));
     for kind in [Kind::Single, Kind::Messages, Kind::Record, Kind::Records, Kind::Whole] {
         statements.extend(batch::statements(schema, &batch_of(kind)));
     }

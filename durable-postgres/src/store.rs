@@ -1,5 +1,6 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use durable_core::storage::inbox;
 use durable_core::storage::{
     Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
     Record, RecordKey, Result, RunId, Sorted, Storage, StorageError,
@@ -13,6 +14,9 @@ use crate::names::Schema;
 use crate::rows::{self, readable};
 use crate::sql::Sql;
 use crate::{Postgres, batch, fence, heart, read};
+
+/// Of the inbox, at most so many parts are moved on before anything else happens.
+const SWEPT: usize = 5;
 
 /// Behind every clone of a [`Postgres`].
 pub(crate) struct Shared {
@@ -41,22 +45,29 @@ impl Postgres {
         self.0.asking.run(sql).await
     }
 
-    /// Moves on what waits in the inbox now. A lost answer is no worse than none: what was moved is not there any more.
-    async fn sweep(&self, connections: &Connections, namespace: &str) -> Result<()> {
-        let last = connections.run(batch::last(&self.0.schema, namespace)).await?;
-        let Some(last) = last.first().map(|row| rows::get::<i64>(row, 0)).transpose()? else { return Ok(()) };
-        loop {
+    /// Moves on what waits in the inbox, all of it or what is for these ids, in so many parts at most; and says whether
+    /// that was all.
+    async fn sweep(
+        &self,
+        connections: &Connections,
+        namespace: &str,
+        ids: Option<&[&str]>,
+        parts: usize,
+    ) -> Result<bool> {
+        for _ in 0..parts {
             let mut lent = connections.lend().await?;
-            let sweep = batch::sweep(&mut lent.connection, &self.0.schema, namespace, last);
-            let result = match within(connections.bounds().answers(), unavailable, sweep).await {
-                Err(StorageError::Unknown(why)) => Err(StorageError::Unavailable(why)),
-                result => result,
-            };
-            if lent.done(result)? == 0 {
-                return Ok(());
+            let mut rows = batch::Rows { connection: &mut lent.connection, schema: &self.0.schema, namespace, ids };
+            let moved = within(connections.bounds().answers(), unavailable, inbox::move_on(&mut rows)).await;
+            let moved = moved.map_err(|error| match error {
+                StorageError::Unknown(why) => StorageError::Unavailable(why),
+                error => error,
+            });
+            if lent.done(moved)? == 0 {
+                return Ok(true);
             }
             Hints::tell(&self.0);
         }
+        Ok(false)
     }
 }
 
@@ -93,10 +104,13 @@ impl Storage for Postgres {
         let outcomes = match commit(false).await {
             // Or something waits in the inbox, which goes first. What is wrong there is not the batch's fault.
             Err(StorageError::Fenced) if Sorted::new(&batch.ops).names_an_id() => {
-                self.sweep(&self.0.writing, &batch.namespace)
-                    .await
-                    .map_err(|error| StorageError::unavailable(error.to_string()))?;
-                commit(true).await?
+                let ids = Sorted::new(&batch.ops).ids();
+                match self.sweep(&self.0.writing, &batch.namespace, Some(&ids), SWEPT).await {
+                    Ok(true) => commit(true).await?,
+                    Ok(false) => return Err(StorageError::blocked("too much waits in the inbox before it")),
+                    Err(StorageError::Blocked(why)) => return Err(StorageError::Blocked(why)),
+                    Err(error) => return Err(StorageError::unavailable(error.to_string())),
+                }
             }
             result => result?,
         };
@@ -125,8 +139,16 @@ impl Storage for Postgres {
         match look().await? {
             (polled, false) => Ok(polled),
             (_, true) => {
-                self.sweep(&self.0.connections, &poll.namespace).await?;
-                Ok(look().await?.0)
+                let all = match self.sweep(&self.0.connections, &poll.namespace, None, SWEPT).await {
+                    Ok(all) => all,
+                    // It is looked at again soon; all else goes on.
+                    Err(error) => {
+                        tracing::warn!("something waits in the inbox: {error}");
+                        true
+                    }
+                };
+                let (polled, _) = look().await?;
+                Ok(Polled { more: !all, ..polled })
             }
         }
     }
@@ -183,7 +205,7 @@ impl Storage for Postgres {
         let mut rows = find().await?;
         if rows.is_empty() {
             // It may wait in the inbox, or may have left it since.
-            self.sweep(&self.0.asking, namespace).await?;
+            while !self.sweep(&self.0.asking, namespace, Some(&[id]), SWEPT).await? {}
             rows = find().await?;
         }
         rows.first().map(rows::process).transpose()

@@ -3,7 +3,7 @@
 
 use durable_core::storage::{Op, Status};
 use durable_core::*;
-use durable_postgres::Postgres;
+use durable_postgres::{Outbox, Postgres};
 use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
 use sqlx::Executor;
@@ -204,6 +204,35 @@ mod postgres {
             until("it waits", async || host.health().held_up == 1).await;
             host.shutdown(Duration::from_secs(1)).await;
             sent.await.unwrap().unwrap_err();
+        });
+    }
+
+    /// What the service's transactions have sent to it waits; what they have sent to others does not.
+    #[test]
+    fn the_inbox_of_one_that_is_held() {
+        PostgresSchema::run(async {
+            let schema = PostgresSchema::new().await;
+            let host = host(&schema).await;
+            let a = host.spawn(SUM, "a", &2).await.unwrap();
+            until_status(&a, Status::Waiting).await;
+            let mut psql = schema.connect().await;
+            psql.execute("BEGIN").await.unwrap();
+            psql.execute(schema.sql("SELECT 1 FROM {s}.processes WHERE id = 'a' FOR UPDATE")).await.unwrap();
+            let mut service = schema.connect().await;
+            service.execute("BEGIN").await.unwrap();
+            host.raise_in(&mut service, "a", ADD, &3).await.unwrap();
+            let c = host.spawn_in(&mut service, SUM, "c", &1).await.unwrap();
+            host.raise_in(&mut service, "c", ADD, &4).await.unwrap();
+            service.execute("COMMIT").await.unwrap();
+            neighbour(&host).await;
+            assert_eq!(c.output().await.unwrap(), 4);
+            // A later message to it comes behind the one that waits.
+            let to = a.clone();
+            let sent = tokio::spawn(async move { to.raise(ADD, &9).await });
+            until("it waits", async || host.health().held_up == 1).await;
+            psql.execute("ROLLBACK").await.unwrap();
+            sent.await.unwrap().unwrap();
+            assert_eq!(a.output().await.unwrap(), 12);
         });
     }
 

@@ -7,7 +7,6 @@ use tokio::sync::{Mutex, oneshot};
 use super::epoch::Epoch;
 use super::held::{Places, Slot};
 use super::queue::{Answer, From, Job};
-use super::run::End;
 use super::{Backoff, Core};
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
@@ -240,7 +239,7 @@ impl Committer {
             (Op::Record(record), Outcome::Lost) => {
                 tracing::warn!(run = %record.run, "the record {} was refused: the run is not owned under claim {}, or another claim wrote it", record.key, record.claim);
                 if let From::Run(run) = &from {
-                    run.end(End::Gone);
+                    run.lost();
                 } else {
                     self.core.compare_soon();
                 }

@@ -77,7 +77,6 @@ async fn leave(
         (Some(Turn::End(end)), None) => Some(end),
         (Some(Turn::Quiet(_)), None) => None,
     };
-    let gone = matches!(end, Some(End::Gone));
     match end {
         None => {}
         Some(End::Gone) => tracing::info!(parent: &span, "the run is not ours any more; dropped"),
@@ -85,8 +84,7 @@ async fn leave(
         Some(End::Release) => give_back(&run).await,
     }
     run.core.left_memory(&run);
-    if gone {
-        // It may be ours all the same, and is taken up again: not before it has left.
+    if run.state().read_again {
         run.core.compare_soon();
     }
 }

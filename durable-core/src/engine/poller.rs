@@ -48,6 +48,10 @@ pub(super) async fn poll(core: Arc<Core>, epoch: Arc<Epoch>) {
         core.pulse.looked.set();
         core.clock.sync(polled.now);
         let worked = act(&core, &epoch, &polled, turn).await;
+        if polled.more {
+            tokio::task::yield_now().await;
+            continue;
+        }
         interval = if worked { SHORTEST } else { (interval * 2).min(core.settings.poll) };
         sleep(&core, &epoch, &mut cursor, interval, &polled, worked).await;
     }

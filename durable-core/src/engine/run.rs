@@ -62,6 +62,9 @@ pub(crate) struct State {
     pub(crate) rested: bool,
     /// Why the future must be dropped.
     pub(crate) end: Option<End>,
+    /// The row is another execution's, or knows less than this one, and may be this instance's all the same: it is looked for
+    /// among what it owns once this one has left memory.
+    pub(crate) read_again: bool,
     /// None of its code runs any more.
     pub(crate) code_over: bool,
     /// Its end is in the database.
@@ -352,6 +355,12 @@ impl Run {
     /// The database has less than this execution knows: it has lost commits. What it has is read again.
     pub(crate) fn behind(&self) {
         tracing::warn!(id = %self.id, run = %self.run, "the database has lost commits of it; it is read again");
+        self.lost();
+    }
+
+    /// What this execution knows is not what the database has.
+    pub(crate) fn lost(&self) {
+        self.state().read_again = true;
         self.end(End::Gone);
     }
 

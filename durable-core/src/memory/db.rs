@@ -499,7 +499,7 @@ impl Db {
         }
         let ended = |run: &&RunId| self.processes.get(run).is_none_or(|process| process.row.status.is_finished());
         let ended = poll.watched.iter().filter(ended).copied().collect();
-        Polled { now, due: due.into_iter().collect(), signalled, ended }
+        Polled { now, due: due.into_iter().collect(), signalled, ended, more: false }
     }
 
     pub(super) fn peers(&self, namespace: &str, me: InstanceId) -> Vec<Peer> {

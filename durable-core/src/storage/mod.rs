@@ -7,6 +7,7 @@
 
 mod batch;
 mod error;
+pub mod inbox;
 pub mod migration;
 mod rows;
 mod sorted;

@@ -376,6 +376,8 @@ pub struct Polled {
     pub signalled: Vec<(RunId, i64)>,
     /// Those of the watched runs that have ended or are gone.
     pub ended: Vec<RunId>,
+    /// There was more to do for the storage itself than it does at once: the next look is due now.
+    pub more: bool,
 }
 
 /// Which processes to list or count.

@@ -115,6 +115,16 @@ impl<'b> Sorted<'b> {
         (ids, runs)
     }
 
+    /// All ids by which it names processes.
+    pub fn ids(&self) -> Vec<&'b str> {
+        let mut ids = self.others().0;
+        ids.extend(self.spawns.iter().map(|(_, (spawn, _))| &*spawn.id));
+        ids.extend(self.awaits.iter().map(|(_, (_, id, _))| *id));
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
     /// Whether it is about a process by its id: one that is about to be put there must be there first.
     pub fn names_an_id(&self) -> bool {
         !self.spawns.is_empty() || !self.raises.is_empty() || !self.awaits.is_empty() || !self.orders.is_empty()

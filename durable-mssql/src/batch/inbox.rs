@@ -1,8 +1,8 @@
-//! What transactions of the service's have put into the inbox, moved on: starts become processes, messages go into
-//! mailboxes, by the script of a batch, in the order in which they were put in.
+//! The inbox: what transactions of the service's have put there becomes processes and messages, by the script of a batch.
 
-use durable_core::storage::{Op, Outcome, Raise, Raised, Result, RunId, Sorted, Spawn, StorageError};
-use std::collections::HashSet;
+use async_trait::async_trait;
+use durable_core::storage::inbox::{Inbox, Waiting};
+use durable_core::storage::{Op, Outcome, Result, Sorted};
 use tiberius::Row;
 use uuid::Uuid;
 
@@ -13,10 +13,6 @@ use crate::names::Schema;
 use crate::rows::{get, text};
 use crate::session::Client;
 use crate::sql::{Commits, Sql};
-
-/// At most so many at once, and so many bytes, or one.
-const ROWS: i64 = 200;
-const BYTES: usize = 4 << 20;
 
 /// The lock of a namespace's inbox: alone for whoever moves something on, shared for whoever must know that nobody does.
 pub(super) fn lock(of: &Of<'_>) -> String {
@@ -34,127 +30,61 @@ pub(super) fn take(sql: &mut Sql, of: &Of<'_>, numbers: &[i64]) {
     sql.push(format!("IF @verdict = 0 AND @@ROWCOUNT < {count} SET @verdict = {INBOX}"));
 }
 
-/// The last one that waits now.
-pub(crate) fn last(schema: &Schema, namespace: &str) -> Sql {
-    let mut sql = Sql::default();
-    let namespace = sql.text(namespace);
-    sql.push(format!(
-        "SELECT TOP (1) i.number FROM {schema}.inbox AS i WITH (READPAST, READCOMMITTEDLOCK, ROWLOCK)
-         WHERE i.namespace = {namespace} AND i.refused IS NULL ORDER BY i.number DESC"
-    ));
-    sql
+/// What waits in a namespace's inbox: all of it, or what is for these ids.
+pub(crate) struct Rows<'c> {
+    pub(crate) client: &'c mut Client,
+    pub(crate) schema: &'c Schema,
+    pub(crate) namespace: &'c str,
+    pub(crate) ids: Option<&'c [&'c str]>,
 }
 
-/// What waits, in order, up to this number.
-pub(crate) fn waiting(schema: &Schema, namespace: &str, upto: i64) -> Sql {
+#[async_trait]
+impl Inbox for Rows<'_> {
+    async fn waiting(&mut self, most: usize, except: &[Box<str>]) -> Result<Vec<(i64, Result<Waiting>)>> {
+        let sql = waiting(self.schema, self.namespace, self.ids, except, most);
+        let rows = sql.run(self.client, Commits::No).await?.rows();
+        rows.iter().map(|row| Ok((get(row, 0)?, one(row)))).collect()
+    }
+
+    async fn take(&mut self, numbers: &[i64], ops: &[Op]) -> Result<Option<Vec<Outcome>>> {
+        let (schema, namespace, gate) = (self.schema, self.namespace, Gate::Moving(numbers));
+        let of = Of { schema, instance: Uuid::nil(), generation: 0, namespace, gate };
+        Ok(match run(self.client, &of, ops, &Sorted::new(ops), None).await? {
+            Committed::Done(outcomes) => Some(outcomes),
+            Committed::Inbox => None,
+        })
+    }
+
+    async fn refuse(&mut self, number: i64, why: &str) -> Result<()> {
+        let mut sql = Sql::default();
+        let (schema, number, why) = (self.schema, sql.number(number), sql.text(why));
+        sql.push(format!(
+            "UPDATE i SET refused = {why} FROM {schema}.inbox AS i WHERE i.number = {number} AND i.refused IS NULL"
+        ));
+        sql.run(self.client, Commits::No).await.map(drop)
+    }
+}
+
+pub(crate) fn waiting(schema: &Schema, namespace: &str, ids: Option<&[&str]>, except: &[Box<str>], most: usize) -> Sql {
     let mut sql = Sql::default();
-    let (namespace, upto, rows) = (sql.text(namespace), sql.number(upto), sql.number(ROWS));
+    let (namespace, rows) = (sql.text(namespace), sql.count(most));
+    let mut table = |ids: &mut dyn Iterator<Item = &str>, is: &str, name: &str| {
+        let mut table = Table::new(&[("id", Column::Key(256))]);
+        ids.for_each(|id| table.row([id.into()]));
+        format!("AND i.id {is} (SELECT {name}.id FROM {})", table.named(&mut sql, name))
+    };
+    let ids = ids.map(|ids| table(&mut ids.iter().copied(), "IN", "j")).unwrap_or_default();
+    let except =
+        if except.is_empty() { String::new() } else { table(&mut except.iter().map(|id| &**id), "NOT IN", "h") };
     sql.push(format!(
         "SELECT TOP ({rows}) i.number, i.what, i.id, i.name, i.token, i.payload, i.digest, i.restart
          FROM {schema}.inbox AS i WITH (READPAST, READCOMMITTEDLOCK, ROWLOCK)
-         WHERE i.namespace = {namespace} AND i.refused IS NULL AND i.number <= {upto} ORDER BY i.number"
+         WHERE i.namespace = {namespace} AND i.refused IS NULL {ids} {except} ORDER BY i.number"
     ));
     sql
 }
 
-/// Moves on what is committed, up to this number, and says how many rows that were. Who comes at the same time waits, and
-/// finds the rest: the order must not depend on who is faster.
-pub(crate) async fn sweep(client: &mut Client, schema: &Schema, namespace: &str, upto: i64) -> Result<usize> {
-    let mut most = usize::MAX;
-    loop {
-        let rows = waiting(schema, namespace, upto).run(client, Commits::No).await?.rows();
-        let (numbers, ops) = batch(&rows, most)?;
-        if ops.is_empty() {
-            return Ok(0);
-        }
-        let gate = Gate::Moving(&numbers);
-        let of = Of { schema, instance: Uuid::nil(), generation: 0, namespace, gate };
-        match run(client, &of, &ops, &Sorted::new(&ops), None).await {
-            Ok(Committed::Done(outcomes)) => {
-                let refusals = ops.iter().zip(&outcomes).filter_map(|(op, outcome)| refused(op, outcome));
-                refusals.for_each(|(id, why)| tracing::error!(id = %id, "taken out of the inbox, for nothing: {why}"));
-                return Ok(ops.len());
-            }
-            Ok(Committed::Inbox) => {}
-            // One of them is what the database refuses; alone, it can be told.
-            Err(StorageError::Refused(_)) if ops.len() > 1 => most = 1,
-            Err(StorageError::Refused(why)) => {
-                let (number, why) = (numbers[0], why.to_string());
-                tracing::error!("it stays in the inbox as number {number}: the database refuses it: {why}");
-                let mut sql = Sql::default();
-                let (number, why) = (sql.number(number), sql.text(why));
-                sql.push(format!("UPDATE i SET refused = {why} FROM {schema}.inbox AS i WHERE i.number = {number}"));
-                sql.run(client, Commits::No).await?;
-                return Ok(1);
-            }
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// As many as go together.
-fn batch(rows: &[Row], most: usize) -> Result<(Vec<i64>, Vec<Op>)> {
-    let (mut numbers, mut ops) = (Vec::new(), Vec::new());
-    let mut bytes = 0;
-    let mut starts: HashSet<Box<str>> = HashSet::new();
-    for row in rows.iter().take(most) {
-        let (number, op) = op(row)?;
-        // A start goes before the messages of its batch, and one of two waits for the next.
-        let joins = match &op {
-            Op::Spawn(spawn) => {
-                bytes += spawn.input.len();
-                !ops.iter().any(|op| matches!(op, Op::Raise(raise) if raise.id == spawn.id))
-                    && starts.insert(spawn.id.clone())
-            }
-            Op::Raise(raise) => {
-                bytes += raise.payload.len();
-                true
-            }
-            _ => true,
-        };
-        if !joins || (bytes > BYTES && !ops.is_empty()) {
-            break;
-        }
-        numbers.push(number);
-        ops.push(op);
-    }
-    Ok((numbers, ops))
-}
-
-fn op(row: &Row) -> Result<(i64, Op)> {
-    let (id, name, token, payload) = (text(row, 2)?, text(row, 3)?, text(row, 4)?, text(row, 5)?);
-    let op = match get::<&str>(row, 1)? {
-        "start" => Op::Spawn(Spawn {
-            run: RunId(token.parse().map_err(StorageError::schema)?),
-            id,
-            kind: name,
-            input: payload,
-            digest: text(row, 6)?,
-            take: false,
-            restart_finished: get(row, 7)?,
-        }),
-        "message" => Op::Raise(Raise { id, name, event_id: token, payload }),
-        other => return Err(StorageError::schema(format!("{other:?} in the inbox is unknown to this version"))),
-    };
-    Ok((get(row, 0)?, op))
-}
-
-/// Why nothing came of it.
-fn refused<'o>(op: &'o Op, outcome: &Outcome) -> Option<(&'o str, String)> {
-    match (op, outcome) {
-        (Op::Spawn(spawn), Outcome::Spawned(found)) if found.kind != spawn.kind => {
-            let why = format!("a start of kind {:?}, but the id is in use by one of kind {:?}", spawn.kind, found.kind);
-            Some((&spawn.id, why))
-        }
-        (Op::Spawn(spawn), Outcome::Spawned(found)) if found.digest != spawn.digest => {
-            Some((&spawn.id, "a start with another input than the process of that id has".to_owned()))
-        }
-        (Op::Raise(raise), Outcome::Raised(Raised::Finished)) => {
-            Some((&raise.id, format!("a message {:?}, but the process has ended", raise.name)))
-        }
-        (Op::Raise(raise), Outcome::Raised(Raised::NotFound)) => {
-            Some((&raise.id, format!("a message {:?}, but there is no such process any more", raise.name)))
-        }
-        _ => None,
-    }
+fn one(row: &Row) -> Result<Waiting> {
+    let text = |column| text(row, column);
+    Ok(Waiting::new([text(1)?, text(2)?, text(3)?, text(4)?, text(5)?, text(6)?], get(row, 7)?))
 }

@@ -23,7 +23,9 @@ use crate::fence::{self, BUSY};
 use crate::names::Schema;
 use crate::session::Client;
 use crate::sql::{Commits, Sql};
-pub(crate) use inbox::{last, sweep};
+pub(crate) use inbox::Rows;
+#[cfg(test)]
+pub(crate) use inbox::waiting;
 
 pub(crate) const UNFINISHED: &str = "(N'running', N'waiting', N'stuck')";
 /// Both lists are used positively: a status that this version does not know is neither.

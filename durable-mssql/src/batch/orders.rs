@@ -127,6 +127,11 @@ fn delete(sql: &mut Sql, of: &Of<'_>, ids: Vec<&str>) {
                  AND (q.status IN {FINISHED} OR q.status = N'stuck'))"
     ));
     owned::wake(sql, of, "SELECT g.run FROM @gone AS g", answers::ROUSED);
+    // What of the inbox the database would not take.
+    sql.push(format!(
+        "DELETE i FROM {of}.inbox AS i JOIN {of}.processes AS p ON p.namespace = i.namespace AND p.id = i.id
+         JOIN @gone AS g ON g.run = p.run WHERE i.refused IS NOT NULL"
+    ));
     for (table, column) in
         [("steps", "run"), ("events", "run"), ("audit", "run"), ("waiters", "waiter"), ("processes", "run")]
     {

@@ -18,9 +18,9 @@ use uuid::Uuid;
 use crate::lend::{unknown, within};
 use crate::names::Schema;
 use crate::session::Bounds;
+pub(crate) use inbox::Rows;
 #[cfg(test)]
-pub(crate) use inbox::waiting;
-pub(crate) use inbox::{last, sweep};
+pub(crate) use inbox::{held, waiting};
 
 pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
 /// Both lists are used positively: a status that this version does not know is neither.
