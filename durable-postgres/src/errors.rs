@@ -56,6 +56,8 @@ fn by_code(told: Told, committing: bool) -> StorageError {
         ("28" | "3D", _) => StorageError::unavailable(told),
         // Content that is not what the column holds, too large, or against a constraint.
         ("22" | "23" | "54", _) => StorageError::refused(told),
+        // Damaged: reading it again does not help.
+        ("XX", "XX001" | "XX002") => StorageError::schema(told),
         // No such table, column or schema, or no right to it.
         ("3F", _) | (_, "42P01" | "42703" | "42501" | "42883" | "42P10") => StorageError::schema(told),
         // A plan that no longer fits its table, a statement that a pooler's other connection knows: a new connection
@@ -128,7 +130,7 @@ mod tests {
         for code in ["22P02", "22001", "22021", "23505", "23502", "54000", "54001"] {
             assert_eq!((sorted(code, true), sorted(code, false)), ("refused", "refused"), "{code}");
         }
-        for code in ["42P01", "42703", "42501", "3F000"] {
+        for code in ["42P01", "42703", "42501", "3F000", "XX001"] {
             assert_eq!((sorted(code, true), sorted(code, false)), ("schema", "schema"), "{code}");
         }
         let lost = || Error::Io(std::io::Error::from(std::io::ErrorKind::UnexpectedEof));

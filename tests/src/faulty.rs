@@ -29,12 +29,14 @@ pub enum Fault {
 }
 
 type Choose = Box<dyn FnMut(&Batch) -> Option<Fault> + Send>;
+type ChooseRead = Arc<dyn Fn(&[RunId]) -> Option<StorageError> + Send + Sync>;
 
 /// A storage that asks at each commit what shall go wrong.
 #[derive(Clone)]
 pub struct Faulty<S> {
     inner: S,
     choose: Arc<Mutex<Choose>>,
+    choose_read: ChooseRead,
     /// Commits whose answer was lost and that have not arrived yet.
     late: Arc<Mutex<Vec<Batch>>>,
     /// What became of those that arrived.
@@ -45,7 +47,13 @@ impl<S: Storage> Faulty<S> {
     /// Asks this for each batch.
     pub fn new(inner: S, choose: impl FnMut(&Batch) -> Option<Fault> + Send + 'static) -> Self {
         let choose: Choose = Box::new(choose);
-        Self { inner, choose: Arc::new(Mutex::new(choose)), late: Arc::default(), arrived: Arc::default() }
+        let choose_read: ChooseRead = Arc::new(|_| None);
+        Self { inner, choose: Arc::new(Mutex::new(choose)), choose_read, late: Arc::default(), arrived: Arc::default() }
+    }
+
+    /// Asks this for each read of runs.
+    pub fn reading(inner: S, choose: impl Fn(&[RunId]) -> Option<StorageError> + Send + Sync + 'static) -> Self {
+        Self { choose_read: Arc::new(choose), ..Self::new(inner, |_| None) }
     }
 
     /// The first batch with an operation like this goes wrong.
@@ -125,7 +133,10 @@ impl<S: Storage> Storage for Faulty<S> {
         }
     }
     async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-        self.inner.load(runs, records).await
+        match (self.choose_read)(runs) {
+            Some(error) => Err(error),
+            None => self.inner.load(runs, records).await,
+        }
     }
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
         self.inner.owned(instance, after, limit).await

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use durable_core::memory::Memory;
-use durable_core::storage::{Op, OpKind, RecordState, Status};
+use durable_core::storage::{Op, OpKind, RecordState, Status, StorageError};
 use durable_core::*;
 use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
@@ -17,7 +17,12 @@ const IT: Definition<(), u32> = Definition::new("it");
 const GO: Event<u32> = Event::new("Go");
 const PAUSE: Duration = Duration::from_millis(10);
 
-on_each_backend!(a_record_that_is_refused_after_its_operation_was_dropped, a_reason_that_the_database_does_not_take);
+on_each_backend!(
+    a_record_that_is_refused_after_its_operation_was_dropped,
+    a_reason_that_the_database_does_not_take,
+    one_that_cannot_be_read,
+    one_whose_messages_cannot_be_read,
+);
 
 on_each_database!(a_database_that_has_lost_messages);
 
@@ -66,6 +71,90 @@ async fn a_reason_that_the_database_does_not_take<B: Backend>() {
     let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
     assert!(reason.contains(r"out of cheese \u{2192} \u{2192}"), "{reason}");
     assert_eq!(effects.all().len(), 1);
+}
+
+const MANY: usize = 20;
+
+async fn waits(proc: Process, (): ()) -> Result<u32, Failure> {
+    proc.step("begin", async || Ok::<_, Failure>(())).await?;
+    Ok(proc.event(GO).await?)
+}
+
+/// What reading one run comes to, while it cannot be read; and whether that is its own fault.
+fn errors() -> [(fn() -> StorageError, bool); 3] {
+    [
+        (|| StorageError::unavailable("an answer that no connection brings"), false),
+        (|| StorageError::blocked("a statement's time-out"), true),
+        (|| StorageError::schema("a damaged page"), true),
+    ]
+}
+
+/// Those that are taken up with it go on; it is stuck, and goes on when it has been mended.
+async fn one_that_cannot_be_read<B: Backend>() {
+    for (error, its_own) in errors() {
+        let backend = B::new().await;
+        let client = quick(&backend).await.start().await.unwrap();
+        let mut handles = Vec::new();
+        for n in 0..MANY {
+            handles.push(client.spawn(IT, format!("p-{n}"), &()).await.unwrap());
+        }
+        let (broken, bad) = (Arc::new(AtomicBool::new(true)), handles[MANY / 3].run().unwrap());
+        let set = broken.clone();
+        let storage = Faulty::reading(backend.storage().await, move |runs| {
+            (set.load(Ordering::SeqCst) && runs.contains(&bad)).then(error)
+        });
+        let _host = Host::builder(storage).register(IT, waits).start().await.unwrap();
+        for handle in &handles {
+            handle.raise(GO, &1).await.unwrap();
+            if handle.run() == Some(bad) && !its_own {
+                // It is tried again and again, alone.
+            } else if handle.run() == Some(bad) {
+                let reason = until_status(handle, Status::Stuck).await.reason.unwrap();
+                assert!(reason.contains("what is stored cannot be read"), "{reason}");
+            } else {
+                assert_eq!(handle.output().await.unwrap(), 1);
+            }
+        }
+        broken.store(false, Ordering::SeqCst);
+        if its_own {
+            handles[MANY / 3].resume().await.unwrap();
+        }
+        assert_eq!(handles[MANY / 3].output().await.unwrap(), 1);
+    }
+}
+
+/// Messages from elsewhere, for many in memory.
+async fn one_whose_messages_cannot_be_read<B: Backend>() {
+    for (error, its_own) in errors() {
+        let backend = B::new().await;
+        let bad = Arc::new(std::sync::Mutex::new(None));
+        let read = bad.clone();
+        let storage = Faulty::reading(backend.storage().await, move |runs| {
+            read.lock().unwrap().is_some_and(|bad| runs.contains(&bad)).then(error)
+        });
+        let builder = Host::builder(storage).poll(PAUSE).quiet_time(Duration::from_secs(3600)).register(IT, waits);
+        let host = builder.start().await.unwrap();
+        let client = quick(&backend).await.start().await.unwrap();
+        let mut handles = Vec::new();
+        for n in 0..MANY {
+            handles.push(host.spawn(IT, format!("p-{n}"), &()).await.unwrap());
+        }
+        *bad.lock().unwrap() = handles[MANY / 3].run();
+        for handle in &handles {
+            client.get(handle.id()).raise(GO, &1).await.unwrap();
+        }
+        for handle in &handles {
+            if handle.run() == handles[MANY / 3].run() && !its_own {
+                *bad.lock().unwrap() = None;
+                assert_eq!(handle.output().await.unwrap(), 1);
+            } else if handle.run() == handles[MANY / 3].run() {
+                let reason = until_status(handle, Status::Stuck).await.reason.unwrap();
+                assert!(reason.contains("its messages cannot be read"), "{reason}");
+            } else {
+                assert_eq!(handle.output().await.unwrap(), 1);
+            }
+        }
+    }
 }
 
 /// A standby that was behind, a restored backup: it knows less than the processes in memory.

@@ -1,12 +1,15 @@
 //! Brings claimed processes into memory.
 
 use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use super::epoch::Epoch;
 use super::queue::From;
+use super::reading::{Read, Reading};
 use super::run::Run;
-use super::{Backoff, Core, Phase, drive};
+use super::{Core, Phase, drive};
 use crate::storage::{ProcessRow, RunId, RunState, Spawn, Status};
 
 impl Core {
@@ -70,26 +73,34 @@ impl Core {
 }
 
 async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i64>) {
-    let mut backoff = Backoff::new();
-    while !claims.is_empty() {
-        let runs: Vec<RunId> = claims.keys().copied().collect();
-        let loaded = match core.storage.load(&runs, true).await {
-            Ok(loaded) => loaded,
-            Err(error) => {
-                core.note_trouble(&error.to_string());
-                if backoff.pause(&epoch, "reading claimed processes", &error).await.is_ok() {
-                    continue;
+    let mut reading = Reading::new(claims.keys().copied().collect(), true);
+    while let Some(read) = reading.next(&core, &epoch).await {
+        if epoch.is_over() {
+            break;
+        }
+        let loaded = match read {
+            Read::Over => break,
+            Read::Some(loaded) => loaded,
+            Read::Later(run) => {
+                if let Some(claim) = claims.remove(&run) {
+                    let (core, epoch) = (core.clone(), epoch.clone());
+                    tokio::spawn(async move {
+                        if core.later(&epoch).await {
+                            again(core, epoch, BTreeMap::from([(run, claim)])).await;
+                        } else {
+                            core.held.remove(run, claim);
+                        }
+                    });
                 }
-                Vec::new()
+                continue;
+            }
+            Read::Not(run, why) => {
+                if let Some(claim) = claims.remove(&run) {
+                    stuck(&core, &epoch, run, claim, format!("what is stored cannot be read: {why}")).await;
+                }
+                continue;
             }
         };
-        if epoch.is_over() {
-            // Somebody else's by now.
-            for (run, claim) in claims {
-                core.held.remove(run, claim);
-            }
-            return;
-        }
         for loaded in loaded {
             let Some(claim) = claims.remove(&loaded.run) else { continue };
             match loaded.state {
@@ -113,6 +124,15 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
             }
         }
     }
+    // Somebody else's by now.
+    for (run, claim) in claims {
+        core.held.remove(run, claim);
+    }
+}
+
+/// [`load`], as it calls itself.
+fn again(core: Arc<Core>, epoch: Arc<Epoch>, claims: BTreeMap<RunId, i64>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    Box::pin(load(core, epoch, claims))
 }
 
 /// How many executions in a row, up to this claim, ended in a death without a new record. Every record carries the

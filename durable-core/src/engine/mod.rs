@@ -15,6 +15,7 @@ mod post;
 pub(crate) mod pulse;
 pub(crate) mod queue;
 mod ratchet;
+mod reading;
 pub(crate) mod registry;
 pub(crate) mod replay;
 mod rows;

@@ -6,9 +6,10 @@ use tokio::sync::Notify;
 
 use super::epoch::Epoch;
 use super::held::Slot;
+use super::reading::{Read, Reading};
 use super::run::End;
-use super::{Backoff, Core, lock};
-use crate::storage::RunId;
+use super::{Core, lock};
+use crate::storage::{Loaded, RunId};
 
 const AT_ONCE: usize = 500;
 
@@ -33,7 +34,6 @@ impl Post {
 }
 
 pub(super) async fn deliver(core: Arc<Core>, epoch: Arc<Epoch>) {
-    let mut backoff = Backoff::new();
     while !epoch.is_over() {
         // With what each has seen before they are read.
         let mut known = HashMap::new();
@@ -48,31 +48,40 @@ pub(super) async fn deliver(core: Arc<Core>, epoch: Arc<Epoch>) {
         if runs.is_empty() {
             tokio::select! { biased; () = epoch.over() => return, () = core.post.filled.notified() => continue }
         }
-        match core.storage.load(&runs, false).await {
-            Ok(loaded) => {
-                backoff = Backoff::new();
-                let mut missing: BTreeSet<RunId> = runs.into_iter().collect();
-                for loaded in loaded {
-                    missing.remove(&loaded.run);
-                    let Some(Slot::Live(run)) = core.held.get(loaded.run) else { continue };
-                    match loaded.state {
-                        Ok(Some(state)) => {
-                            let known = known.get(&loaded.run).filter(|(serial, _)| *serial == run.serial);
-                            run.merge(state, known.map_or(0, |(_, seen)| *seen));
-                        }
-                        Ok(None) => run.end(End::Gone),
-                        Err(why) => run.fault(format_args!("its messages cannot be read: {why}")),
-                    }
-                }
-                core.post.fetch(missing);
-            }
-            Err(error) => {
-                core.post.fetch(runs);
-                core.note_trouble(&error.to_string());
-                if backoff.pause(&epoch, "reading messages", &error).await.is_err() {
+        let mut reading = Reading::new(runs, false);
+        while let Some(read) = reading.next(&core, &epoch).await {
+            match read {
+                Read::Over => {
+                    core.post.fetch(reading.rest());
                     return;
+                }
+                Read::Some(loaded) => loaded.into_iter().for_each(|loaded| hand_over(&core, &known, loaded)),
+                Read::Later(run) => {
+                    let (core, epoch) = (core.clone(), epoch.clone());
+                    tokio::spawn(async move {
+                        if core.later(&epoch).await {
+                            core.post.fetch([run]);
+                        }
+                    });
+                }
+                Read::Not(run, why) => {
+                    if let Some(Slot::Live(run)) = core.held.get(run) {
+                        run.fault(format_args!("its messages cannot be read: {why}"));
+                    }
                 }
             }
         }
+    }
+}
+
+fn hand_over(core: &Core, known: &HashMap<RunId, (u64, i64)>, loaded: Loaded) {
+    let Some(Slot::Live(run)) = core.held.get(loaded.run) else { return };
+    match loaded.state {
+        Ok(Some(state)) => {
+            let known = known.get(&loaded.run).filter(|(serial, _)| *serial == run.serial);
+            run.merge(state, known.map_or(0, |(_, seen)| *seen));
+        }
+        Ok(None) => run.end(End::Gone),
+        Err(why) => run.fault(format_args!("its messages cannot be read: {why}")),
     }
 }
