@@ -135,6 +135,8 @@ CREATE TABLE {schema}.instances (
     lock_name    NVARCHAR(200) COLLATE Latin1_General_BIN2 NOT NULL,
     -- which run of the server its session held its lock in at its last heartbeat, null if it did not
     locked_in    NVARCHAR(64)  NULL,
+    -- how long its session took to be had at most: others give it some time to have one again
+    comeback_ms  BIGINT        NOT NULL DEFAULT 0,
     CONSTRAINT instances_key PRIMARY KEY CLUSTERED (instance)
 );
 

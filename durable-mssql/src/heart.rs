@@ -8,7 +8,8 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::{Heart, InstanceId, LockState, NewInstance, Peer, Result, StorageError};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
 use tiberius::Row;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
@@ -71,7 +72,7 @@ pub(crate) fn peers(schema: &Schema, namespace: &str, me: InstanceId) -> Sql {
     sql.push(format!(
         "SELECT i.instance, i.heartbeat_at, CONVERT(BIT, CASE WHEN f.fenced_at IS NULL THEN 0 ELSE 1 END),
              CONVERT(BIT, CASE WHEN i.locked_in = {LIFETIME} AND i.locked_in <> N'{HIDDEN}' THEN 1 ELSE 0 END),
-             CONVERT(BIT, APPLOCK_TEST(N'public', i.lock_name, N'Exclusive', N'Session'))
+             CONVERT(BIT, APPLOCK_TEST(N'public', i.lock_name, N'Exclusive', N'Session')), i.comeback_ms
          FROM {schema}.instances AS i LEFT JOIN {schema}.fences AS f ON f.instance = i.instance
          WHERE i.namespace = {namespace} AND i.instance <> {me}"
     ));
@@ -86,11 +87,12 @@ pub(crate) fn peer(row: &Row, locks_are_real: bool) -> Result<Peer> {
         (false, _) => LockState::Unknown,
     };
     let instance = maybe_id(row, 0)?.map(InstanceId).ok_or_else(|| StorageError::schema("an instance has no id"))?;
-    Ok(Peer { instance, heartbeat_at: time(row, 1)?, lock, fenced: get(row, 2)? })
+    let comeback = Duration::from_millis(u64::try_from(get::<i64>(row, 5)?).unwrap_or(0));
+    Ok(Peer { instance, heartbeat_at: time(row, 1)?, lock, fenced: get(row, 2)?, comeback })
 }
 
 pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
-    let life = Life { shared: shared.clone(), instance: new.id };
+    let life = Life { shared: shared.clone(), instance: new.id, comeback_ms: AtomicI64::new(0) };
     let mut session = life.begin().await?;
     let rows = life.enter(new)?.run(&mut session, Commits::No).await?.rows();
     let now = rows.first().map(|row| time(row, 0)).transpose()?;
@@ -104,6 +106,8 @@ pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(B
 pub(crate) struct Life {
     pub(crate) shared: Arc<Shared>,
     pub(crate) instance: InstanceId,
+    /// How long a session that holds the lock took to be had, at most.
+    pub(crate) comeback_ms: AtomicI64,
 }
 
 type Order = oneshot::Sender<Result<DateTime<Utc>>>;
@@ -111,10 +115,13 @@ type Order = oneshot::Sender<Result<DateTime<Utc>>>;
 impl Life {
     /// A new session, which holds the lock if it is free: the server may not have noticed yet that an earlier one is gone.
     async fn begin(&self) -> Result<Session> {
+        let since = Instant::now();
         let mut session = self.shared.sessions.own().await?;
         if self.shared.locks {
             self.lock().run(&mut session, Commits::No).await?;
         }
+        let took = i64::try_from(since.elapsed().as_millis()).unwrap_or(i64::MAX);
+        self.comeback_ms.fetch_max(took, Ordering::Relaxed);
         Ok(session)
     }
 
@@ -140,6 +147,7 @@ impl Life {
         let (me, namespace, label) = (sql.id(new.id.0), sql.text(&*new.namespace), sql.text(&*new.label));
         let kinds = sql.text(serde_json::to_string(&new.kinds).map_err(StorageError::refused)?);
         let lock = sql.text(lock(&self.shared.schema, new.id.0));
+        let comeback = sql.number(self.comeback_ms.load(Ordering::Relaxed));
         let (schema, locked_in) = (&self.shared.schema, self.locked_in(&mut sql));
         sql.push(format!("DECLARE @me BINARY(16) = {me}, @now DATETIME2(6) = SYSUTCDATETIME()"));
         sql.push("BEGIN TRANSACTION");
@@ -149,8 +157,8 @@ impl Life {
         ));
         sql.push(format!(
             "INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_name,
-                 locked_in)
-             SELECT @me, {namespace}, {label}, {kinds}, @now, @now, {lock}, {locked_in}
+                 locked_in, comeback_ms)
+             SELECT @me, {namespace}, {label}, {kinds}, @now, @now, {lock}, {locked_in}, {comeback}
              WHERE NOT EXISTS (SELECT 1 FROM {schema}.instances AS i WHERE i.instance = @me)"
         ));
         sql.push("COMMIT TRANSACTION");
@@ -164,12 +172,13 @@ impl Life {
     pub(crate) fn beat(&self) -> Sql {
         let mut sql = Sql::default();
         let (me, locked_in) = (sql.id(self.instance.0), self.locked_in(&mut sql));
+        let comeback = sql.number(self.comeback_ms.load(Ordering::Relaxed));
         let schema = &self.shared.schema;
         sql.push(format!("DECLARE @me BINARY(16) = {me}, @locked_in NVARCHAR(64) = {locked_in}"));
         sql.push("BEGIN TRANSACTION");
         sql.push(format!(
-            "UPDATE i SET heartbeat_at = SYSUTCDATETIME(), locked_in = @locked_in FROM {schema}.instances AS i
-             WHERE i.instance = @me"
+            "UPDATE i SET heartbeat_at = SYSUTCDATETIME(), locked_in = @locked_in, comeback_ms = {comeback}
+             FROM {schema}.instances AS i WHERE i.instance = @me"
         ));
         sql.push(format!(
             "IF EXISTS (SELECT 1 FROM {schema}.fences AS f WHERE f.instance = @me AND f.fenced_at IS NULL)

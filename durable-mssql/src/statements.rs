@@ -7,6 +7,8 @@ use durable_core::storage::{
 };
 use sqlparser::dialect::MsSqlDialect;
 use sqlparser::parser::Parser;
+use std::sync::atomic::AtomicI64;
+use std::time::Duration;
 use uuid::Uuid;
 
 use crate::batch::scripts;
@@ -136,10 +138,11 @@ async fn instances() {
     let shared = Mssql::offline().0;
     let schema = shared.schema.clone();
     let heartbeat_at = DateTime::from_timestamp(1_700_000_000, 0).unwrap();
-    let peer = Peer { instance: instance(), heartbeat_at, lock: LockState::Held, fenced: false };
+    let peer =
+        Peer { instance: instance(), heartbeat_at, lock: LockState::Held, fenced: false, comeback: Duration::ZERO };
     let new =
         NewInstance { id: instance(), namespace: "default".into(), label: "test".into(), kinds: vec!["kind".into()] };
-    let life = Life { shared, instance: instance() };
+    let life = Life { shared, instance: instance(), comeback_ms: AtomicI64::new(7) };
     insta::assert_snapshot!(snapshot([
         ("enter", life.enter(&new).unwrap()),
         ("beat", life.beat()),

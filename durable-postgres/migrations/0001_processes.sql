@@ -134,7 +134,9 @@ CREATE TABLE {schema}.instances (
     -- the advisory lock that its session holds while it lives; and which run of the server it held it in at its last
     -- heartbeat, null if it did not
     lock_key     bigint      NOT NULL,
-    locked_in    text
+    locked_in    text,
+    -- how long its session took to be had at most: others give it some time to have one again
+    comeback_ms  integer     NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 
 -- A row whose fence is set may write no more. Apart from the heartbeat: every batch locks its fence, and must not hold

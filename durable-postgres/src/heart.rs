@@ -9,7 +9,8 @@ use chrono::{DateTime, Utc};
 use durable_core::storage::{Heart, InstanceId, LockState, NewInstance, Peer, Result, StorageError};
 use sqlx::postgres::{PgConnection, PgListener, PgPoolOptions, PgRow};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
@@ -70,10 +71,10 @@ pub(crate) fn peers_statement(schema: &Schema, namespace: &str, me: InstanceId) 
     let (namespace, me) = (sql.bind(namespace), sql.bind(me.0));
     let is_lock = is_lock("i.lock_key");
     sql.text = format!(
-        "SELECT NULL::uuid, clock_timestamp(), false, false, false
+        "SELECT NULL::uuid, clock_timestamp(), false, false, false, NULL::integer
          UNION ALL
          SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL, coalesce(i.locked_in = {LIFETIME}, false),
-             EXISTS (SELECT 1 FROM pg_catalog.pg_locks l WHERE {is_lock})
+             EXISTS (SELECT 1 FROM pg_catalog.pg_locks l WHERE {is_lock}), i.comeback_ms
          FROM {schema}.instances i LEFT JOIN {schema}.fences f ON f.instance = i.instance
          WHERE i.namespace = {namespace} AND i.instance <> {me}"
     );
@@ -87,22 +88,25 @@ pub(crate) fn peer(row: &PgRow, locks_are_real: bool) -> Result<Peer> {
         (true, false) => LockState::Free,
         (false, _) => LockState::Unknown,
     };
-    Ok(Peer { instance: InstanceId(get(row, 0)?), heartbeat_at: time(row, 1)?, lock, fenced: get(row, 2)? })
+    let comeback = Duration::from_millis(u64::try_from(get::<i32>(row, 5)?).unwrap_or(0));
+    let (instance, heartbeat_at) = (InstanceId(get(row, 0)?), time(row, 1)?);
+    Ok(Peer { instance, heartbeat_at, lock, fenced: get(row, 2)?, comeback })
 }
 
 pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
-    let life = Life { shared: shared.clone(), instance: new.id };
+    let life = Life { shared: shared.clone(), instance: new.id, comeback_ms: AtomicI32::new(0) };
     let mut session = life.begin().await?;
     let mut sql = Sql::default();
     let (instance, key) = (sql.bind(new.id.0), sql.bind(key(new.id)));
     let (namespace, label) = (sql.bind(&*new.namespace), sql.bind(&*new.label));
     let kinds = sql.bind(new.kinds.iter().map(|kind| &**kind).collect::<Vec<&str>>());
+    let comeback = sql.bind(life.comeback_ms.load(Ordering::Relaxed));
     let schema = &shared.schema;
     sql.text = format!(
         "WITH fence AS (INSERT INTO {schema}.fences (instance, generation) VALUES ({instance}, 0) ON CONFLICT DO NOTHING),
          entry AS (INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_key,
-                 locked_in)
-             VALUES ({instance}, {namespace}, {label}, {kinds}, clock_timestamp(), clock_timestamp(), {key}, {})
+                 locked_in, comeback_ms)
+             VALUES ({instance}, {namespace}, {label}, {kinds}, clock_timestamp(), clock_timestamp(), {key}, {}, {comeback})
              ON CONFLICT DO NOTHING)
          SELECT clock_timestamp()",
         holds(shared, "$2")
@@ -138,6 +142,8 @@ async fn run(session: &mut PgListener, sql: Sql, bounds: Bounds) -> Result<Vec<P
 struct Life {
     shared: Arc<Shared>,
     instance: InstanceId,
+    /// How long a session that holds the lock took to be had, at most.
+    comeback_ms: AtomicI32,
 }
 
 type Order = oneshot::Sender<Result<DateTime<Utc>>>;
@@ -145,10 +151,13 @@ type Order = oneshot::Sender<Result<DateTime<Utc>>>;
 impl Life {
     /// A new session that holds the lock.
     async fn begin(&self) -> Result<PgListener> {
+        let since = Instant::now();
         let mut session = listener(self.shared.connections.options()).await.map_err(reading)?;
         if self.shared.locks {
             self.lock(&mut session).await?;
         }
+        let took = i32::try_from(since.elapsed().as_millis()).unwrap_or(i32::MAX);
+        self.comeback_ms.fetch_max(took, Ordering::Relaxed);
         Ok(session)
     }
 
@@ -166,11 +175,13 @@ impl Life {
     async fn beat(&self, session: &mut PgListener) -> Result<(DateTime<Utc>, bool)> {
         let mut sql = Sql::default();
         let (instance, key) = (sql.bind(self.instance.0), sql.bind(key(self.instance)));
+        let comeback = sql.bind(self.comeback_ms.load(Ordering::Relaxed));
         let (schema, holds) = (&self.shared.schema, holds(&self.shared, &key));
         sql.text = format!(
             "WITH fence AS MATERIALIZED (SELECT 1 FROM {schema}.fences WHERE instance = {instance} AND fenced_at IS NULL
                  FOR SHARE)
-             UPDATE {schema}.instances SET heartbeat_at = clock_timestamp(), locked_in = {holds}
+             UPDATE {schema}.instances
+             SET heartbeat_at = clock_timestamp(), locked_in = {holds}, comeback_ms = {comeback}
              WHERE instance = {instance} AND EXISTS (SELECT 1 FROM fence)
              RETURNING heartbeat_at, locked_in IS NOT NULL"
         );

@@ -125,6 +125,7 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
         heartbeat_at: chrono::Utc::now(),
         lock: durable_core::storage::LockState::Unknown,
         fenced: false,
+        comeback: std::time::Duration::ZERO,
     };
     let key = RecordKey { scope: Scope::Process, name: "n".into(), key: "k".into() };
     let page = Filter { after: Some(run), limit: 10, ..Filter::default() };

@@ -7,6 +7,7 @@ use serde_json::json;
 use sqlx::sqlite::SqliteRow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use crate::connect::connect;
 use crate::errors::reading;
@@ -58,7 +59,13 @@ pub(crate) async fn peers(shared: &Shared, namespace: &str, me: InstanceId) -> R
         let instance = id("instance", get::<&str>(row, 0)?)?;
         // Looked at after the heartbeat was read: one that began to live since then has another heartbeat.
         let lock = shared.lives.look(instance);
-        Ok(Peer { instance, heartbeat_at: time("heartbeat_at", get(row, 1)?)?, lock, fenced: get(row, 2)? })
+        Ok(Peer {
+            instance,
+            heartbeat_at: time("heartbeat_at", get(row, 1)?)?,
+            lock,
+            fenced: get(row, 2)?,
+            comeback: Duration::ZERO,
+        })
     };
     let peers = answers.iter().skip(1).flat_map(|answer| &answer.rows).filter_map(|row| readable(peer(row))).collect();
     Ok(Peers { now, peers })

@@ -543,8 +543,21 @@ async fn lock_pid(connection: &mut PgConnection, schema: &PostgresSchema, instan
 #[test]
 fn a_session_that_ends_is_no_death() {
     test(async {
-        let schema = PostgresSchema::new().await;
-        let (storage, other) = (schema.storage().await, schema.storage().await);
+        for latency in [Duration::ZERO, Duration::from_millis(60)] {
+            let (kills, pause) = if latency.is_zero() { (20, 170) } else { (10, 600) };
+            sessions_that_end(latency, kills, Duration::from_millis(pause)).await;
+        }
+    });
+}
+
+/// Sessions whose locks prove life are ended again and again, one of them on a network that takes so long each way.
+async fn sessions_that_end(latency: Duration, kills: u32, pause: Duration) {
+    let schema = PostgresSchema::new().await;
+    let proxy = Proxy::before(schema.url()).await;
+    proxy.network(|network| network.latency = latency);
+    let storage = Postgres::connect(&proxy.url).schema(schema.name()).await.unwrap();
+    let other = schema.storage().await;
+    {
         // The defaults: two seconds between heartbeats.
         let host = Host::builder(storage.clone()).register(IT, it).start().await.unwrap();
         let _observer = Host::builder(other.clone())
@@ -556,13 +569,13 @@ fn a_session_that_ends_is_no_death() {
         let peers = async || other.peers("default", InstanceId::new()).await.unwrap().peers;
         let before: HashSet<InstanceId> = peers().await.iter().map(|peer| peer.instance).collect();
         assert_eq!(before.len(), 2);
-        for _ in 0..20 {
+        for _ in 0..kills {
             for instance in &before {
                 if let Some(pid) = lock_pid(&mut connection, &schema, *instance).await {
                     sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut connection).await.unwrap();
                 }
             }
-            tokio::time::sleep(Duration::from_millis(170)).await;
+            tokio::time::sleep(pause).await;
         }
         let after: HashSet<InstanceId> = peers().await.iter().map(|peer| peer.instance).collect();
         assert_eq!(after, before, "somebody was taken for dead");
@@ -570,7 +583,7 @@ fn a_session_that_ends_is_no_death() {
             .await;
         handle.raise(GO, &1).await.unwrap();
         assert_eq!(handle.output().await.unwrap(), 2);
-    });
+    }
 }
 
 /// A lock that is free although the last heartbeat says that it is held proves death only within one run of the server.

@@ -10,8 +10,10 @@ use super::Core;
 use super::epoch::Epoch;
 use crate::storage::{InstanceId, LockState, Peer, Peers};
 
-/// Between the two looks that must agree before a free lock counts.
+/// Between the two looks that must agree before a free lock counts, at least; and so many times as long as it takes the
+/// instance to have its lock again, on a slow network say, but no longer than half the expiry.
 const SECOND_LOOK: Duration = Duration::from_millis(200);
+const COMEBACKS: u32 = 3;
 /// How many processes are handed back at a time.
 const CHUNK: usize = 1000;
 /// How many expiries are between two looks for owners that nobody knows: only other hands make them.
@@ -66,16 +68,20 @@ impl Observer {
                 known.silent = Duration::ZERO;
                 known.free_since = None;
             }
-            match (peer.lock, known.free_since) {
-                (LockState::Free, Some(since)) if at.duration_since(since) >= SECOND_LOOK => dead.push(peer.clone()),
-                (LockState::Free, None) if fresh => known.free_since = Some(at),
-                (LockState::Free, _) => {}
+            let second_look = peer.comeback.saturating_mul(COMEBACKS).min(expiry / 2).max(SECOND_LOOK);
+            let free_for = match (peer.lock, known.free_since) {
+                (LockState::Free, Some(since)) => at.duration_since(since),
+                (LockState::Free, None) => {
+                    known.free_since = fresh.then_some(at);
+                    Duration::ZERO
+                }
                 _ => {
                     known.free_since = None;
-                    if known.silent >= expiry {
-                        dead.push(peer.clone());
-                    }
+                    Duration::ZERO
                 }
+            };
+            if free_for >= second_look || known.silent >= expiry {
+                dead.push(peer.clone());
             }
         }
         dead
@@ -165,7 +171,8 @@ mod tests {
     impl Scene {
         fn new(lock: LockState) -> Self {
             let now = DateTime::UNIX_EPOCH;
-            let peer = Peer { instance: InstanceId::new(), heartbeat_at: now, lock, fenced: false };
+            let peer =
+                Peer { instance: InstanceId::new(), heartbeat_at: now, lock, fenced: false, comeback: Duration::ZERO };
             Self { observer: Observer::default(), peer, now, at: Instant::now() }
         }
         fn look(&mut self, database: Duration, own: Duration, fresh: bool) -> bool {
@@ -211,6 +218,20 @@ mod tests {
         assert!(!scene.look(ms(0), ms(0), true));
         assert!(!scene.look(ms(50), ms(50), true), "too soon");
         assert!(scene.look(ms(200), ms(200), true));
+    }
+
+    #[test]
+    fn a_slow_network_is_given_time() {
+        let mut scene = Scene::new(LockState::Free);
+        let ms = Duration::from_millis;
+        scene.peer.comeback = ms(1500);
+        let looks: Vec<bool> = (0..24).map(|_| scene.look(ms(200), ms(200), true)).collect();
+        assert_eq!(looks.iter().position(|dead| *dead), Some(23), "4.5 s");
+        // Not for as long as a heartbeat may be late.
+        let mut scene = Scene::new(LockState::Free);
+        scene.peer.comeback = ms(60_000);
+        let looks: Vec<bool> = (0..30).map(|_| scene.look(ms(200), ms(200), true)).collect();
+        assert_eq!(looks.iter().position(|dead| *dead), Some(25), "5 s");
     }
 
     #[test]

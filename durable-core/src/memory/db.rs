@@ -509,6 +509,7 @@ impl Db {
             heartbeat_at: instance.heartbeat_at,
             lock: if instance.alive.strong_count() > 0 { LockState::Held } else { LockState::Free },
             fenced: instance.fenced,
+            comeback: std::time::Duration::ZERO,
         };
         let mut peers: Vec<Peer> = others.map(peer).collect();
         peers.sort_by_key(|peer| peer.instance);

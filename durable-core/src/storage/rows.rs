@@ -3,6 +3,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 use uuid::Uuid;
 
 use super::StorageError;
@@ -341,6 +342,9 @@ pub struct Peer {
     pub lock: LockState,
     /// It was fenced, and what it owned is not all handed back yet.
     pub fenced: bool,
+    /// How long its proof of life took to come back when it was lost, or to be had at first: it may be gone for as long, and
+    /// longer, of an instance that lives.
+    pub comeback: Duration,
 }
 
 /// One look at the other instances.
