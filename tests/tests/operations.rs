@@ -41,6 +41,7 @@ on_each_backend!(
     keys_are_stable,
     a_renamed_step,
     a_race_has_one_winner,
+    retries_in_a_race_are_counted_over_parks_and_crashes,
     a_step_that_loses_is_signalled,
     a_dropped_step_is_attempted_again,
     an_operation_dropped_while_it_is_recorded,
@@ -467,6 +468,46 @@ async fn a_renamed_step<B: Backend>() {
     assert_eq!(handle.output().await.unwrap(), 1);
     assert_eq!(effects.all(), ["old"]);
     assert_eq!(handle.status().await.unwrap().unasked_records, None);
+}
+
+/// As many attempts as were asked for, each with its number, whatever comes between them.
+async fn retries_in_a_race_are_counted_over_parks_and_crashes<B: Backend>() {
+    const CALL: Definition<(), bool> = Definition::new("call");
+    const PAUSE: Duration = Duration::from_millis(300);
+    let backend = B::new().await;
+    let numbers = Effects::default();
+    let counted = numbers.clone();
+    let function = move |proc: Process, ()| {
+        let numbers = counted.clone();
+        async move {
+            let call = |name: &'static str| {
+                let numbers = numbers.clone();
+                proc.step(name, move |attempt: Attempt| {
+                    numbers.add(format!("{name} {}", attempt.number()));
+                    async { Err::<(), _>(Failure::new("down")) }
+                })
+                .retry(Retry::fixed(PAUSE).max_attempts(3))
+            };
+            let race = proc.race("call or late").on(call("call"), |r| r.is_err());
+            let race = race.on(call("other"), |r| r.is_err());
+            Ok::<_, Failure>(race.on(proc.delay("late", Duration::from_secs(3600)), |_| false).await?)
+        }
+    };
+    let start = async || quick(&backend).await.quiet_time(PAUSE / 30).register(CALL, function.clone()).start().await;
+    let host = start().await.unwrap();
+    let handle = host.spawn(CALL, "c", &()).await.unwrap();
+    until("it has failed once, and has parked", async || {
+        numbers.all().len() == 2 && handle.status().await.unwrap().status == Status::Waiting
+    })
+    .await;
+    drop(host);
+    let host = start().await.unwrap();
+    assert!(host.get("c").of(CALL).output().await.unwrap(), "the call that failed wins");
+    let mut numbers = numbers.all();
+    numbers.sort();
+    // The loser may have been called for the last time, too.
+    assert_eq!(numbers[..5], ["call 1", "call 2", "call 3", "other 1", "other 2"]);
+    assert!(numbers.len() == 5 || numbers[5..] == ["other 3"], "{numbers:?}");
 }
 
 async fn a_race_has_one_winner<B: Backend>() {

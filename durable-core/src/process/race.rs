@@ -5,6 +5,7 @@ use serde_json::value::RawValue;
 use std::future::{Future, IntoFuture, poll_fn};
 use std::panic::Location;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 
 use super::Process;
@@ -12,6 +13,7 @@ use super::child::{AwaitOutput, End};
 use super::delay::{Delay, Delayed, Due};
 use super::receive::{self, Place, PutBack, Receive};
 use super::step::{Attempts, Recording, Step};
+use crate::engine::lock;
 use crate::engine::operation::{Begun, Operation, Write};
 use crate::engine::run::{State, WaitFor};
 use crate::error::{Cancelled, OutputError, StepError};
@@ -26,7 +28,7 @@ use crate::storage::{OpKind, RecordState, RunId};
 /// unfinished race goes on with the deadlines that it had; a finished one returns the same branch.
 ///
 /// If several are ready at the same time, the one that was added first wins. A step in a race is attempted until its
-/// retry is exhausted, but its attempts are not recorded: after a crash they count anew.
+/// retry is exhausted; how many have failed stands in the race's record, so after a crash, or a year, they go on from there.
 ///
 /// ```
 /// # use durable_core::*;
@@ -59,8 +61,8 @@ struct Member<'p, T> {
     finish: Box<dyn FnOnce(&str) -> Result<T, String> + Send + 'p>,
 }
 
-/// Takes part, on behalf of the race, with the deadline that is recorded for it.
-type Contend<'p> = Box<dyn FnOnce(Operation, DateTime<Utc>) -> Contest<'p> + Send + 'p>;
+/// Takes part, on behalf of the race.
+type Contend<'p> = Box<dyn FnOnce(Contender) -> Contest<'p> + Send + 'p>;
 type Contest<'p> = Pin<Box<dyn Future<Output = Result<Won, Cancelled>> + Send + 'p>>;
 
 /// What a winner leaves for the race's record.
@@ -88,9 +90,54 @@ impl Label {
     }
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Pending {
     deadlines: Vec<(Label, DateTime<Utc>)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    tries: Vec<Tried>,
+}
+
+/// The attempts of a step that have failed, and when the next one is due.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+struct Tried {
+    step: Label,
+    failed: u32,
+    next_at: DateTime<Utc>,
+}
+
+/// A member that takes part.
+pub(super) struct Contender {
+    pub(super) race: Operation,
+    label: Label,
+    /// What is recorded of the race, or on its way.
+    pending: Arc<Mutex<Pending>>,
+}
+
+impl Contender {
+    /// The deadline that is recorded for it.
+    fn due(&self) -> DateTime<Utc> {
+        let pending = lock(&self.pending);
+        let due = pending.deadlines.iter().find(|(of, _)| *of == self.label);
+        due.map_or(DateTime::<Utc>::MAX_UTC, |(_, due)| *due)
+    }
+
+    /// How many of its attempts have failed, and when the next one is due.
+    pub(super) fn tried(&self) -> Option<(u32, DateTime<Utc>)> {
+        let pending = lock(&self.pending);
+        let tried = pending.tries.iter().find(|tried| tried.step == self.label);
+        tried.map(|tried| (tried.failed, tried.next_at))
+    }
+
+    /// Records that one more has.
+    pub(super) async fn failed(&self, failed: u32, next_at: DateTime<Utc>) -> Result<(), Cancelled> {
+        let pending = {
+            let mut pending = lock(&self.pending);
+            pending.tries.retain(|tried| tried.step != self.label);
+            pending.tries.push(Tried { step: self.label.clone(), failed, next_at });
+            pending.clone()
+        };
+        self.race.record_value(RecordState::Pending, &pending).await
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -158,26 +205,26 @@ async fn run<'p, T: Send + 'p>(mut operation: Operation, members: Vec<Member<'p,
     if let Some(label) = twice(&members) {
         return operation.stuck(format!("the race {} has two members {label:?}; rename one", operation.key)).await;
     }
-    let known: Vec<(Label, DateTime<Utc>)> = match pending {
-        Some(record) => match payload::decode::<Pending>(&record.payload) {
-            Ok(pending) => pending.deadlines,
+    let known: Pending = match pending {
+        Some(record) => match payload::decode(&record.payload) {
+            Ok(pending) => pending,
             Err(why) => return operation.undecodable(&why).await,
         },
-        None => Vec::new(),
+        None => Pending::default(),
     };
     let now = operation.run.core.clock.now();
-    let mut deadlines = known.clone();
+    let mut pending = known.clone();
     for member in &members {
         if let Some(due) = member.due
-            && !deadlines.iter().any(|(label, _)| *label == member.label)
+            && !pending.deadlines.iter().any(|(label, _)| *label == member.label)
         {
-            deadlines.push((member.label.clone(), due.from(now)));
+            pending.deadlines.push((member.label.clone(), due.from(now)));
         }
     }
-    if deadlines != known {
-        operation.record_value(RecordState::Pending, &Pending { deadlines: deadlines.clone() }).await?;
+    if pending != known {
+        operation.record_value(RecordState::Pending, &pending).await?;
     }
-    let (winner, won, finish) = contest(&operation, members, &deadlines).await?;
+    let (winner, won, finish) = contest(&operation, members, pending).await?;
     let Won { payload, takes: mut back, awaited, receive } = won;
     if let Some(receive) = receive {
         // Before anything is waited for: another receive of the event is the next one.
@@ -222,13 +269,14 @@ type Finish<'p, T> = Box<dyn FnOnce(&str) -> Result<T, String> + Send + 'p>;
 async fn contest<'p, T: Send + 'p>(
     operation: &Operation,
     members: Vec<Member<'p, T>>,
-    deadlines: &[(Label, DateTime<Utc>)],
+    pending: Pending,
 ) -> Result<(Label, Won, Finish<'p, T>), Cancelled> {
+    let pending = Arc::new(Mutex::new(pending));
     let mut contests: Vec<Option<(Label, Contest<'p>, Finish<'p, T>)>> = members
         .into_iter()
         .map(|Member { label, contend, finish, .. }| {
-            let due = deadlines.iter().find(|(of, _)| *of == label).map_or(DateTime::<Utc>::MAX_UTC, |(_, due)| *due);
-            let contest = contend(operation.on_behalf(), due);
+            let (race, pending) = (operation.on_behalf(), pending.clone());
+            let contest = contend(Contender { race, label: label.clone(), pending });
             Some((label, contest, finish))
         })
         .collect();
@@ -275,8 +323,9 @@ impl<'p> RaceMember<'p> for Delay<'p> {
     fn join(self) -> (Label, Option<Due>, Contend<'p>) {
         let key = self.operation.key.clone();
         let label = Label::new(&key.name, &key.key);
-        let contend: Contend<'p> = Box::new(move |race, due| {
+        let contend: Contend<'p> = Box::new(move |contender| {
             Box::pin(async move {
+                let (due, race) = (contender.due(), contender.race);
                 let woke = race.wait(WaitFor::Timer(key), Some(due), |_, now| (now >= due).then_some(now)).await?;
                 Ok(won(payload::encode_record(&Delayed { due, woke: woke.trunc_subsecs(3).max(due) })))
             })
@@ -296,7 +345,7 @@ impl<'p, T: DeserializeOwned + Send + 'p> RaceMember<'p> for Receive<'p, T, T> {
     #[allow(private_interfaces)]
     fn join(self) -> (Label, Option<Due>, Contend<'p>) {
         let (name, at) = (self.name, self.at);
-        let contend: Contend<'p> = Box::new(move |race, _| {
+        let contend: Contend<'p> = Box::new(move |Contender { race, .. }| {
             Box::pin(async move {
                 let Some(place) = Place::take(&race.run, name, at) else { return std::future::pending().await };
                 if let Some(message) = place.left_over(&race).await? {
@@ -330,7 +379,7 @@ where
     #[allow(private_interfaces)]
     fn join(self) -> (Label, Option<Due>, Contend<'p>) {
         let label = Label::new(self.kind, &self.key());
-        let contend: Contend<'p> = Box::new(move |race, _| {
+        let contend: Contend<'p> = Box::new(move |Contender { race, .. }| {
             Box::pin(async move {
                 let (end, awaited) = self.ended(&race).await?;
                 let id = self.id.into_boxed_str();
@@ -366,9 +415,9 @@ where
     fn join(self) -> (Label, Option<Due>, Contend<'p>) {
         let key = self.operation.key.clone();
         let label = Label::new(&key.name, &key.key);
-        let contend: Contend<'p> = Box::new(move |race, _| {
+        let contend: Contend<'p> = Box::new(move |contender| {
             Box::pin(async move {
-                let returned = match self.unrecorded(&race).await? {
+                let returned = match self.contend(&contender).await? {
                     Ok(value) => payload::encode_raw(&value).map(Returned::Ok),
                     Err(error) => payload::encode_raw(&error).map(Returned::Err),
                 };

@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::Process;
 use super::delay::due_after;
+use super::race::Contender;
 use crate::engine::operation::{Begun, Operation, Write};
 use crate::engine::run::WaitFor;
 use crate::engine::wake::{Context, Inside};
@@ -236,12 +237,17 @@ where
     F: Attempts<M> + 'p,
     R: Recording<F::Err>,
 {
-    /// Attempts without a record, as a member of a race.
-    pub(super) async fn unrecorded(self, race: &Operation) -> Result<Result<F::Ok, StepError<R::Error>>, Cancelled> {
+    /// Attempts as a member of a race, in whose record those are counted that have failed.
+    pub(super) async fn contend(self, as_one: &Contender) -> Result<Result<F::Ok, StepError<R::Error>>, Cancelled> {
         let Self { operation, mut attempts, options, .. } = self;
-        let (run, key) = (&operation.run, &operation.key);
+        let (run, key, race) = (&operation.run, &operation.key, &as_one.race);
         let mut failed = 0;
         loop {
+            if let Some((so_far, next_at)) = as_one.tried() {
+                failed = so_far;
+                let what = WaitFor::Retry(key.clone());
+                race.wait(what, Some(next_at), |_, now| (now >= next_at).then_some(())).await?;
+            }
             let (error, worth) = match attempt(race, key, key, failed + 1, options.timeout, &mut attempts).await? {
                 Attempted::Ok(value) => return Ok(Ok(value)),
                 Attempted::Err(error) => options.judge::<R>(error),
@@ -251,9 +257,7 @@ where
             let Some(delay) = options.retry.delay_after(failed, key.idempotency(run.run)).filter(|_| worth) else {
                 return Ok(Err(error));
             };
-            let next_at = due_after(run.core.clock.now(), delay);
-            let what = WaitFor::Retry(key.clone());
-            race.wait(what, Some(next_at), |_, now| (now >= next_at).then_some(())).await?;
+            as_one.failed(failed, due_after(run.core.clock.now(), delay)).await?;
         }
     }
 }
