@@ -338,7 +338,7 @@ fn write_value(run: &Arc<Run>, key: RecordKey, payload: Box<str>) -> oneshot::Re
     let part = Part { scope: key.scope, uncancellable: false };
     let operation = Operation::with_key(run, part, &key.name, &key.key, OpKind::Value, Location::caller());
     let (op, _) = operation.record_op(Write::done(payload));
-    run.state().names.of(&op.key).recording = true;
+    run.state().names.of(&op.key).recording += 1;
     run.submit(Op::Record(op), None)
 }
 

@@ -25,13 +25,17 @@ pub(crate) struct NameState {
     pub(crate) usage: Usage,
     /// This execution has asked for it.
     pub(crate) asked: bool,
-    /// A record of it waits to be committed.
-    pub(crate) recording: bool,
+    /// So many records of it wait to be committed.
+    pub(crate) recording: u32,
     /// This execution has begun it, and dropped it unfinished.
     pub(crate) dropped: bool,
 }
 
 impl NameState {
+    pub(crate) fn is_recording(&self) -> bool {
+        self.recording > 0
+    }
+
     /// Whether its outcome is recorded.
     pub(crate) fn is_final(&self) -> bool {
         self.record.as_ref().is_some_and(|record| record.state != RecordState::Pending)
@@ -111,9 +115,9 @@ mod tests {
         let key = |n: usize| RecordKey { scope: Scope::Process, name: "n".into(), key: n.to_string().into() };
         for n in 0..3 * LISTED {
             assert!(names.get(&key(n)).is_none());
-            names.of(&key(n)).recording = n % 2 == 0;
+            names.of(&key(n)).recording = n as u32;
             for before in 0..=n {
-                assert_eq!(names.of(&key(before)).recording, before % 2 == 0);
+                assert_eq!(names.of(&key(before)).recording, before as u32);
             }
         }
         assert_eq!(names.iter().count(), 3 * LISTED);

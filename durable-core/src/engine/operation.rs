@@ -193,7 +193,7 @@ impl Operation {
             _ => {}
         }
         // An operation that was dropped while its record was on its way.
-        if name.recording {
+        if name.is_recording() {
             return None;
         }
         if let Some(record) = name.record.as_ref().filter(|record| record.op != op) {
@@ -294,7 +294,7 @@ impl Operation {
             return Sent::Stuck;
         }
         let (op, places) = self.record_op(write);
-        self.run.state().names.of(&self.key).recording = true;
+        self.run.state().names.of(&self.key).recording += 1;
         // A replay returns a value whenever it is asked for.
         let delivery = (self.op != OpKind::Value).then(|| self.run.sending(op.seq));
         Sent::Queued(self.run.submit(Op::Record(op), places), delivery)

@@ -313,7 +313,7 @@ impl Run {
         {
             let mut state = self.state();
             let name = state.names.of(key);
-            name.recording = false;
+            name.recording = name.recording.saturating_sub(1);
             #[cfg(durable_mutations)]
             let record = match name.record.take() {
                 Some(first) if first.op == OpKind::Value && is_broken(Rule::GetsLast) => first,
@@ -331,7 +331,11 @@ impl Run {
 
     /// A record that was on its way was not written.
     pub(crate) fn not_recorded(&self, key: &RecordKey) {
-        self.state().names.of(key).recording = false;
+        {
+            let mut state = self.state();
+            let name = state.names.of(key);
+            name.recording = name.recording.saturating_sub(1);
+        }
         self.name_changed();
     }
 

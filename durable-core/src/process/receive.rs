@@ -116,7 +116,7 @@ impl Place {
     pub(super) async fn left_over(&self, race: &Operation) -> Result<Option<Box<str>>, Cancelled> {
         let key = key(race.key.scope, self.name, self.k);
         let record = |state: &mut State, _| match state.names.get(&key) {
-            Some(name) if name.recording => None,
+            Some(name) if name.is_recording() => None,
             Some(name) if name.is_final() => Some(name.record.clone()),
             _ => Some(None),
         };
@@ -272,7 +272,7 @@ impl Drop for PutBack {
     fn drop(&mut self) {
         let Some(event) = self.event.take() else { return };
         let mut state = self.run.state();
-        let on_its_way = state.names.get(&self.key).is_some_and(|name| name.recording || name.is_final());
+        let on_its_way = state.names.get(&self.key).is_some_and(|name| name.is_recording() || name.is_final());
         if !on_its_way {
             state.mail.events.insert(event.number, event);
         }

@@ -352,8 +352,8 @@ async fn commit<S: Transactional, T, E>(
         let cancelled = state.cancelled(operation.part()) != Some(false);
         let name = state.names.of(key);
         // Or its watchdog has just given it up, and records that.
-        let given_up = cancelled || name.recording;
-        name.recording |= !cancelled;
+        let given_up = cancelled || name.is_recording();
+        name.recording += u32::from(!given_up);
         given_up
     };
     if given_up {
@@ -514,11 +514,11 @@ impl Watchdog {
             let cancelled = {
                 let mut state = run.state();
                 // Its future has come to an end in the last moment.
-                if state.is_ending() || state.names.of(key).recording {
+                if state.is_ending() || state.names.of(key).is_recording() {
                     return;
                 }
                 // From now on its commit does not begin.
-                state.names.of(key).recording = true;
+                state.names.of(key).recording += 1;
                 state.cancelled(part) != Some(false)
             };
             tracing::warn!(id = %run.id, run = %run.run, "the transaction {key} is open beyond its deadline and its future is not polled; that is a failed attempt, and the process is resumed from its records");
