@@ -348,6 +348,14 @@ pub enum HandleError {
         /// What is needed.
         allowed: &'static str,
     },
+    /// The process failed, and its compensation has run: to go on from there would keep what was undone.
+    #[error(
+        "process {id:?} failed, and its compensation has undone what it did; start it anew, with `.restart_finished()`"
+    )]
+    Compensated {
+        /// The id.
+        id: Box<str>,
+    },
     /// A value is not of the type that was asked for.
     #[error("{0}")]
     Decode(Box<str>),

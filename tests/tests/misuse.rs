@@ -415,11 +415,13 @@ async fn a_record_can_be_forgotten<B: Backend>() {
             let effects = effects.clone();
             async move {
                 let n = before(&proc).await?;
-                proc.step("charge", || async {
+                let charged = proc.step("charge", || async {
                     effects.add("charge");
-                    if effects.all().len() < 2 { Err(Failure::new("declined")) } else { Ok(()) }
-                })
-                .await?;
+                    Ok::<_, Failure>(effects.all().len())
+                });
+                if charged.await? < 2 {
+                    return Err(Failure::new("charged wrongly"));
+                }
                 Ok::<_, Failure>(n)
             }
         }
@@ -427,7 +429,7 @@ async fn a_record_can_be_forgotten<B: Backend>() {
     let host = quick(&backend).await.register(IT, function).start().await.unwrap();
     let handle = host.spawn(IT, "it", &()).await.unwrap();
     until_status(&handle, Status::Failed).await;
-    // The failure is a record: resumed, it fails again without another effect.
+    // No step has failed: resumed, it fails again without another effect.
     handle.resume().await.unwrap();
     until("it has failed again", async || {
         let info = handle.status().await.unwrap();

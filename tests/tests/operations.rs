@@ -7,7 +7,7 @@ use durable_tests::*;
 use serde::{Deserialize, Serialize};
 use std::future::IntoFuture;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 const MS: Duration = Duration::from_millis(1);
@@ -41,6 +41,8 @@ on_each_backend!(
     keys_are_stable,
     a_renamed_step,
     a_race_has_one_winner,
+    a_failed_process_goes_on_where_it_failed,
+    what_was_compensated_is_not_resumed,
     retries_in_a_race_are_counted_over_parks_and_crashes,
     a_step_that_loses_is_signalled,
     a_dropped_step_is_attempted_again,
@@ -468,6 +470,95 @@ async fn a_renamed_step<B: Backend>() {
     assert_eq!(handle.output().await.unwrap(), 1);
     assert_eq!(effects.all(), ["old"]);
     assert_eq!(handle.status().await.unwrap().unasked_records, None);
+}
+
+/// A step that fails while the flag is set.
+async fn flaky(effects: &Effects, down: &AtomicBool, proc: &Process, name: &'static str) -> Result<(), Failure> {
+    let call = || async {
+        effects.add(name);
+        if down.load(Ordering::SeqCst) { Err(Failure::new(format!("{name} is down"))) } else { Ok(()) }
+    };
+    Ok(proc.step(name, call).await?)
+}
+
+/// The failure that ended it happens again, and those beside it; what the code has dealt with does not.
+async fn a_failed_process_goes_on_where_it_failed<B: Backend>() {
+    const ORDER: Definition<(), u32> = Definition::new("order");
+    let backend = B::new().await;
+    let effects = Effects::default();
+    let (down, old) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(true)));
+    let function = {
+        let (effects, down) = (effects.clone(), down.clone());
+        move |proc: Process, ()| {
+            let (effects, down, old) = (effects.clone(), down.clone(), old.clone());
+            async move {
+                if flaky(&effects, &old, &proc, "old carrier").await.is_err() {
+                    proc.step("new carrier", async || Ok::<_, Failure>(effects.add("new carrier"))).await?;
+                }
+                let (ship, bill) =
+                    tokio::join!(flaky(&effects, &down, &proc, "ship"), flaky(&effects, &down, &proc, "bill"));
+                ship.and(bill)?;
+                Ok::<_, Failure>(1)
+            }
+        }
+    };
+    let host = quick(&backend).await.register(ORDER, function).start().await.unwrap();
+    let mut handles = Vec::new();
+    for n in 0..3 {
+        handles.push(host.spawn(ORDER, format!("o-{n}"), &()).await.unwrap());
+        handles[n].output().await.unwrap_err();
+    }
+    // Still down: it fails again.
+    handles[0].resume().await.unwrap();
+    assert_eq!(handles[0].output().await.unwrap_err().to_string(), "ship is down");
+    assert_eq!(effects.count("ship"), 4);
+    down.store(false, Ordering::SeqCst);
+    handles[0].resume().await.unwrap();
+    assert_eq!(handles[0].output().await.unwrap(), 1);
+    assert_eq!((effects.count("ship"), effects.count("bill")), (5, 5));
+    assert_eq!(host.processes().kind(ORDER).resume_failed().await.unwrap(), 2);
+    for handle in &handles {
+        assert_eq!(handle.output().await.unwrap(), 1);
+    }
+    assert_eq!((effects.count("old carrier"), effects.count("new carrier")), (3, 3));
+    assert_eq!((effects.count("ship"), effects.count("bill")), (7, 7));
+}
+
+/// Never shipped and given back at once.
+async fn what_was_compensated_is_not_resumed<B: Backend>() {
+    const ORDER: Definition<(), u32> = Definition::new("order");
+    let backend = B::new().await;
+    let effects = Effects::default();
+    let down = Arc::new(AtomicBool::new(true));
+    let function = {
+        let (effects, down) = (effects.clone(), down.clone());
+        move |proc: Process, ()| {
+            let (effects, down) = (effects.clone(), down.clone());
+            async move {
+                proc.step("hold", async || Ok::<_, Failure>(effects.add("hold"))).await?;
+                if let Err(error) = flaky(&effects, &down, &proc, "ship").await {
+                    let release = async || Ok::<_, Failure>(effects.add("release"));
+                    proc.compensation().step("release", release).await?;
+                    return Err(error);
+                }
+                Ok::<_, Failure>(1)
+            }
+        }
+    };
+    let host = quick(&backend).await.register(ORDER, function).start().await.unwrap();
+    let handle = host.spawn(ORDER, "o", &()).await.unwrap();
+    handle.output().await.unwrap_err();
+    down.store(false, Ordering::SeqCst);
+    for refused in [handle.resume().await, handle.resume().forget("ship").await] {
+        let refused = refused.unwrap_err();
+        assert!(matches!(refused, HandleError::Compensated { .. }), "{refused:?}");
+        assert!(refused.to_string().contains("restart_finished"), "{refused}");
+    }
+    assert_eq!(host.processes().resume_failed().await.unwrap(), 0);
+    assert_eq!(effects.all(), ["hold", "ship", "release"]);
+    let again = host.spawn(ORDER, "o", &()).restart_finished().await.unwrap();
+    assert_eq!(again.output().await.unwrap(), 1);
+    assert_eq!(effects.all(), ["hold", "ship", "release", "hold", "ship"]);
 }
 
 /// As many attempts as were asked for, each with its number, whatever comes between them.

@@ -17,7 +17,8 @@ use crate::limits::{self, LimitError};
 use crate::name::Name;
 use crate::payload::{self, EncodeError};
 use crate::storage::{
-    Forget, InstanceId, Op, OpKind, Outcome, ProcessRow, Raise, Raised, RecordKey, RunId, Scope, Status,
+    Forget, InstanceId, Op, OpKind, Outcome, ProcessRow, Raise, Raised, Record, RecordKey, RecordState, RunId, Scope,
+    Status,
 };
 
 /// Any JSON: the output of a process whose definition is not at hand.
@@ -251,10 +252,11 @@ impl<O, E> Handle<O, E> {
     }
 
     /// Lets a stuck or failed process go on where it was: what it recorded stays, unless it is told to
-    /// [forget](Resume::forget) it.
+    /// [forget](Resume::forget) it. Of one that failed the step that failed last happens again, and those that failed at the
+    /// same time: their records are kept in the audit table.
     ///
     /// # Errors
-    /// It does not exist, is neither stuck nor failed, or there was no answer.
+    /// It does not exist, is neither stuck nor failed, or there was no answer. It failed, and its compensation has run.
     pub fn resume(&self) -> Resume {
         Resume { handle: Handle::new(self.core.clone(), self.id.clone(), self.run, self.kind), forget: Vec::new() }
     }
@@ -390,6 +392,14 @@ impl IntoFuture for Resume {
                     keys.push(Forget { key, audit: handle.core.surroundings.id() });
                 }
             }
+            if let Some(row) = handle.row().await?.filter(|row| row.status == Status::Failed) {
+                let core = &handle.core;
+                for key in failed(core, row.run).await?.ok_or(HandleError::Compensated { id: row.id })? {
+                    if !keys.iter().any(|forget| forget.key == key) {
+                        keys.push(Forget { key, audit: core.surroundings.id() });
+                    }
+                }
+            }
             let op = Op::Resume { id: handle.id.clone(), forget: keys };
             let allowed = "only a stuck or failed process can be resumed";
             handle
@@ -400,6 +410,26 @@ impl IntoFuture for Resume {
                 .await
         })
     }
+}
+
+/// Which records of a failed run say what it failed of: the last failure, and those behind which nothing else was recorded.
+/// None if its compensation has run.
+async fn failed(core: &Core, run: RunId) -> Result<Option<Vec<RecordKey>>, HandleError> {
+    let unreadable = |why: String| HandleError::Unavailable(Unavailable::Refused(why.into()));
+    let loaded = core.read(|| core.storage.load(std::slice::from_ref(&run), true)).await?;
+    let Some(state) = loaded.into_iter().find(|loaded| loaded.run == run) else { return Ok(Some(Vec::new())) };
+    let records = state.state.map_err(unreadable)?.map(|state| state.records).unwrap_or_default();
+    if records.iter().any(|(key, _)| key.scope == Scope::Compensation) {
+        return Ok(None);
+    }
+    let newest = |failed: bool| {
+        let is_such = |record: &Record| record.op != OpKind::Value && (record.state == RecordState::Failed) == failed;
+        records.iter().filter(|(_, record)| is_such(record)).map(|(_, record)| record.seq).max()
+    };
+    let (last, other) = (newest(true), newest(false));
+    let again =
+        |record: &Record| record.state == RecordState::Failed && (Some(record.seq) == last || Some(record.seq) > other);
+    Ok(Some(records.into_iter().filter(|(_, record)| again(record)).map(|(key, _)| key).collect()))
 }
 
 impl Core {

@@ -1,11 +1,12 @@
 use chrono::{DateTime, TimeDelta, Utc};
+use std::future::IntoFuture;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::handle::Info;
+use super::handle::{Handle, Info, Json};
 use crate::definition::Definition;
 use crate::engine::Core;
-use crate::error::Unavailable;
+use crate::error::{Failure, HandleError, Unavailable};
 use crate::limits;
 use crate::process::All;
 use crate::storage::{Counted, Filter, Op, RunId, Status};
@@ -125,6 +126,35 @@ impl Processes {
             for order in All::new(orders).await {
                 order?;
                 resumed += 1;
+            }
+        }
+    }
+}
+
+impl Processes {
+    /// Resumes all failed processes that pass the filter, at the steps that failed, and says how many: when what they
+    /// called works again. Those whose compensation has run stay as they are.
+    ///
+    /// # Errors
+    /// No answer; those before it are resumed.
+    pub async fn resume_failed(&self) -> Result<usize, Unavailable> {
+        const PAGE: usize = 100;
+        let mut page = self.clone().status(Status::Failed);
+        let mut resumed = 0;
+        loop {
+            let found = page.list(PAGE).await?;
+            let Some(last) = found.last() else { return Ok(resumed) };
+            page = page.after(last.run);
+            let resume = |info: Info| {
+                Handle::<Json, Failure>::new(self.core.clone(), info.id, Some(info.run), None).resume().into_future()
+            };
+            for order in All::new(found.into_iter().map(resume)).await {
+                match order {
+                    Ok(()) => resumed += 1,
+                    Err(HandleError::Unavailable(why)) => return Err(why),
+                    // Compensated; or somebody else has resumed, restarted or deleted it.
+                    Err(_) => {}
+                }
             }
         }
     }
