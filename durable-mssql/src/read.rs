@@ -177,7 +177,7 @@ pub(crate) fn find_script(schema: &Schema, namespace: &str, id: &str, which: Opt
     };
     sql.push(format!(
         "SELECT {} FROM {schema}.processes AS p WHERE p.namespace = {namespace} AND p.id = {id} AND {which}",
-        rows::PROCESS
+        rows::found()
     ));
     sql
 }
@@ -200,7 +200,7 @@ pub(crate) fn list_script(schema: &Schema, namespace: &str, filter: &Filter) -> 
     let limit = sql.number(limit_arg(filter.limit));
     sql.push(format!(
         "SELECT TOP ({limit}) {} FROM {schema}.processes AS p WHERE {conditions} ORDER BY p.run",
-        rows::PROCESS
+        rows::listed()
     ));
     sql
 }

@@ -75,6 +75,14 @@ pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.[out
     p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
     p.created_at, p.status_at, p.finished_at, p.cancelled_seq";
 
+/// The same without the input, and without the output: both may be large.
+pub(crate) fn found() -> String {
+    PROCESS.replace("p.input", "N'null'")
+}
+pub(crate) fn listed() -> String {
+    found().replace("p.[output]", "NULL")
+}
+
 pub(crate) fn process(row: &Row) -> Result<ProcessRow> {
     of("processes", row, String::new(), read_process(row))
 }

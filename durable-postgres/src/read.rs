@@ -187,7 +187,7 @@ pub(crate) fn find_statement(schema: &Schema, namespace: &str, id: &str, run: Op
     };
     sql.text = format!(
         "SELECT {} FROM {schema}.processes p WHERE p.namespace = {namespace} AND p.id = {id} AND {which}",
-        rows::PROCESS
+        rows::found()
     );
     sql
 }
@@ -208,7 +208,7 @@ pub(crate) fn list_statement(schema: &Schema, namespace: &str, filter: &Filter) 
     let conditions = filtered(&mut sql, namespace, filter);
     let limit = sql.bind(limit_arg(filter.limit));
     sql.text =
-        format!("SELECT {} FROM {schema}.processes p WHERE {conditions} ORDER BY p.run LIMIT {limit}", rows::PROCESS);
+        format!("SELECT {} FROM {schema}.processes p WHERE {conditions} ORDER BY p.run LIMIT {limit}", rows::listed());
     sql
 }
 

@@ -110,6 +110,14 @@ pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.outp
     p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
     p.created_at, p.status_at, p.finished_at, p.cancelled_seq";
 
+/// The same without the input, and without the output: both may be large.
+pub(crate) fn found() -> String {
+    PROCESS.replace("p.input", "'null'::json")
+}
+pub(crate) fn listed() -> String {
+    found().replace("p.output", "NULL::json")
+}
+
 pub(crate) fn process(row: &PgRow) -> Result<ProcessRow> {
     of("processes", row, String::new(), read_process(row))
 }

@@ -74,6 +74,14 @@ pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.outp
     p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
     p.created_at, p.status_at, p.finished_at, p.cancelled_seq";
 
+/// The same without the input, and without the output: both may be large.
+pub(crate) fn found() -> String {
+    PROCESS.replace("p.input", "'null'")
+}
+pub(crate) fn listed() -> String {
+    found().replace("p.output", "NULL")
+}
+
 pub(crate) fn status(text: &str) -> Result<Status> {
     Status::read("status", text)
 }

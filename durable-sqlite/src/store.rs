@@ -347,7 +347,7 @@ impl Storage for Sqlite {
     }
 
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>> {
-        let columns = rows::PROCESS;
+        let columns = rows::found();
         let query = match run {
             Some(run) => (
                 format!("SELECT {columns} FROM durable_processes p WHERE p.run = ? AND p.namespace = ? AND p.id = ?"),
@@ -378,7 +378,7 @@ impl Storage for Sqlite {
         let (conditions, mut args) = filtered(namespace, filter);
         args.push(limit_arg(filter.limit));
         let sql =
-            format!("SELECT {} FROM durable_processes p WHERE {conditions} ORDER BY p.run LIMIT ?", rows::PROCESS);
+            format!("SELECT {} FROM durable_processes p WHERE {conditions} ORDER BY p.run LIMIT ?", rows::listed());
         let answers = self.0.browse((sql, args)).await?;
         Ok(all(&answers).filter_map(|row| readable(rows::process(row))).collect())
     }

@@ -104,7 +104,7 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
         for loaded in loaded {
             let Some(claim) = claims.remove(&loaded.run) else { continue };
             match loaded.state {
-                Ok(Some(state)) => match crashes(&state, claim) {
+                Ok(Some(mut state)) => match crashes(&state, claim) {
                     n if n >= core.settings.max_crashes => {
                         let reason = format!(
                             "the program died {n} times in a row while it ran this process, without a new record; \
@@ -113,7 +113,7 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
                         stuck(&core, &epoch, loaded.run, claim, reason).await;
                     }
                     _ => {
-                        let input = state.process.input.clone();
+                        let input = std::mem::take(&mut state.process.input);
                         core.start(&epoch, claim, state, input);
                     }
                 },

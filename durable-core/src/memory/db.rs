@@ -556,7 +556,8 @@ impl Db {
     pub(super) fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Option<ProcessRow> {
         let run = run.or_else(|| self.current_run(namespace, id))?;
         let process = self.processes.get(&run)?;
-        (*process.namespace == *namespace && *process.row.id == *id).then(|| process.row.clone())
+        (*process.namespace == *namespace && *process.row.id == *id)
+            .then(|| ProcessRow { input: "null".into(), ..process.row.clone() })
     }
 
     pub(super) fn record(&self, run: RunId, key: &RecordKey) -> Option<Record> {
@@ -576,7 +577,8 @@ impl Db {
     }
 
     pub(super) fn list(&self, namespace: &str, filter: &Filter) -> Vec<ProcessRow> {
-        self.filtered(namespace, filter).take(filter.limit).map(|process| process.row.clone()).collect()
+        let row = |process: &Process| ProcessRow { input: "null".into(), output: None, ..process.row.clone() };
+        self.filtered(namespace, filter).take(filter.limit).map(row).collect()
     }
 
     pub(super) fn count(&self, namespace: &str, filter: &Filter) -> Vec<Counted> {

@@ -142,13 +142,14 @@ pub trait Storage: Send + Sync + 'static {
     /// Nobody whose rows are there is touched.
     async fn reinstate(&self) -> Result<usize>;
 
-    /// One process: the run given, or the current run of the id.
+    /// One process: the run given, or the current run of the id. Its input is not read: `null` stands for it.
     async fn find(&self, namespace: &str, id: &str, run: Option<RunId>) -> Result<Option<ProcessRow>>;
 
     /// One record of a run.
     async fn record(&self, run: RunId, key: &RecordKey) -> Result<Option<Record>>;
 
-    /// The processes of a namespace that pass the filter, in order of their runs, a page at a time.
+    /// The processes of a namespace that pass the filter, in order of their runs, a page at a time. Neither their inputs nor
+    /// their outputs are read, which may be large: `null` and none stand for them.
     async fn list(&self, namespace: &str, filter: &Filter) -> Result<Vec<ProcessRow>>;
 
     /// How many processes pass the filter, by kind and status. `served` tells whether a live instance registers the kind.
