@@ -83,8 +83,7 @@ async fn batches() {
     let finish = |status| Finish { run: run(), claim: 1, status, output: None, reason: None, unasked: None };
     let park = Park { run: run(), claim: 1, wake_at: at, seen: Some(1), waiting_for: None };
     let forget = vec![Forget { key: key(), audit: Uuid::from_u128(3) }];
-    let orders =
-        vec![Op::Cancel { id: "a".into() }, Op::Resume { id: "b".into(), forget }, Op::Delete { id: "c".into() }];
+    let orders = vec![Op::cancel("a".into()), Op::resume("b".into(), forget), Op::delete("c".into())];
     let batches = [
         ("starts", vec![Op::Spawn(spawn(false))]),
         ("starts that replace", vec![Op::Spawn(spawn(true))]),

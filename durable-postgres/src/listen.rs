@@ -221,7 +221,7 @@ pub(crate) fn concerns_others(batch: &Batch, outcomes: &[Outcome]) -> bool {
         (Op::Finish(_), Outcome::Finished { .. }) => true,
         // One that is due later is found by polling until then.
         (Op::Park(park), Outcome::Recorded) => park.wake_at.is_some_and(|at| at <= Utc::now() + SOON),
-        (Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. }, _) => true,
+        (Op::Order(_), _) => true,
         _ => false,
     })
 }

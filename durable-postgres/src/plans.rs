@@ -109,9 +109,9 @@ fn batch_of(kind: Kind) -> Batch {
             record(Some(Effect::Spawn(spawn(false)))),
             record(Some(Effect::Raise(raise()))),
             Op::Await { run, id: id.clone(), target: None },
-            Op::Cancel { id: id.clone() },
-            Op::Resume { id: id.clone(), forget: vec![Forget { key: key(), audit: uuid::Uuid::now_v7() }] },
-            Op::Delete { id: id.clone() },
+            Op::cancel(id.clone()),
+            Op::resume(id.clone(), vec![Forget { key: key(), audit: uuid::Uuid::now_v7() }]),
+            Op::delete(id.clone()),
         ]);
     }
     Batch::new(Fence { instance: InstanceId::new(), generation: 0 }, "default", ops)

@@ -55,9 +55,9 @@ fn everything() -> Batch {
         Op::Finish(finish(1)),
         Op::Finish(finish(2)),
         Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(1), waiting_for: None }),
-        Op::Cancel { id: id.clone() },
-        Op::Resume { id: id.clone(), forget: vec![forget] },
-        Op::Delete { id: id.clone() },
+        Op::cancel(id.clone()),
+        Op::resume(id.clone(), vec![forget]),
+        Op::delete(id.clone()),
         Op::Claim { kind: "kind".into(), limit: 10 },
     ];
     Batch::new(Fence { instance: InstanceId::new(), generation: 0 }, "n", ops)

@@ -2,8 +2,8 @@
 //! before, or what no instance may be let do, is a violation.
 
 use durable_core::storage::{
-    Batch, Effect, Fence, InstanceId, Op, OpKind, Outcome, Raised, RecordKey, RecordOp, RecordState, RunId, Spawn,
-    Status,
+    Batch, Effect, Fence, InstanceId, Op, OpKind, Order, Outcome, Raised, RecordKey, RecordOp, RecordState, RunId,
+    Spawn, Status, What,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::time::Instant;
@@ -249,7 +249,9 @@ impl Ledger {
             (op, Outcome::Lost) if self.has_done(me, op) => {
                 wrong.push(format!("{me} is said to have lost what it has done before: {op:?}"));
             }
-            (Op::Cancel { id }, Outcome::Asked { before: Some((run, status)), .. }) if !status.is_finished() => {
+            (Op::Order(Order { id, what: What::Cancel, .. }), Outcome::Asked { before: Some((run, status)), .. })
+                if !status.is_finished() =>
+            {
                 if let Some(row) = self.rows.get_mut(run) {
                     row.asked.get_or_insert_with(Instant::now);
                     if row.claim == 0 && row.owner.is_none() {
@@ -261,7 +263,10 @@ impl Ledger {
                     wrong.push(format!("{id} can be cancelled, and is not known"));
                 }
             }
-            (Op::Resume { .. }, Outcome::Asked { before: Some((run, Status::Stuck | Status::Failed)), .. }) => {
+            (
+                Op::Order(Order { what: What::Resume { .. }, .. }),
+                Outcome::Asked { before: Some((run, Status::Stuck | Status::Failed)), .. },
+            ) => {
                 if let Some(row) = self.rows.get_mut(run) {
                     row.status = Status::Waiting;
                     row.ended = None;
@@ -473,9 +478,7 @@ fn rank(op: &Op) -> u8 {
         Op::Seen { .. } => 5,
         Op::Finish(_) => 6,
         Op::Park(_) => 7,
-        Op::Cancel { .. } => 8,
-        Op::Resume { .. } => 9,
-        Op::Delete { .. } => 10,
+        Op::Order(_) => 8,
         _ => 11,
     }
 }

@@ -3,8 +3,8 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::{
-    Batch, Counted, Filter, Heart, InstanceId, Loaded, LockState, NewInstance, Op, Outcome, Peer, Peers, Poll, Polled,
-    ProcessRow, Record, RecordKey, Result, RunId, Storage, StorageError,
+    Batch, Counted, Filter, Heart, InstanceId, Loaded, LockState, NewInstance, Op, Order, Outcome, Peer, Peers, Poll,
+    Polled, ProcessRow, Record, RecordKey, Result, RunId, Storage, StorageError, What,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,7 +135,7 @@ fn places(batch: &Batch) -> (Vec<Place>, Vec<Place>) {
             Op::Spawn(_) => Place::Starting,
             Op::Raise(_) => Place::Raising,
             Op::Record(_) => Place::BeforeRecord,
-            Op::AcceptCancel { .. } | Op::Cancel { .. } => Place::Cancelling,
+            Op::AcceptCancel { .. } | Op::Order(Order { what: What::Cancel, .. }) => Place::Cancelling,
             Op::Finish(_) => Place::Completing,
             Op::Park(_) => Place::Parking,
             Op::Claim { .. } => Place::Claiming,

@@ -3,8 +3,8 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use durable_core::memory::Memory;
 use durable_core::storage::{
-    Batch, Effect, Heart, InstanceId, Op, Outcome, Raise, RecordKey, RecordOp, Result, RunId, Scope, Spawn, Storage,
-    StorageError,
+    Batch, Effect, Heart, InstanceId, Op, Order, Outcome, Raise, RecordKey, RecordOp, Result, RunId, Scope, Spawn,
+    Storage, StorageError,
 };
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -313,11 +313,7 @@ impl World {
         let held = |id: &str| id.bytes().map(u64::from).sum::<u64>() % SHARES == share;
         let of = |run: &RunId| held(inner.ledger.id(*run));
         let touched = |op: &Op| match op {
-            Op::Spawn(Spawn { id, .. })
-            | Op::Raise(Raise { id, .. })
-            | Op::Cancel { id }
-            | Op::Resume { id, .. }
-            | Op::Delete { id } => held(id),
+            Op::Spawn(Spawn { id, .. }) | Op::Raise(Raise { id, .. }) | Op::Order(Order { id, .. }) => held(id),
             Op::Record(record) => {
                 of(&record.run)
                     || match &record.effect {

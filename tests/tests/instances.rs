@@ -289,7 +289,7 @@ async fn a_zombie_writes_nothing<B: Backend>() {
     let finish =
         Finish { run, claim: number, status: Status::Completed, output: Some("0".into()), reason: None, unasked: None };
     let park = Park { run, claim: number, wake_at: None, seen: None, waiting_for: None };
-    for op in [Op::Finish(finish), Op::Park(park), Op::Cancel { id: "w".into() }, claim] {
+    for op in [Op::Finish(finish), Op::Park(park), Op::cancel("w".into()), claim] {
         let refused = storage.commit(&batch(zombie, vec![op])).await;
         assert!(matches!(refused, Err(StorageError::Fenced)), "{refused:?}");
     }

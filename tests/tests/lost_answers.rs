@@ -2,7 +2,7 @@
 //! after the retry, the outcome is as if nothing had gone wrong. And operations that the database refuses for good.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::{Op, OpKind, RecordState};
+use durable_core::storage::{Op, OpKind, Order, RecordState, What};
 use durable_core::*;
 use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
@@ -111,7 +111,7 @@ each_operation! {
     a_park: |op| matches!(op, Op::Park(_)),
     a_claim: |op| matches!(op, Op::Claim { .. }),
     an_end: |op| matches!(op, Op::Finish(_)),
-    a_cancellation: |op| matches!(op, Op::Cancel { .. }),
+    a_cancellation: |op| matches!(op, Op::Order(Order { what: What::Cancel, .. })),
     an_accepted_cancellation: |op| matches!(op, Op::AcceptCancel { .. }),
 }
 
@@ -169,7 +169,7 @@ async fn batches_that_were_made_ready_before_the_fence_moved<B: Backend>() {
 /// An order whose answer is lost is carried out once, and its caller is told so.
 async fn orders_that_are_sent_again<B: Backend>() {
     const FAILS: Definition<u32, u32> = Definition::new("fails");
-    let order = |op: &Op| matches!(op, Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. });
+    let order = |op: &Op| matches!(op, Op::Order(_));
     let backend = B::new().await;
     for fault in [Fault::Lost, Fault::LostAndFenced] {
         let mut sent = std::collections::HashSet::new();

@@ -492,7 +492,7 @@ async fn orders_that_make_no_sense<B: Backend>() {
     let error = handle.resume().await.unwrap_err().to_string();
     assert!(error.contains("only a stuck or failed process can be resumed"), "{error}");
     let error = handle.delete().await.unwrap_err().to_string();
-    assert!(error.contains("cancel it first"), "{error}");
+    assert!(error.contains("cancel or terminate it first"), "{error}");
     handle.raise(GO, &1).await.unwrap();
     handle.output().await.unwrap();
     let error = handle.cancel().await.unwrap_err().to_string();

@@ -212,7 +212,7 @@ fn a_batch_that_queues_behind_a_take_over() {
                 vec![Op::AcceptCancel { run: runs[0], claim: 1, seq: 1 }],
                 vec![raise(&name("raise"), "m")],
                 vec![Op::Await { run: runs[0], id: name("await").into(), target: None }],
-                vec![Op::Cancel { id: name("await").into() }],
+                vec![Op::cancel(name("await").into())],
             ];
             let before = everything(&schema).await;
             // As many as there are connections.

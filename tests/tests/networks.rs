@@ -63,7 +63,7 @@ async fn answers_cut_everywhere<B: Proxied>(several: bool) {
             direct.commit(&batch(me, generation, vec![op])).await.unwrap();
             let mut ops = vec![record(run, "a"), finish(run)];
             if several {
-                ops.extend([raise("target", &id), Op::Cancel { id: "target".into() }]);
+                ops.extend([raise("target", &id), Op::cancel("target".into())]);
             }
             batches.push((run, ops));
         }

@@ -41,6 +41,9 @@ on_each_backend!(
     keys_are_stable,
     a_renamed_step,
     a_race_has_one_winner,
+    a_handle_of_an_earlier_run,
+    what_nobody_can_run_is_terminated,
+    what_does_not_heed_a_cancellation_is_terminated,
     a_failed_process_goes_on_where_it_failed,
     what_was_compensated_is_not_resumed,
     retries_in_a_race_are_counted_over_parks_and_crashes,
@@ -470,6 +473,84 @@ async fn a_renamed_step<B: Backend>() {
     assert_eq!(handle.output().await.unwrap(), 1);
     assert_eq!(effects.all(), ["old"]);
     assert_eq!(handle.status().await.unwrap().unasked_records, None);
+}
+
+const WAIT: Definition<u64, u64> = Definition::new("wait");
+
+async fn wait(proc: Process, least: u64) -> Result<u64, Failure> {
+    Ok(proc.event(PAID).await?.max(least))
+}
+
+/// It orders nothing of the run that came after its own.
+async fn a_handle_of_an_earlier_run<B: Backend>() {
+    let backend = B::new().await;
+    let host = quick(&backend).await.register(WAIT, wait).start().await.unwrap();
+    let first = host.spawn(WAIT, "w", &1).await.unwrap();
+    first.raise(PAID, &1).await.unwrap();
+    first.output().await.unwrap();
+    let second = host.spawn(WAIT, "w", &2).restart_finished().await.unwrap();
+    for refused in [first.cancel().await, first.terminate("by hand").await, first.resume().await] {
+        let refused = refused.unwrap_err();
+        assert!(matches!(refused, HandleError::Status { status: Status::Completed, .. }), "{refused:?}");
+    }
+    first.delete().await.unwrap();
+    assert!(matches!(first.status().await, Err(HandleError::NotFound { .. })));
+    assert!(matches!(first.cancel().await, Err(HandleError::NotFound { .. })));
+    second.raise(PAID, &3).await.unwrap();
+    assert_eq!(second.output().await.unwrap(), 3);
+    second.delete().await.unwrap();
+    assert!(host.get("w").status().await.is_err());
+}
+
+/// Of a kind whose code is gone.
+async fn what_nobody_can_run_is_terminated<B: Backend>() {
+    const PARENT: Definition<(), bool> = Definition::new("parent");
+    let backend = B::new().await;
+    let old = quick(&backend).await.register(WAIT, wait).start().await.unwrap();
+    let handle = old.spawn(WAIT, "w", &1).await.unwrap();
+    until_status(&handle, Status::Waiting).await;
+    old.shutdown(Duration::from_secs(5)).await;
+    let parent = async |proc: Process, ()| {
+        let output = proc.output(WAIT, "w").await;
+        Ok::<_, Failure>(matches!(output, Err(OutputError::WasCancelled)))
+    };
+    let host = quick(&backend).await.register(PARENT, parent).start().await.unwrap();
+    let parent = host.spawn(PARENT, "parent", &()).await.unwrap();
+    until_status(&parent, Status::Waiting).await;
+    let handle = host.get("w").of(WAIT);
+    handle.cancel().await.unwrap();
+    assert!(matches!(handle.delete().await, Err(HandleError::Status { .. })));
+    handle.terminate("the import is gone").await.unwrap();
+    let info = handle.status().await.unwrap();
+    assert_eq!((info.status, info.reason.as_deref()), (Status::Cancelled, Some("the import is gone")));
+    assert!(matches!(handle.output().await, Err(OutputError::WasCancelled)));
+    assert!(parent.output().await.unwrap());
+    assert!(matches!(handle.terminate("again").await, Err(HandleError::Status { status: Status::Cancelled, .. })));
+    handle.delete().await.unwrap();
+    assert!(handle.status().await.is_err());
+}
+
+/// Its code hangs outside of durable operations; it is dropped.
+async fn what_does_not_heed_a_cancellation_is_terminated<B: Backend>() {
+    let backend = B::new().await;
+    let hangs = async |proc: Process, least: u64| {
+        proc.step("begin", async || Ok::<_, Failure>(())).await?;
+        std::future::pending::<()>().await;
+        Ok::<_, Failure>(least)
+    };
+    let host = quick(&backend).await.register(WAIT, hangs).quiet_time(Duration::from_secs(3600)).start().await.unwrap();
+    let other = quick(&backend).await.start().await.unwrap();
+    for (id, by) in [("own", &host), ("others", &other)] {
+        host.spawn(WAIT, id, &1).await.unwrap();
+        until("it hangs", async || host.in_memory() == 1).await;
+        let handle = by.get(id).of(WAIT);
+        handle.cancel().await.unwrap();
+        handle.terminate("it hangs").await.unwrap();
+        assert!(matches!(handle.output().await, Err(OutputError::WasCancelled)));
+        if std::ptr::eq(by, &host) {
+            until("it is dropped", async || host.in_memory() == 0).await;
+        }
+    }
 }
 
 /// A step that fails while the flag is set.

@@ -214,7 +214,7 @@ fn a_batch_that_queues_behind_a_take_over() {
                 vec![Op::AcceptCancel { run: runs[0], claim: 1, seq: 1 }],
                 vec![raise(&name("raise"), "m")],
                 vec![Op::Await { run: runs[0], id: name("await").into(), target: None }],
-                vec![Op::Cancel { id: name("await").into() }],
+                vec![Op::cancel(name("await").into())],
             ];
             let before = schema.everything().await;
             let mut session = schema.connect().await;
@@ -477,7 +477,7 @@ async fn dropped_calls(transactions: bool) {
     let call = async move |storage: &Postgres, n: u64, id: &str| {
         let (child, run) = spawn(&format!("p-{id}"), true);
         if transactions {
-            let ops = vec![child, raise("target", id), Op::Cancel { id: "target".into() }];
+            let ops = vec![child, raise("target", id), Op::cancel("target".into())];
             drop(storage.commit(&batch(me, 0, ops)).await);
         } else if n.is_multiple_of(8) {
             drop(storage.load(&[run], true).await);
@@ -775,7 +775,7 @@ fn a_deletion_that_takes_long() {
                  CREATE TRIGGER is_slow BEFORE DELETE ON {s}.steps FOR EACH ROW EXECUTE FUNCTION {s}.is_slow()",
             )
             .await;
-        commit(&storage, me, vec![Op::Delete { id: "p".into() }]).await;
+        commit(&storage, me, vec![Op::delete("p".into())]).await;
         assert!(schema.everything().await.is_empty());
         // What else goes with it is bounded as before.
         let slow = "CREATE OR REPLACE FUNCTION {s}.is_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -785,7 +785,7 @@ fn a_deletion_that_takes_long() {
                     CREATE TRIGGER is_slow BEFORE UPDATE ON {s}.processes FOR EACH ROW EXECUTE FUNCTION {s}.is_slow()";
         start(&storage, me, "q").await;
         schema.execute(slow).await;
-        let ops = vec![Op::Delete { id: "p".into() }, Op::Cancel { id: "q".into() }];
+        let ops = vec![Op::delete("p".into()), Op::cancel("q".into())];
         let refused = storage.commit(&batch(me, 0, ops)).await.unwrap_err();
         assert!(matches!(refused, StorageError::Blocked(_)), "{refused:?}");
     });
@@ -806,8 +806,8 @@ fn a_program_that_stops_inside_a_transaction() {
         let mut connection = schema.connect().await;
         let before = schema.everything().await;
         // Long enough that it can be stopped behind its first changes.
-        let mut ops = vec![spawn("new", true).0, raise("target", "m"), Op::Cancel { id: "target".into() }];
-        ops.extend((0..20).map(|n| Op::Cancel { id: format!("nobody-{n}").into() }));
+        let mut ops = vec![spawn("new", true).0, raise("target", "m"), Op::cancel("target".into())];
+        ops.extend((0..20).map(|n| Op::cancel(format!("nobody-{n}").into())));
         let batch = batch(me, 0, ops);
         let mut call = storage.commit(&batch);
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state = 'idle in transaction'

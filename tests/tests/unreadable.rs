@@ -344,11 +344,11 @@ async fn cells_of_any_form<B: Spoilt>() {
             vec![ops::raise(&id("ended"), "n"), ops::record(owned, "s")],
             vec![Op::Await { run: owned, id: id("ended").into(), target: None }, ops::started(owned, "child", child)],
             vec![ops::record(owned, "r"), Op::AcceptCancel { run: owned, claim: 1, seq: 1 }],
-            vec![Op::Cancel { id: id("waiter").into() }],
+            vec![Op::cancel(id("waiter").into())],
             vec![ops::park(owned, 1), Op::Claim { kind: ops::KIND.into(), limit: 3 }],
-            vec![Op::Resume { id: id("ended").into(), forget: Vec::new() }],
+            vec![Op::resume(id("ended").into(), Vec::new())],
             vec![ops::finish(owned), ops::park(waiter, 0)],
-            vec![Op::Delete { id: id("ended").into() }],
+            vec![Op::delete(id("ended").into())],
         ];
         for batch in batches {
             let before = everything(&backend, &columns).await;

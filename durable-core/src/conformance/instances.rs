@@ -25,7 +25,7 @@ pub async fn a_fence_stops_batches<S: Subject>(subject: &S) {
         Op::Raise(super::scene::raise("p", "m")),
         Op::Record(super::scene::record(run, 1, super::scene::key("a", ""))),
         Op::Finish(super::scene::finish(run, 1, Status::Completed)),
-        Op::Cancel { id: "p".into() },
+        Op::cancel("p".into()),
         Op::Claim { kind: KIND.into(), limit: 1 },
     ] {
         let refused = zombie.commit(vec![op]).await;

@@ -138,7 +138,7 @@ pub async fn a_signal_of_another_instance_is_seen<S: Subject>(subject: &S) {
     assert_eq!(signalled().await, nothing, "the owner knows what it wrote itself");
     other.raise("p", "m").await;
     assert_eq!(signalled().await, [(run, 2)]);
-    other.one(Op::Cancel { id: "p".into() }).await;
+    other.one(Op::cancel("p".into())).await;
     owner.one(Op::Seen { run, claim: 1, signals: 2 }).await;
     assert_eq!(signalled().await, [(run, 3)], "it has not seen all");
     assert_eq!(owner.one(Op::Seen { run, claim: 1, signals: 3 }).await, Outcome::Recorded);

@@ -74,7 +74,7 @@ macro_rules! conformance {
                 a_park_gives_back, a_released_one_is_due, what_is_owned],
             processes: [what_is_given_back_is_due, a_start_is_there_once, a_start_that_is_taken, a_restart_keeps_the_former_run,
                 an_end_wakes_those_that_await_it, an_end_that_is_lost_changes_nothing, a_durable_start_and_its_record, cancelling, resuming_and_forgetting,
-                deleting, finding_listing_counting, due_times_to_the_end_of_time],
+                orders_of_a_run, terminating, deleting, finding_listing_counting, due_times_to_the_end_of_time],
             instances: [enlisting_again, owners_that_are_known, a_fence_stops_batches, a_higher_generation_stops_lower_ones, a_heartbeat_saves_from_the_fence,
                 a_fenced_heart_stops, what_the_fenced_owned_is_released, proof_of_life, retiring, polling]
         );

@@ -6,7 +6,8 @@ use super::Subject;
 use super::scene::{Actor, KIND, NAMESPACE, key, load, record, spawn, spawned, with_effect};
 use crate::process::latest;
 use crate::storage::{
-    Counted, Effect, Filter, Forget, Op, OpKind, Outcome, Park, Poll, RunId, Spawn, Spawned, Status, Storage,
+    Counted, Effect, Filter, Forget, Op, OpKind, Order, Outcome, Park, Poll, RunId, Spawn, Spawned, Status, Storage,
+    What,
 };
 
 /// What is given back is due by the storage's clock, however far ahead that of its instance is.
@@ -172,7 +173,7 @@ pub async fn a_durable_start_and_its_record<S: Subject>(subject: &S) {
 pub async fn cancelling<S: Subject>(subject: &S) {
     let storage = subject.open().await;
     let (actor, other) = (Actor::new(&storage).await, Actor::new(&storage).await);
-    let cancel = async |id: &str| match actor.one(Op::Cancel { id: id.into() }).await {
+    let cancel = async |id: &str| match actor.one(Op::cancel(id.into())).await {
         Outcome::Asked { before, wakes, .. } => (before.map(|(_, status)| status), wakes),
         outcome => panic!("{outcome:?}"),
     };
@@ -216,11 +217,11 @@ pub async fn resuming_and_forgetting<S: Subject>(subject: &S) {
         for name in ["a", "b"] {
             actor.one(Op::Record(record(run, 1, key(name, "")))).await;
         }
-        let untimely = actor.one(Op::Resume { id: id.into(), forget: forget() }).await;
+        let untimely = actor.one(Op::resume(id.into(), forget())).await;
         assert_eq!(untimely, Outcome::Asked { before: Some((run, Status::Running)), wakes: vec![], again: false });
         assert_eq!(actor.load(run).await.records.len(), 2);
         actor.finish(run, 1, status).await;
-        let asked = actor.one(Op::Resume { id: id.into(), forget: forget() }).await;
+        let asked = actor.one(Op::resume(id.into(), forget())).await;
         assert_eq!(asked, Outcome::Asked { before: Some((run, status)), wakes: vec![], again: false });
         let state = actor.load(run).await;
         assert_eq!(state.records.iter().map(|(key, _)| &*key.name).collect::<Vec<_>>(), ["a"]);
@@ -228,8 +229,74 @@ pub async fn resuming_and_forgetting<S: Subject>(subject: &S) {
         assert_eq!((row.status, row.reason, row.output, row.calm_claim), (Status::Waiting, None, None, 1));
         assert_eq!(actor.claim(9).await.len(), 1);
     }
-    let nobody = actor.one(Op::Resume { id: "nobody".into(), forget: vec![] }).await;
+    let nobody = actor.one(Op::resume("nobody".into(), vec![])).await;
     assert_eq!(nobody, Outcome::Asked { before: None, wakes: vec![], again: false });
+}
+
+/// Of a run that was followed by another one, nothing is changed any more; it can be deleted alone.
+pub async fn orders_of_a_run<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let actor = Actor::new(&storage).await;
+    let first = actor.start("p").await;
+    actor.one(Op::Record(record(first, 1, key("a", "")))).await;
+    let order =
+        async |run: RunId, what: What| match actor.one(Op::Order(Order { id: "p".into(), run: Some(run), what })).await
+        {
+            Outcome::Asked { before, wakes, .. } => (before, wakes),
+            outcome => panic!("{outcome:?}"),
+        };
+    let terminate = || What::Terminate { reason: "by hand".into() };
+    let resume = || What::Resume { forget: vec![Forget { key: key("a", ""), audit: uuid::Uuid::now_v7() }] };
+    assert_eq!(order(first, What::Cancel).await, (Some((first, Status::Running)), vec![first]));
+    actor.finish(first, 1, Status::Failed).await;
+    let second = Spawn { restart_finished: true, take: true, ..spawn("p") };
+    actor.one(Op::Spawn(second.clone())).await;
+    for what in [What::Cancel, terminate(), resume()] {
+        assert_eq!(order(first, what).await, (Some((first, Status::Failed)), vec![]));
+    }
+    let row = actor.row("p").await;
+    assert_eq!((row.run, row.status, row.cancel_requested_at), (second.run, Status::Running, None));
+    assert_eq!(actor.load(first).await.records.len(), 1);
+    let nobody = order(RunId::new(), What::Cancel).await;
+    assert_eq!(nobody, (None, vec![]));
+    // The current one runs, so it stays; the earlier one goes.
+    assert_eq!(order(second.run, What::Delete).await, (Some((second.run, Status::Running)), vec![]));
+    assert_eq!(order(first, What::Delete).await, (Some((first, Status::Failed)), vec![]));
+    assert!(load(&storage, first).await.is_none());
+    assert_eq!(storage.record(first, &key("a", "")).await.unwrap(), None);
+    assert_eq!(actor.row("p").await.run, second.run);
+    actor.finish(second.run, 1, Status::Completed).await;
+    assert_eq!(order(second.run, What::Delete).await, (Some((second.run, Status::Completed)), vec![]));
+    assert_eq!(storage.find(NAMESPACE, "p", None).await.unwrap(), None);
+}
+
+/// Whoever owns it; those that await it are woken, and what it awaits wakes it no more.
+pub async fn terminating<S: Subject>(subject: &S) {
+    let storage = subject.open().await;
+    let (actor, other) = (Actor::new(&storage).await, Actor::new(&storage).await);
+    let run = actor.start("p").await;
+    let waiter = other.start("waiter").await;
+    let target = other.start("target").await;
+    other.one(Op::Await { run: waiter, id: "p".into(), target: None }).await;
+    actor.one(Op::Await { run, id: "target".into(), target: None }).await;
+    let terminate = || Op::Order(Order { id: "p".into(), run: None, what: What::Terminate { reason: "why".into() } });
+    let asked = other.one(terminate()).await;
+    assert_eq!(asked, Outcome::Asked { before: Some((run, Status::Running)), wakes: vec![waiter], again: false });
+    let row = actor.row("p").await;
+    assert_eq!((row.status, row.owner, row.reason.as_deref()), (Status::Cancelled, None, Some("why")));
+    assert!(row.finished_at.is_some() && row.cancel_requested_at.is_some());
+    // Its owner's writes come too late.
+    assert_eq!(actor.one(Op::Record(record(run, 1, key("a", "")))).await, Outcome::Lost);
+    let park = Park { run, claim: 1, wake_at: None, seen: None, waiting_for: None };
+    actor.one(Op::Park(park)).await;
+    assert_eq!(actor.row("p").await.status, Status::Cancelled);
+    assert_eq!(other.load(waiter).await.targets.len(), 1);
+    other.finish(target, 1, Status::Completed).await;
+    assert_eq!(actor.row("p").await.signals, row.signals);
+    let late = other.one(terminate()).await;
+    assert!(matches!(late, Outcome::Asked { before: Some((_, Status::Cancelled)), .. }));
+    assert!(matches!(other.one(Op::delete("p".into())).await, Outcome::Asked { before: Some(_), .. }));
+    assert_eq!(storage.find(NAMESPACE, "p", None).await.unwrap(), None);
 }
 
 /// All runs, and nothing else; those that await it are woken and find it gone.
@@ -238,7 +305,7 @@ pub async fn deleting<S: Subject>(subject: &S) {
     let actor = Actor::new(&storage).await;
     let first = actor.start("p").await;
     actor.one(Op::Record(record(first, 1, key("a", "")))).await;
-    let delete = async |id: &str| actor.one(Op::Delete { id: id.into() }).await;
+    let delete = async |id: &str| actor.one(Op::delete(id.into())).await;
     assert!(matches!(delete("p").await, Outcome::Asked { before: Some((_, Status::Running)), .. }));
     assert!(load(&storage, first).await.is_some());
     actor.finish(first, 1, Status::Completed).await;

@@ -274,8 +274,10 @@ impl Committer {
                 self.wake(wakes);
             }
             (Op::Park(Park { wake_at: Some(wake_at), .. }), Outcome::Recorded) => self.core.poke_before(wake_at),
-            (Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. }, Outcome::Asked { before, wakes, .. }) => {
+            (Op::Order(_), Outcome::Asked { before, wakes, .. }) => {
                 self.wake(wakes);
+                // Its row may be nobody's any more.
+                self.wake(before.as_ref().map(|(run, _)| *run).as_slice());
                 if let Some((run, _)) = before {
                     self.core.watch.ended(*run, None);
                 }

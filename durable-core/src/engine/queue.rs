@@ -70,9 +70,7 @@ impl Job {
             Op::Seen { run, .. } => ("a note of run", run),
             Op::Finish(finish) => ("the end of run", &finish.run),
             Op::Park(park) => ("the park of run", &park.run),
-            Op::Cancel { id } => ("a request to cancel", id),
-            Op::Resume { id, .. } => ("a request to resume", id),
-            Op::Delete { id } => ("a request to delete", id),
+            Op::Order(order) => (order.what.word(), &order.id),
             Op::Claim { kind, .. } => ("a claim of kind", kind),
         };
         format!("{what} {whose}")
@@ -118,7 +116,7 @@ impl Inner {
 
     fn lane(&mut self, job: &Job) -> &mut VecDeque<Job> {
         match job.op {
-            Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. } => &mut self.orders,
+            Op::Order(_) => &mut self.orders,
             _ => &mut self.jobs,
         }
     }
@@ -330,7 +328,7 @@ mod tests {
     /// A call from outside, and who waits for it.
     fn call(n: usize) -> (Job, oneshot::Receiver<Answer>) {
         let (reply, answer) = oneshot::channel();
-        (Job::new(Op::Cancel { id: format!("{n}").into() }, From::Host, Some(reply)), answer)
+        (Job::new(Op::cancel(format!("{n}").into()), From::Host, Some(reply)), answer)
     }
 
     #[test]
@@ -357,7 +355,7 @@ mod tests {
         sent.again = true;
         queue.push(sent);
         let (reply, _) = oneshot::channel();
-        queue.push(Job::new(Op::Cancel { id: "2".into() }, From::Epoch(instance), Some(reply)));
+        queue.push(Job::new(Op::cancel("2".into()), From::Epoch(instance), Some(reply)));
         assert_eq!(queue.take(1000, usize::MAX).len(), 2);
     }
 }

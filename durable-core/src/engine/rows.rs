@@ -57,7 +57,7 @@ impl Rows {
             Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => self.enter((Row::Process, *run)),
             Op::Finish(finish) => self.enter((Row::Process, finish.run)),
             Op::Park(park) => self.enter((Row::Process, park.run)),
-            Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } => self.enter((Row::Id, id)),
+            Op::Order(order) => self.enter((Row::Id, &order.id)),
             Op::Claim { .. } => self.enter((Row::Claim, ())),
         }
     }
@@ -146,7 +146,7 @@ impl Keys {
             Op::AcceptCancel { run: it, .. } | Op::Seen { run: it, .. } => [run(*it), own],
             Op::Finish(finish) => [run(finish.run), own],
             Op::Park(park) => [run(park.run), own],
-            Op::Cancel { id: it } | Op::Resume { id: it, .. } | Op::Delete { id: it } => [id(it), None],
+            Op::Order(order) => [id(&order.id), None],
             Op::Claim { .. } => [None, None],
         }
     }

@@ -386,6 +386,10 @@ impl Run {
 
     /// The signals were read, when this execution had seen so many.
     pub(crate) fn merge(&self, read: RunState, known: i64) {
+        if read.process.owner != Some(self.instance) || read.process.claim != self.claim {
+            // It was ended by hand, or is another's.
+            return self.end(End::Gone);
+        }
         if read.process.signals < known {
             return self.behind();
         }

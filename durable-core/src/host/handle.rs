@@ -17,8 +17,8 @@ use crate::limits::{self, LimitError};
 use crate::name::Name;
 use crate::payload::{self, EncodeError};
 use crate::storage::{
-    Forget, InstanceId, Op, OpKind, Outcome, ProcessRow, Raise, Raised, Record, RecordKey, RecordState, RunId, Scope,
-    Status,
+    Forget, InstanceId, Op, OpKind, Order, Outcome, ProcessRow, Raise, Raised, Record, RecordKey, RecordState, RunId,
+    Scope, Status, What,
 };
 
 /// Any JSON: the output of a process whose definition is not at hand.
@@ -244,7 +244,25 @@ impl<O, E> Handle<O, E> {
     /// It does not exist, has ended already, or there was no answer.
     pub async fn cancel(&self) -> Result<(), HandleError> {
         let allowed = "only a process that has not ended can be cancelled";
-        self.order(Op::Cancel { id: self.id.clone() }, allowed, |before, again| match before {
+        self.order(What::Cancel, allowed, |before, again| match before {
+            Status::Cancelled => again,
+            status => !status.is_finished(),
+        })
+        .await
+    }
+
+    /// Ends the process at once, as cancelled, for this reason. Its code sees nothing of it, and nothing is compensated:
+    /// for one whose code is gone, hangs, or does not heed a [cancellation](Self::cancel). Code of it that runs in this host is
+    /// dropped at its next await; in another one when it writes its next record, or is
+    /// [looked for](crate::HostBuilder::reconcile_every). Whoever awaits it is told that it was cancelled.
+    ///
+    /// # Errors
+    /// It does not exist, has ended already, or there was no answer.
+    pub async fn terminate(&self, reason: impl Into<String>) -> Result<(), HandleError> {
+        let reason = reason.into();
+        limits::check("reason", &reason, limits::MAX_ID)?;
+        let allowed = "only a process that has not ended can be terminated";
+        self.order(What::Terminate { reason: reason.into() }, allowed, |before, again| match before {
             Status::Cancelled => again,
             status => !status.is_finished(),
         })
@@ -261,16 +279,14 @@ impl<O, E> Handle<O, E> {
         Resume { handle: Handle::new(self.core.clone(), self.id.clone(), self.run, self.kind), forget: Vec::new() }
     }
 
-    /// Deletes the process with all its runs, records and messages. Whoever awaits it gets a not-found.
+    /// Deletes the process with all its runs, records and messages; a handle of a run that was followed by another one, that
+    /// run alone. Whoever awaits it gets a not-found.
     ///
     /// # Errors
     /// It does not exist, has neither ended nor is stuck, or there was no answer.
     pub async fn delete(&self) -> Result<(), HandleError> {
-        let allowed = "only a process that has ended or is stuck can be deleted; cancel it first";
-        self.order(Op::Delete { id: self.id.clone() }, allowed, |before, _| {
-            before.is_finished() || before == Status::Stuck
-        })
-        .await
+        let allowed = "only a process that has ended or is stuck can be deleted; cancel or terminate it first";
+        self.order(What::Delete, allowed, |before, _| before.is_finished() || before == Status::Stuck).await
     }
 
     /// The last committed value that the process wrote with [`get`](crate::Process::get) or
@@ -295,15 +311,16 @@ impl<O, E> Handle<O, E> {
     /// whose answer was lost, may have brought it there.
     async fn order(
         &self,
-        op: Op,
+        what: What,
         allowed: &'static str,
         done: impl FnOnce(Status, bool) -> bool,
     ) -> Result<(), HandleError> {
         if limits::check("process id", &self.id, limits::MAX_ID).is_err() {
             return Err(self.not_found());
         }
-        let deletes = matches!(op, Op::Delete { .. });
-        match self.core.ask(op, None).await? {
+        let deletes = matches!(what, What::Delete);
+        let order = Order { id: self.id.clone(), run: self.run, what };
+        match self.core.ask(Op::Order(order), None).await? {
             Outcome::Asked { before: Some((_, status)), again, .. } if done(status, again) => Ok(()),
             Outcome::Asked { before: Some((_, status)), .. } => {
                 Err(HandleError::Status { id: self.id.clone(), status, allowed })
@@ -400,10 +417,9 @@ impl IntoFuture for Resume {
                     }
                 }
             }
-            let op = Op::Resume { id: handle.id.clone(), forget: keys };
             let allowed = "only a stuck or failed process can be resumed";
             handle
-                .order(op, allowed, |before, again| match before {
+                .order(What::Resume { forget: keys }, allowed, |before, again| match before {
                     Status::Stuck | Status::Failed => true,
                     _ => again,
                 })

@@ -121,8 +121,7 @@ impl Processes {
             let found = page.list(PAGE).await?;
             let Some(last) = found.last() else { return Ok(resumed) };
             page = page.after(last.run);
-            let orders =
-                found.into_iter().map(|info| self.core.ask(Op::Resume { id: info.id, forget: Vec::new() }, None));
+            let orders = found.into_iter().map(|info| self.core.ask(Op::resume(info.id, Vec::new()), None));
             for order in All::new(orders).await {
                 order?;
                 resumed += 1;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Weak};
 use crate::mutation::{Rule, is_broken};
 use crate::storage::{
     Batch, Claimed, Counted, Effect, Ended, EventRow, Filter, Finish, Forget, InstanceId, LockState, NewInstance, Op,
-    OpKind, Outcome, Park, Peer, Poll, Polled, ProcessRow, Raise, Raised, Record, RecordKey, RecordOp, RecordState,
-    Result, RunId, RunState, Spawn, Spawned, Status, StorageError, Target,
+    OpKind, Order, Outcome, Park, Peer, Poll, Polled, ProcessRow, Raise, Raised, Record, RecordKey, RecordOp,
+    RecordState, Result, RunId, RunState, Spawn, Spawned, Status, StorageError, Target, What,
 };
 
 /// The tables.
@@ -107,9 +107,7 @@ impl Db {
             }),
             Op::Finish(finish) => self.finish(me, finish, now),
             Op::Park(park) => self.park(me, park, now),
-            Op::Cancel { id } => self.cancel(me, namespace, id, now),
-            Op::Resume { id, forget } => self.resume(namespace, id, forget, now),
-            Op::Delete { id } => self.delete(me, namespace, id, now),
+            Op::Order(order) => self.order(me, namespace, order, now),
             Op::Claim { kind, limit } => Outcome::Claimed(self.claim(me, namespace, kind, *limit, now)),
         }
     }
@@ -351,76 +349,101 @@ impl Db {
         Outcome::Recorded
     }
 
-    fn before(&self, namespace: &str, id: &str) -> Option<(RunId, Status)> {
-        let run = self.current_run(namespace, id)?;
-        Some((run, self.processes.get(&run)?.row.status))
-    }
-
-    fn cancel(&mut self, me: InstanceId, namespace: &str, id: &str, now: DateTime<Utc>) -> Outcome {
-        let before = self.before(namespace, id);
-        let mut wakes = Vec::new();
-        if let Some((run, status)) = before
-            && !status.is_finished()
-            && let Some(process) = self.processes.get_mut(&run)
-        {
-            process.row.cancel_requested_at.get_or_insert(now);
-            if process.row.claim == 0 && process.row.owner.is_none() {
-                process.row.status = Status::Cancelled;
-                process.row.wake_at = None;
-                process.row.status_at = now;
-                process.row.finished_at = Some(now);
-                wakes = self.wake_waiters(me, run, now);
-            } else {
-                process.signal(me, now);
-                if process.row.owner == Some(me) {
-                    wakes.push(run);
-                }
+    fn order(&mut self, me: InstanceId, namespace: &str, order: &Order, now: DateTime<Utc>) -> Outcome {
+        let current = self.current_run(namespace, &order.id);
+        let meant = order.run.or(current);
+        let is_its_own = |process: &&Process| *process.namespace == *namespace && process.row.id == order.id;
+        let process = meant.and_then(|run| self.processes.get(&run)).filter(is_its_own);
+        let before = process.map(|process| (process.row.run, process.row.status));
+        let wakes = match (&order.what, before.filter(|(run, _)| Some(*run) == current)) {
+            (What::Delete, None) => match before {
+                // An earlier one, alone.
+                Some((run, _)) => self.delete(me, [run], now),
+                None => Vec::new(),
+            },
+            (_, None) => Vec::new(),
+            (What::Cancel, Some((run, status))) if !status.is_finished() => self.cancel(me, run, now),
+            (What::Terminate { reason }, Some((run, status))) if !status.is_finished() => {
+                self.terminate(me, run, reason, now)
             }
-        }
+            // An earlier attempt may have done it, whose answer was lost.
+            (What::Cancel | What::Terminate { .. }, Some((run, Status::Cancelled))) => self.wake_waiters(me, run, now),
+            (What::Resume { forget }, Some((run, Status::Stuck | Status::Failed))) => {
+                self.resume(run, forget, now);
+                Vec::new()
+            }
+            (What::Delete, Some((_, status))) if status.is_finished() || status == Status::Stuck => {
+                self.current.remove(&(namespace.into(), order.id.clone()));
+                let runs: Vec<RunId> =
+                    self.processes.values().filter(is_its_own).map(|process| process.row.run).collect();
+                self.delete(me, runs, now)
+            }
+            _ => Vec::new(),
+        };
         Outcome::Asked { before, wakes, again: false }
     }
 
-    fn resume(&mut self, namespace: &str, id: &str, forget: &[Forget], now: DateTime<Utc>) -> Outcome {
-        let before = self.before(namespace, id);
-        if let Some((run, Status::Stuck | Status::Failed)) = before
-            && let Some(process) = self.processes.get_mut(&run)
-        {
+    fn cancel(&mut self, me: InstanceId, run: RunId, now: DateTime<Utc>) -> Vec<RunId> {
+        let Some(process) = self.processes.get_mut(&run) else { return Vec::new() };
+        process.row.cancel_requested_at.get_or_insert(now);
+        if process.row.claim == 0 && process.row.owner.is_none() {
+            process.row.status = Status::Cancelled;
+            process.row.wake_at = None;
+            process.row.status_at = now;
+            process.row.finished_at = Some(now);
+            return self.wake_waiters(me, run, now);
+        }
+        process.signal(me, now);
+        if process.row.owner == Some(me) { vec![run] } else { Vec::new() }
+    }
+
+    fn terminate(&mut self, me: InstanceId, run: RunId, reason: &str, now: DateTime<Utc>) -> Vec<RunId> {
+        if let Some(process) = self.processes.get_mut(&run) {
+            process.signalled = false;
             let row = &mut process.row;
-            row.status = Status::Waiting;
-            row.wake_at = Some(now);
+            row.status = Status::Cancelled;
+            row.owner = None;
             row.calm_claim = row.claim;
+            row.wake_at = None;
+            row.waiting_for = None;
             row.output = None;
-            row.reason = None;
+            row.reason = Some(reason.into());
             row.status_at = now;
-            row.finished_at = None;
-            for forget in forget {
-                if let Some(record) = self.records.remove(&(run, forget.key.clone())) {
-                    self.audit.push((run, forget.clone(), record));
-                }
-            }
+            row.finished_at = Some(now);
+            row.cancel_requested_at.get_or_insert(now);
         }
-        Outcome::Asked { before, wakes: Vec::new(), again: false }
+        self.waiters.retain(|(_, waiter)| *waiter != run);
+        self.wake_waiters(me, run, now)
     }
 
-    fn delete(&mut self, me: InstanceId, namespace: &str, id: &str, now: DateTime<Utc>) -> Outcome {
-        let before = self.before(namespace, id);
-        let mut wakes = Vec::new();
-        if let Some((_, status)) = before
-            && (status.is_finished() || status == Status::Stuck)
-        {
-            let of_id = |process: &&Process| *process.namespace == *namespace && *process.row.id == *id;
-            let runs: Vec<RunId> = self.processes.values().filter(of_id).map(|process| process.row.run).collect();
-            for run in runs {
-                wakes.extend(self.wake_waiters(me, run, now));
-                self.waiters.retain(|(_, waiter)| *waiter != run);
-                self.processes.remove(&run);
-                self.records.retain(|(of, _), _| *of != run);
-                self.events.retain(|(of, _), _| *of != run);
-                self.audit.retain(|(of, ..)| *of != run);
+    fn resume(&mut self, run: RunId, forget: &[Forget], now: DateTime<Utc>) {
+        let Some(process) = self.processes.get_mut(&run) else { return };
+        let row = &mut process.row;
+        row.status = Status::Waiting;
+        row.wake_at = Some(now);
+        row.calm_claim = row.claim;
+        row.output = None;
+        row.reason = None;
+        row.status_at = now;
+        row.finished_at = None;
+        for forget in forget {
+            if let Some(record) = self.records.remove(&(run, forget.key.clone())) {
+                self.audit.push((run, forget.clone(), record));
             }
-            self.current.remove(&(namespace.into(), id.into()));
         }
-        Outcome::Asked { before, wakes, again: false }
+    }
+
+    fn delete(&mut self, me: InstanceId, runs: impl IntoIterator<Item = RunId>, now: DateTime<Utc>) -> Vec<RunId> {
+        let mut wakes = Vec::new();
+        for run in runs {
+            wakes.extend(self.wake_waiters(me, run, now));
+            self.waiters.retain(|(_, waiter)| *waiter != run);
+            self.processes.remove(&run);
+            self.records.retain(|(of, _), _| *of != run);
+            self.events.retain(|(of, _), _| *of != run);
+            self.audit.retain(|(of, ..)| *of != run);
+        }
+        wakes
     }
 
     fn claim(&mut self, me: InstanceId, namespace: &str, kind: &str, limit: usize, now: DateTime<Utc>) -> Vec<Claimed> {
@@ -623,10 +646,8 @@ fn rank(op: &Op) -> u8 {
         Op::Seen { .. } => 5,
         Op::Finish(_) => 6,
         Op::Park(_) => 7,
-        Op::Cancel { .. } => 8,
-        Op::Resume { .. } => 9,
-        Op::Delete { .. } => 10,
-        Op::Claim { .. } => 11,
+        Op::Order(_) => 8,
+        Op::Claim { .. } => 9,
     }
 }
 

@@ -114,23 +114,8 @@ pub enum Op {
     Finish(Finish),
     /// Gives a run back → [`Outcome::Recorded`], [`Outcome::Signalled`] or [`Outcome::Lost`].
     Park(Park),
-    /// Asks a process to cancel → [`Outcome::Asked`]. One that never ran ends cancelled at once.
-    Cancel {
-        /// The process.
-        id: Box<str>,
-    },
-    /// Lets a stuck or failed process go on → [`Outcome::Asked`].
-    Resume {
-        /// The process.
-        id: Box<str>,
-        /// Records to erase first, each kept as an audit row.
-        forget: Vec<Forget>,
-    },
-    /// Deletes a finished or stuck process, all runs → [`Outcome::Asked`]. Those that await it are woken.
-    Delete {
-        /// The process.
-        id: Box<str>,
-    },
+    /// What people order of a process → [`Outcome::Asked`].
+    Order(Order),
     /// Claims due processes of a kind → [`Outcome::Claimed`]. What becomes due by the same batch may be left to a later
     /// claim.
     Claim {
@@ -139,6 +124,64 @@ pub enum Op {
         /// At most so many.
         limit: usize,
     },
+}
+
+impl Op {
+    /// Asks the current run of an id to cancel.
+    pub fn cancel(id: Box<str>) -> Self {
+        Self::Order(Order { id, run: None, what: What::Cancel })
+    }
+    /// Lets the current run of an id go on, if it is stuck or has failed.
+    pub fn resume(id: Box<str>, forget: Vec<Forget>) -> Self {
+        Self::Order(Order { id, run: None, what: What::Resume { forget } })
+    }
+    /// Deletes all runs of an id.
+    pub fn delete(id: Box<str>) -> Self {
+        Self::Order(Order { id, run: None, what: What::Delete })
+    }
+}
+
+/// See [`Op::Order`].
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// The process.
+    pub id: Box<str>,
+    /// Only this run of it; the current one if none.
+    pub run: Option<RunId>,
+    /// What is ordered.
+    pub what: What,
+}
+
+/// What people order. Nothing but a deletion touches a run that is not the current one of its id any more.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum What {
+    /// Asks it to cancel. One that never ran ends cancelled at once.
+    Cancel,
+    /// Ends it, unless it has ended, as cancelled, whoever owns it: nobody does any more. Wakes those that await it.
+    Terminate {
+        /// Why, in words.
+        reason: Box<str>,
+    },
+    /// Lets it go on, if it is stuck or has failed.
+    Resume {
+        /// Records to erase first, each kept as an audit row.
+        forget: Vec<Forget>,
+    },
+    /// Deletes it, if it has ended or is stuck, with all runs of its id; a run that is given and is not the current one any
+    /// more, alone. Those that await what is deleted are woken.
+    Delete,
+}
+
+impl What {
+    pub(crate) const fn word(&self) -> &'static str {
+        match self {
+            Self::Cancel => "a request to cancel",
+            Self::Terminate { .. } => "the termination of",
+            Self::Resume { .. } => "a request to resume",
+            Self::Delete => "the deletion of",
+        }
+    }
 }
 
 /// See [`Op::Spawn`].
@@ -278,9 +321,9 @@ pub enum Outcome {
     Signalled(i64),
     /// The run is not owned under that claim, or its record was written by another claim: nothing was written for it.
     Lost,
-    /// See [`Op::Cancel`], [`Op::Resume`], [`Op::Delete`].
+    /// See [`Op::Order`].
     Asked {
-        /// The process's current run and its status before; none if there is none.
+        /// The run that was meant and its status before; none if there is none.
         before: Option<(RunId, Status)>,
         /// Own runs to wake.
         wakes: Vec<RunId>,

@@ -15,7 +15,8 @@ mod transaction;
 
 pub(crate) use batch::SpawnRecord;
 pub use batch::{
-    Batch, Claimed, Effect, Fence, Finish, Forget, Op, Outcome, Park, Prepared, Raise, Raised, RecordOp, Spawn, Spawned,
+    Batch, Claimed, Effect, Fence, Finish, Forget, Op, Order, Outcome, Park, Prepared, Raise, Raised, RecordOp, Spawn,
+    Spawned, What,
 };
 pub use error::StorageError;
 pub use rows::{

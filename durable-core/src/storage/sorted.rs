@@ -1,4 +1,4 @@
-use super::batch::{Effect, Finish, Op, Park, Raise, RecordOp, Spawn};
+use super::batch::{Effect, Finish, Op, Order, Park, Raise, RecordOp, Spawn};
 use super::rows::RunId;
 
 /// A run, and the claim under which it writes.
@@ -36,8 +36,8 @@ pub struct Sorted<'b> {
     pub finishes: Vec<(usize, &'b Finish)>,
     /// Parks.
     pub parks: Vec<(usize, &'b Park)>,
-    /// What people order: cancel, resume, delete.
-    pub orders: Vec<(usize, &'b Op)>,
+    /// What people order.
+    pub orders: Vec<(usize, &'b Order)>,
     /// Claims: a kind, and at most how many.
     pub claims: Vec<(usize, (&'b str, usize))>,
 }
@@ -69,7 +69,7 @@ impl<'b> Sorted<'b> {
                 Op::Seen { run, claim, signals } => sorted.seen.push((at, ((*run, *claim), *signals))),
                 Op::Finish(finish) => sorted.finishes.push((at, finish)),
                 Op::Park(park) => sorted.parks.push((at, park)),
-                Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. } => sorted.orders.push((at, op)),
+                Op::Order(order) => sorted.orders.push((at, order)),
                 Op::Claim { kind, limit } => sorted.claims.push((at, (kind, *limit))),
             }
         }
@@ -107,11 +107,7 @@ impl<'b> Sorted<'b> {
                 None => ids.push(id),
             }
         }
-        for (_, order) in &self.orders {
-            if let Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } = order {
-                ids.push(id);
-            }
-        }
+        ids.extend(self.orders.iter().map(|(_, order)| &*order.id));
         (ids, runs)
     }
 

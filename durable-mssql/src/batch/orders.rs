@@ -1,83 +1,99 @@
-//! What people order: cancel, resume, delete. The processes' rows are locked already.
+//! What people order of processes. Their rows are locked already.
 
-use durable_core::storage::{Op, Sorted};
+use durable_core::storage::{Order, Sorted, What};
 
 use super::{FINISHED, Of, UNFINISHED, WAKE, answers, owned};
-use crate::json::{self, Column, Table};
+use crate::json::{Cell, Column, Table};
 use crate::sql::Sql;
+
+/// The row `p` is the current run of an id `j`, and the one that is given.
+const MEANT: &str = "p.namespace = @namespace AND p.id = j.id AND p.[current] = 1 AND (j.run IS NULL OR p.run = j.run)";
+
+const ORDERED: &[(&str, Column)] =
+    &[("ord", Column::Number), ("id", Column::Key(256)), ("run", Column::Id), ("reason", Column::Text)];
 
 pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     if sorted.orders.is_empty() {
         return;
     }
-    let mut all = Table::new(&[("ord", Column::Number), ("id", Column::Key(256))]);
-    let (mut cancels, mut resumes, mut deletes) = (Vec::new(), Vec::new(), Vec::new());
-    for (at, order) in &sorted.orders {
-        let id = match order {
-            Op::Cancel { id } => {
-                cancels.push(&**id);
-                id
-            }
-            Op::Resume { id, .. } => {
-                resumes.push(&**id);
-                id
-            }
-            Op::Delete { id } => {
-                deletes.push(&**id);
-                id
-            }
-            _ => continue,
-        };
-        all.row([(*at).into(), (&**id).into()]);
+    let such = |sql: &mut Sql, is_such: fn(&What) -> bool| {
+        let mut table = Table::new(ORDERED);
+        let mut some = false;
+        for (at, Order { id, run, what }) in sorted.orders.iter().copied().filter(|(_, order)| is_such(&order.what)) {
+            let reason = if let What::Terminate { reason } = what { Some(&**reason) } else { None };
+            table.row([at.into(), (&**id).into(), (*run).into(), reason.into()]);
+            some = true;
+        }
+        some.then(|| table.named(sql, "j"))
+    };
+    let before = answers::BEFORE;
+    if let Some(j) = such(sql, |_| true) {
+        // Of an earlier run, too, if that is given.
+        sql.push(format!(
+            "INSERT INTO @out (part, ord, run, text) SELECT {before}, j.ord, p.run, p.status
+             FROM {j} JOIN {of}.processes AS p ON p.namespace = @namespace AND p.id = j.id
+             WHERE (j.run IS NULL AND p.[current] = 1) OR p.run = j.run"
+        ));
     }
-    let (j, before) = (all.named(sql, "j"), answers::BEFORE);
-    sql.push(format!(
-        "INSERT INTO @out (part, ord, run, text) SELECT {before}, j.ord, p.run, p.status
-         FROM {j} JOIN {of}.processes AS p ON p.namespace = @namespace AND p.id = j.id AND p.[current] = 1"
-    ));
-    if !cancels.is_empty() {
-        cancel(sql, of, cancels);
+    if let Some(j) = such(sql, |what| matches!(what, What::Cancel)) {
+        cancel(sql, of, &j);
     }
-    if !resumes.is_empty() {
+    if let Some(j) = such(sql, |what| matches!(what, What::Terminate { .. })) {
+        terminate(sql, of, &j);
+    }
+    if let Some(j) = such(sql, |what| matches!(what, What::Resume { .. })) {
         forget(sql, of, sorted);
-        let j = json::ids(sql, resumes);
         sql.push(format!(
             "UPDATE p SET status = N'waiting', wake_at = @now, calm_claim = p.claim, [output] = NULL, reason = NULL,
                  status_at = @now, finished_at = NULL
-             FROM {of}.processes AS p JOIN {j} ON p.namespace = @namespace AND p.id = j.id
-             WHERE p.[current] = 1 AND p.status IN (N'stuck', N'failed')"
+             FROM {of}.processes AS p JOIN {j} ON {MEANT} WHERE p.status IN (N'stuck', N'failed')"
         ));
     }
-    if !deletes.is_empty() {
-        delete(sql, of, deletes);
+    if let Some(j) = such(sql, |what| matches!(what, What::Delete)) {
+        delete(sql, of, &j);
     }
 }
 
-fn cancel(sql: &mut Sql, of: &Of<'_>, ids: Vec<&str>) {
-    let (j, woken) = (json::ids(sql, ids), answers::ROUSED);
+fn cancel(sql: &mut Sql, of: &Of<'_>, j: &str) {
+    let woken = answers::ROUSED;
     sql.push(format!(
         "UPDATE p SET signals = p.signals + 1, {WAKE}, cancel_requested_at = COALESCE(p.cancel_requested_at, @now)
          OUTPUT {woken}, inserted.run, inserted.owner INTO @out (part, run, owner)
          FROM {of}.processes AS p, {j}
-         WHERE p.namespace = @namespace AND p.id = j.id AND p.[current] = 1 AND p.status IN {UNFINISHED} AND NOT (p.claim = 0 AND p.owner IS NULL)"
+         WHERE {MEANT} AND p.status IN {UNFINISHED} AND NOT (p.claim = 0 AND p.owner IS NULL)"
     ));
     // One that never ran has nothing to compensate.
     sql.push(format!(
         "UPDATE p SET status = N'cancelled', wake_at = NULL, status_at = @now, finished_at = @now,
              cancel_requested_at = @now
-         FROM {of}.processes AS p JOIN {j} ON p.namespace = @namespace AND p.id = j.id
-         WHERE p.[current] = 1 AND p.status = N'waiting' AND p.claim = 0"
+         FROM {of}.processes AS p JOIN {j} ON {MEANT} WHERE p.status = N'waiting' AND p.claim = 0"
     ));
-    let ended = format!(
-        "SELECT t.run FROM {j} JOIN {of}.processes AS t ON t.namespace = @namespace AND t.id = j.id
-         WHERE t.[current] = 1 AND t.status = N'cancelled'"
-    );
+    wake_those_of_the_cancelled(sql, of, j);
+}
+
+fn wake_those_of_the_cancelled(sql: &mut Sql, of: &Of<'_>, j: &str) {
+    let ended = format!("SELECT p.run FROM {j} JOIN {of}.processes AS p ON {MEANT} WHERE p.status = N'cancelled'");
     owned::wake(sql, of, &ended, answers::ROUSED);
+}
+
+fn terminate(sql: &mut Sql, of: &Of<'_>, j: &str) {
+    sql.push(format!(
+        "UPDATE p SET status = N'cancelled', owner = NULL, calm_claim = p.claim, wake_at = NULL, waiting_for = NULL,
+             signalled = 0, [output] = NULL, reason = j.reason, status_at = @now, finished_at = @now,
+             cancel_requested_at = COALESCE(p.cancel_requested_at, @now)
+         FROM {of}.processes AS p JOIN {j} ON {MEANT} WHERE p.status IN {UNFINISHED}"
+    ));
+    sql.push(format!(
+        "DELETE w FROM {of}.waiters AS w JOIN {of}.processes AS p ON p.run = w.waiter JOIN {j} ON {MEANT}
+         WHERE p.status = N'cancelled'"
+    ));
+    wake_those_of_the_cancelled(sql, of, j);
 }
 
 const FORGOTTEN: &[(&str, Column)] = &[
     ("audit", Column::Id),
     ("id", Column::Key(256)),
+    ("run", Column::Id),
     ("scope", Column::Number),
     ("name", Column::Key(128)),
     ("key", Column::Key(260)),
@@ -87,12 +103,12 @@ const FORGOTTEN: &[(&str, Column)] = &[
 fn forget(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     let mut table = Table::new(FORGOTTEN);
     let mut some = false;
-    for (_, order) in &sorted.orders {
-        let Op::Resume { id, forget } = order else { continue };
+    for (_, Order { id, run, what }) in &sorted.orders {
+        let What::Resume { forget } = what else { continue };
         for forget in forget {
             some = true;
             let (scope, name, key) = (forget.key.scope as i64, &*forget.key.name, &*forget.key.key);
-            table.row([crate::json::Cell::Id(forget.audit), (&**id).into(), scope.into(), name.into(), key.into()]);
+            table.row([Cell::Id(forget.audit), (&**id).into(), (*run).into(), scope.into(), name.into(), key.into()]);
         }
     }
     if !some {
@@ -103,9 +119,9 @@ fn forget(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
         "INSERT INTO {of}.audit (audit, run, forgotten_at, scope, name, [key], op, state, payload, attempts, seq, claim,
              recorded_at)
          SELECT j.audit, s.run, @now, s.scope, s.name, s.[key], s.op, s.state, s.payload, s.attempts, s.seq, s.claim, s.recorded_at
-         FROM {j} JOIN {of}.processes AS p ON p.namespace = @namespace AND p.id = j.id
+         FROM {j} JOIN {of}.processes AS p ON {MEANT}
              JOIN {of}.steps AS s ON s.run = p.run AND s.scope = j.scope AND s.name = j.name AND s.[key] = j.[key]
-         WHERE p.[current] = 1 AND p.status IN (N'stuck', N'failed')
+         WHERE p.status IN (N'stuck', N'failed')
              AND NOT EXISTS (SELECT 1 FROM {of}.audit AS a WHERE a.audit = j.audit)"
     ));
     // Only what this order has put into the audit: a record that was made since an earlier attempt stays.
@@ -116,15 +132,13 @@ fn forget(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     ));
 }
 
-/// All runs of the ids, if the current one may go. The rows themselves last.
-fn delete(sql: &mut Sql, of: &Of<'_>, ids: Vec<&str>) {
-    let j = json::ids(sql, ids);
+/// All runs of the ids, if the current one is meant and may go; or an earlier one alone. The rows themselves last.
+fn delete(sql: &mut Sql, of: &Of<'_>, j: &str) {
     sql.declare("@gone TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
     sql.push(format!(
         "INSERT INTO @gone (run) SELECT r.run FROM {j} JOIN {of}.processes AS r ON r.namespace = @namespace AND r.id = j.id
-         WHERE (r.[current] = 1 OR r.[current] = 0) AND EXISTS (SELECT 1 FROM {of}.processes AS q
-             WHERE q.namespace = @namespace AND q.id = j.id AND q.[current] = 1
-                 AND (q.status IN {FINISHED} OR q.status = N'stuck'))"
+         WHERE (r.[current] = 1 OR r.[current] = 0) AND (EXISTS (SELECT 1 FROM {of}.processes AS p
+             WHERE {MEANT} AND (p.status IN {FINISHED} OR p.status = N'stuck')) OR (r.run = j.run AND r.[current] = 0))"
     ));
     owned::wake(sql, of, "SELECT g.run FROM @gone AS g", answers::ROUSED);
     // What of the inbox the database would not take.

@@ -9,7 +9,7 @@ mod read;
 mod single;
 mod whole;
 
-use durable_core::storage::{Batch, Op, Outcome, Result, Sorted, StorageError};
+use durable_core::storage::{Batch, Op, Order, Outcome, Result, Sorted, StorageError, What};
 use sqlx::postgres::PgConnection;
 use std::fmt;
 use std::time::Duration;
@@ -92,7 +92,7 @@ pub(crate) async fn commit(
         single::Answer::Nothing
     };
     // The server does not bound a deletion.
-    let deletes = batch.ops.iter().any(|op| matches!(op, Op::Delete { .. }));
+    let deletes = batch.ops.iter().any(|op| matches!(op, Op::Order(Order { what: What::Delete, .. })));
     let bound = if deletes { DELETION } else { bounds.answers() };
     match answer {
         single::Answer::Done(outcomes) => Ok(outcomes),

@@ -1,7 +1,7 @@
-//! What people order: cancel, resume, delete. Rare, so one by one. The process's row is locked by the first statement of
-//! each, so the others see everything that concerns it.
+//! What people order of a process. Rare, so one by one. The process's row is locked by the first statement of each, so the
+//! others see everything that concerns it.
 
-use durable_core::storage::{Forget, Op, Outcome, Result, StorageError};
+use durable_core::storage::{Forget, Order, Outcome, Result, StorageError, What};
 use sqlx::postgres::{PgConnection, PgRow};
 
 use super::parts::{wake, woken};
@@ -9,31 +9,20 @@ use super::{FINISHED, Of, UNFINISHED, read};
 use crate::rows::{get, standing};
 use crate::sql::{Commits, Sql};
 
-pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order: &Op) -> Result<Outcome> {
-    let (Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id }) = order else {
-        return Err(StorageError::schema("an order that this version does not know"));
-    };
-    let before = ask(connection, before(of, id)).await?;
+pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order: &Order) -> Result<Outcome> {
+    let before = ask(connection, before(of, order)).await?;
+    let deletes = matches!(order.what, What::Delete);
+    // However many rows they are: given up, it would be tried again and again.
+    let bound = if deletes { Some(statement_timeout(connection, "0").await?) } else { None };
     let mut wakes = Vec::new();
-    match order {
-        Op::Cancel { .. } => {
-            for sql in cancelled(of, id) {
-                wakes.extend(read::mine(&ask(connection, sql).await?));
-            }
+    for (sql, rouses) in statements(of, order)? {
+        let rows = ask(connection, sql).await?;
+        if rouses {
+            wakes.extend(read::mine(&rows));
         }
-        Op::Resume { forget, .. } => {
-            for sql in resumed(of, id, forget) {
-                ask(connection, sql).await?;
-            }
-        }
-        _ => {
-            // However many rows they are: given up, it would be tried again and again.
-            let bound = statement_timeout(connection, "0").await?;
-            for sql in deleted(of, id) {
-                wakes.extend(read::mine(&ask(connection, sql).await?));
-            }
-            statement_timeout(connection, &bound).await?;
-        }
+    }
+    if let Some(bound) = bound {
+        statement_timeout(connection, &bound).await?;
     }
     let before = before.first().map(|row| standing(row, 0, 1)).transpose();
     Ok(match before {
@@ -58,66 +47,117 @@ async fn statement_timeout(connection: &mut PgConnection, to: &str) -> Result<St
     rows.first().map(|row| get(row, 0)).unwrap_or_else(|| Err(StorageError::schema("no answer")))
 }
 
-/// A statement about one process: the text is given what stands for its namespace, its id and the instance.
-fn about(of: &Of<'_>, id: &str, text: impl FnOnce(&mut Sql, &str, &str, &str) -> String) -> Sql {
+/// What stands for the parts of an order.
+struct Meant {
+    namespace: String,
+    id: String,
+    me: String,
+    /// The run that is given, or null.
+    run: String,
+}
+
+impl Meant {
+    /// The row `p` is the current run of the id, and the one that is given.
+    fn current(&self) -> String {
+        let Self { namespace, id, run, .. } = self;
+        format!("p.namespace = {namespace} AND p.id = {id} AND p.current AND ({run} IS NULL OR p.run = {run})")
+    }
+}
+
+/// A statement about one process.
+fn about(of: &Of<'_>, order: &Order, text: impl FnOnce(&mut Sql, &Meant) -> String) -> Sql {
     let mut sql = Sql::default();
-    let (namespace, id, me) = (sql.bind(of.namespace), sql.bind(id), sql.bind(of.instance));
-    sql.text = text(&mut sql, &namespace, &id, &me);
+    let (namespace, id, me) = (sql.bind(of.namespace), sql.bind(&*order.id), sql.bind(of.instance));
+    let run = format!("{}::uuid", sql.bind(order.run.map(|run| run.0)));
+    sql.text = text(&mut sql, &Meant { namespace, id, me, run });
     sql
 }
 
-/// A change of the id's current run. Answers with it, and whether the instance owns it.
-fn change(of: &Of<'_>, id: &str, only: &str, set: impl FnOnce(&str) -> String) -> Sql {
-    about(of, id, |_, namespace, id, me| {
-        let set = set(me);
+/// A change of the current run. Answers with it, and whether the instance owns it.
+fn change(of: &Of<'_>, order: &Order, only: &str, set: impl FnOnce(&mut Sql, &str) -> String) -> Sql {
+    about(of, order, |sql, meant| {
+        let (set, current, me) = (set(sql, &meant.me), meant.current(), &meant.me);
         format!(
-            "UPDATE {of}.processes p SET {set} WHERE p.namespace = {namespace} AND p.id = {id} AND p.current AND {only}
+            "UPDATE {of}.processes p SET {set} WHERE {current} AND {only}
              RETURNING p.run, p.owner IS NOT NULL AND p.owner = {me}"
         )
     })
 }
 
-fn before(of: &Of<'_>, id: &str) -> Sql {
-    about(of, id, |_, namespace, id, _| {
+/// Of an earlier run, too, if that is given.
+fn before(of: &Of<'_>, order: &Order) -> Sql {
+    about(of, order, |_, Meant { namespace, id, run, .. }| {
+        let meant = if order.run.is_some() { format!("p.run = {run}") } else { format!("{run} IS NULL AND p.current") };
         format!(
-            "SELECT p.run, p.status FROM {of}.processes p
-             WHERE p.namespace = {namespace} AND p.id = {id} AND p.current FOR UPDATE"
+            "SELECT p.run, p.status FROM {of}.processes p WHERE p.namespace = {namespace} AND p.id = {id} AND {meant}
+             FOR UPDATE"
         )
     })
 }
 
-fn cancelled(of: &Of<'_>, id: &str) -> [Sql; 3] {
-    let told = change(of, id, &format!("p.status IN {UNFINISHED} AND NOT (p.claim = 0 AND p.owner IS NULL)"), |me| {
+/// Its statements, and whether they answer with runs that are to be woken.
+pub(super) fn statements(of: &Of<'_>, order: &Order) -> Result<Vec<(Sql, bool)>> {
+    Ok(match &order.what {
+        What::Cancel => cancelled(of, order).into(),
+        What::Terminate { reason } => terminated(of, order, reason).into(),
+        What::Resume { forget } => resumed(of, order, forget).into_iter().map(|sql| (sql, false)).collect(),
+        What::Delete => deleted(of, order),
+        _ => return Err(StorageError::schema("an order that this version does not know")),
+    })
+}
+
+fn cancelled(of: &Of<'_>, order: &Order) -> [(Sql, bool); 3] {
+    let only = format!("p.status IN {UNFINISHED} AND NOT (p.claim = 0 AND p.owner IS NULL)");
+    let told = change(of, order, &only, |_, me| {
         let wake = wake(me);
         format!("signals = p.signals + 1, {wake}, cancel_requested_at = coalesce(p.cancel_requested_at, now())")
     });
     // One that never ran has nothing to compensate.
-    let ended = change(of, id, "p.status = 'waiting' AND p.claim = 0", |_| {
+    let ended = change(of, order, "p.status = 'waiting' AND p.claim = 0", |_, _| {
         "status = 'cancelled', wake_at = NULL, status_at = now(), finished_at = now(), cancel_requested_at = now()"
             .to_owned()
     });
-    let woken = about(of, id, |sql, namespace, id, _| {
-        let ended = format!(
-            "SELECT t.run FROM {of}.processes t WHERE t.namespace = {namespace} AND t.id = {id} AND t.current
-                 AND t.status = 'cancelled'"
-        );
-        woken(sql, of, &ended)
-    });
-    [told, ended, woken]
+    [(told, true), (ended, true), (ended_wakes(of, order), true)]
 }
 
-fn resumed(of: &Of<'_>, id: &str, forget: &[Forget]) -> Vec<Sql> {
+/// Wakes those that await it, if it is cancelled now.
+fn ended_wakes(of: &Of<'_>, order: &Order) -> Sql {
+    about(of, order, |sql, meant| {
+        let current = meant.current();
+        woken(sql, of, &format!("SELECT p.run FROM {of}.processes p WHERE {current} AND p.status = 'cancelled'"))
+    })
+}
+
+fn terminated(of: &Of<'_>, order: &Order, reason: &str) -> [(Sql, bool); 3] {
+    let ended = change(of, order, &format!("p.status IN {UNFINISHED}"), |sql, _| {
+        let reason = sql.bind(reason);
+        format!(
+            "status = 'cancelled', owner = NULL, calm_claim = p.claim, wake_at = NULL, waiting_for = NULL,
+             signalled = false, output = NULL, reason = {reason}, status_at = now(), finished_at = now(),
+             cancel_requested_at = coalesce(p.cancel_requested_at, now())"
+        )
+    });
+    let unwaiting = about(of, order, |_, meant| {
+        let current = meant.current();
+        format!(
+            "DELETE FROM {of}.waiters w USING {of}.processes p WHERE w.waiter = p.run AND {current}
+                 AND p.status = 'cancelled'"
+        )
+    });
+    [(ended, false), (unwaiting, false), (ended_wakes(of, order), true)]
+}
+
+fn resumed(of: &Of<'_>, order: &Order, forget: &[Forget]) -> Vec<Sql> {
     let mut statements = Vec::new();
     if !forget.is_empty() {
-        statements.push(about(of, id, |sql, namespace, id, _| {
-            let j = forgotten(sql, forget);
+        statements.push(about(of, order, |sql, meant| {
+            let (j, current) = (forgotten(sql, forget), meant.current());
             format!(
                 "INSERT INTO {of}.audit (audit, run, forgotten_at, scope, name, key, op, state, payload, attempts, seq, claim,
                      recorded_at)
                  SELECT j.audit, s.run, now(), s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts, s.seq, s.claim,
                      s.recorded_at
-                 FROM {j} JOIN {of}.processes p ON p.namespace = {namespace} AND p.id = {id} AND p.current
-                         AND p.status IN ('stuck', 'failed')
+                 FROM {j} JOIN {of}.processes p ON {current} AND p.status IN ('stuck', 'failed')
                      JOIN {of}.steps s ON s.run = p.run AND s.scope = j.scope AND s.name = j.name AND s.key = j.key
                  ON CONFLICT DO NOTHING"
             )
@@ -132,7 +172,7 @@ fn resumed(of: &Of<'_>, id: &str, forget: &[Forget]) -> Vec<Sql> {
         );
         statements.push(sql);
     }
-    statements.push(change(of, id, "p.status IN ('stuck', 'failed')", |_| {
+    statements.push(change(of, order, "p.status IN ('stuck', 'failed')", |_, _| {
         "status = 'waiting', wake_at = now(), calm_claim = p.claim, output = NULL, reason = NULL, status_at = now(),
              finished_at = NULL"
             .to_owned()
@@ -149,43 +189,41 @@ fn forgotten(sql: &mut Sql, forget: &[Forget]) -> String {
         .named("j")
 }
 
-/// All runs of the id, if the current one may go. The rows themselves last: the others are found through them.
-fn deleted(of: &Of<'_>, id: &str) -> Vec<Sql> {
-    let runs = |namespace: &str, id: &str| {
+/// All runs of the id, if the current one is meant and may go; or an earlier one alone. The rows themselves last: the others
+/// are found through them.
+fn deleted(of: &Of<'_>, order: &Order) -> Vec<(Sql, bool)> {
+    let current = |Meant { namespace, id, run, .. }: &Meant| {
         format!(
-            "SELECT r.run FROM {of}.processes r WHERE r.namespace = {namespace} AND r.id = {id}
-                 AND (r.current OR NOT r.current)
-                 AND EXISTS (SELECT 1 FROM {of}.processes q WHERE q.namespace = {namespace} AND q.id = {id} AND q.current
-                     AND (q.status IN {FINISHED} OR q.status = 'stuck'))"
+            "SELECT 1 FROM {of}.processes q WHERE q.namespace = {namespace} AND q.id = {id} AND q.current
+                 AND ({run} IS NULL OR q.run = {run}) AND (q.status IN {FINISHED} OR q.status = 'stuck')"
         )
     };
-    let woken = about(of, id, |sql, namespace, id, _| woken(sql, of, &runs(namespace, id)));
-    let refused = about(of, id, |_, namespace, id, _| {
-        let runs = runs(namespace, id);
+    let runs = |meant: &Meant| {
+        let (Meant { namespace, id, run, .. }, current) = (meant, current(meant));
+        format!(
+            "SELECT r.run FROM {of}.processes r WHERE r.namespace = {namespace} AND r.id = {id}
+                 AND (r.current OR NOT r.current) AND (EXISTS ({current}) OR (r.run = {run} AND NOT r.current))"
+        )
+    };
+    let woken = about(of, order, |sql, meant| woken(sql, of, &runs(meant)));
+    let refused = about(of, order, |_, meant| {
+        let (Meant { namespace, id, .. }, current) = (meant, current(meant));
         format!(
             "DELETE FROM {of}.inbox WHERE namespace = {namespace} AND id = {id} AND refused IS NOT NULL
-                 AND EXISTS ({runs})"
+                 AND EXISTS ({current})"
         )
     });
-    let mut statements = vec![woken, refused];
-    for (table, column) in
-        [("steps", "run"), ("events", "run"), ("audit", "run"), ("waiters", "waiter"), ("processes", "run")]
-    {
-        let mut sql = Sql::default();
-        let (namespace, id) = (sql.bind(of.namespace), sql.bind(id));
-        sql.text = format!("DELETE FROM {of}.{table} WHERE {column} IN ({})", runs(&namespace, &id));
-        statements.push(sql);
-    }
-    statements
+    let tables = [("steps", "run"), ("events", "run"), ("audit", "run"), ("waiters", "waiter"), ("processes", "run")];
+    let deleted = tables.map(|(table, column)| {
+        about(of, order, |_, meant| format!("DELETE FROM {of}.{table} WHERE {column} IN ({})", runs(meant)))
+    });
+    let deleted = deleted.into_iter().map(|sql| (sql, false));
+    [(woken, true), (refused, false)].into_iter().chain(deleted).collect()
 }
 
 /// Every statement of an order.
 #[cfg(test)]
-pub(super) fn statements(of: &Of<'_>, order: &Op) -> Vec<Sql> {
-    match order {
-        Op::Cancel { id } => cancelled(of, id).into_iter().chain([before(of, id)]).collect(),
-        Op::Resume { id, forget } => resumed(of, id, forget),
-        Op::Delete { id } => deleted(of, id),
-        _ => Vec::new(),
-    }
+pub(super) fn all(of: &Of<'_>, order: &Order) -> Vec<Sql> {
+    let statements = statements(of, order).unwrap_or_default().into_iter().map(|(sql, _)| sql);
+    statements.chain([before(of, order)]).collect()
 }

@@ -2,8 +2,8 @@
 //! of its own, which is taken when all rows that it goes by are locked.
 
 use durable_core::storage::{Claimed, Op, Outcome, Raised, RecordOp, Result, RunId, Sorted, StorageError};
+use sqlx::Executor;
 use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::{AssertSqlSafe, Executor, raw_sql};
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -23,17 +23,14 @@ pub(super) async fn commit(
     sorted: &Sorted<'_>,
     patience: Option<Duration>,
 ) -> Result<Vec<Outcome>> {
-    /// What a statement takes besides waiting, at most this many times as long.
-    const WORK: u32 = 20;
-    match patience {
-        None => connection.execute("BEGIN").await.map_err(reading)?,
-        Some(patience) => {
-            let (lock, statement) = (patience.as_millis().max(1), (patience * WORK).as_millis().max(1));
-            let begin = format!("BEGIN; SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}");
-            connection.execute(raw_sql(AssertSqlSafe(begin))).await.map_err(reading)?
+    connection.execute("BEGIN").await.map_err(reading)?;
+    let written = async {
+        if let Some(patience) = patience {
+            bound(patience).run(connection, Commits::No).await?;
         }
+        write(connection, of, ops, sorted).await
     };
-    match write(connection, of, ops, sorted).await {
+    match written.await {
         Ok(outcomes) => {
             connection.execute("COMMIT").await.map_err(|error| sort(error, true))?;
             Ok(outcomes)
@@ -45,6 +42,20 @@ pub(super) async fn commit(
             Err(error)
         }
     }
+}
+
+/// For how long this transaction's statements may wait for what somebody holds, and what else they take.
+fn bound(patience: Duration) -> Sql {
+    /// What a statement takes besides waiting, at most this many times as long.
+    const WORK: u32 = 20;
+    let text = |time: Duration| time.as_millis().max(1).to_string();
+    let mut sql = Sql::default();
+    let (lock, statement) = (sql.bind(text(patience)), sql.bind(text(patience * WORK)));
+    sql.text = format!(
+        "SELECT pg_catalog.set_config('lock_timeout', {lock}, true),
+             pg_catalog.set_config('statement_timeout', {statement}, true)"
+    );
+    sql
 }
 
 async fn run_part(connection: &mut PgConnection, part: impl FnOnce(&mut Sql) -> String) -> Result<Vec<PgRow>> {
@@ -332,7 +343,6 @@ pub(super) fn statements(of: &Of<'_>, sorted: &Sorted<'_>) -> Vec<(&'static str,
         ("states", made(&mut |sql| read::states_text(sql, of, sorted.owned()))),
         ("claimed", made(&mut |sql| claims(sql, of, "kind", 10))),
     ];
-    statements
-        .extend(sorted.orders.iter().flat_map(|(_, order)| orders::statements(of, order)).map(|sql| ("order", sql)));
+    statements.extend(sorted.orders.iter().flat_map(|(_, order)| orders::all(of, order)).map(|sql| ("order", sql)));
     statements
 }

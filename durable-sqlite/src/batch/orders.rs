@@ -1,54 +1,31 @@
-use durable_core::storage::{Forget, Op};
+use durable_core::storage::{Forget, Op, Order, What};
 
 use super::answers::Part;
 use super::{FENCED, FINISHED, Plan, UNFINISHED, wake};
 use crate::cells::{Rows, cells};
 use crate::script::{Arg, NOW};
 
+/// The row `p` is the current run of the id, and the one that is given.
+const CURRENT: &str = "p.namespace = ? AND p.id = ? AND p.current = 1 AND (? IS NULL OR p.run = ?)";
+
 impl Plan<'_> {
-    /// What people order. Rare, so one by one.
+    /// What people order of a process, and claims. Orders are rare, so one by one.
     pub(super) fn orders(&mut self) {
-        let orders = |op: &Op| matches!(op, Op::Cancel { .. } | Op::Resume { .. } | Op::Delete { .. });
         // Their number makes the text, so it is not worth keeping.
-        self.script.once = self.batch.ops.iter().any(orders);
+        self.script.once = self.batch.ops.iter().any(|op| matches!(op, Op::Order(_)));
         for (at, op) in self.ops() {
             match op {
-                Op::Cancel { id } => {
-                    let before = self.before(id);
-                    let mut wakes = vec![self.update_current(
-                        id,
-                        &format!(
-                            "signals = signals + 1, {}, cancel_requested_at = coalesce(cancel_requested_at, {NOW})",
-                            wake()
-                        ),
-                        &format!("status IN {UNFINISHED} AND NOT (claim = 0 AND owner IS NULL)"),
-                        true,
-                    )];
-                    // One that never ran has nothing to compensate.
-                    let never_ran = format!(
-                        "status = 'cancelled', wake_at = NULL, status_at = {NOW}, finished_at = {NOW},
-                         cancel_requested_at = {NOW}"
-                    );
-                    self.update_current(id, &never_ran, "status = 'waiting' AND claim = 0", false);
-                    let ended = "SELECT p.run FROM durable_processes p WHERE p.namespace = ? AND p.id = ?
-                        AND p.current = 1 AND p.status = 'cancelled'";
-                    wakes.push(self.wake_waiters(ended, vec![self.namespace.clone(), (&**id).into()]));
+                Op::Order(order) => {
+                    let before = self.before(order);
+                    let wakes = match &order.what {
+                        What::Cancel => self.cancel(order),
+                        What::Terminate { reason } => self.terminate(order, reason),
+                        What::Resume { forget } => self.resume(order, forget),
+                        What::Delete => vec![self.delete(order)],
+                        // Told as an order to nobody.
+                        _ => Vec::new(),
+                    };
                     self.parts.push(Part::Asked { at, before, wakes });
-                }
-                Op::Resume { id, forget } => {
-                    let before = self.before(id);
-                    self.forget(id, forget);
-                    let resumed = format!(
-                        "status = 'waiting', wake_at = {NOW}, calm_claim = claim, output = NULL, reason = NULL,
-                         status_at = {NOW}, finished_at = NULL"
-                    );
-                    self.update_current(id, &resumed, "status IN ('stuck', 'failed')", false);
-                    self.parts.push(Part::Asked { at, before, wakes: Vec::new() });
-                }
-                Op::Delete { id } => {
-                    let before = self.before(id);
-                    let wakes = self.delete(id);
-                    self.parts.push(Part::Asked { at, before, wakes: vec![wakes] });
                 }
                 Op::Claim { kind, limit } => {
                     let [instance, generation] = self.fence_args();
@@ -79,24 +56,29 @@ impl Plan<'_> {
         }
     }
 
-    fn before(&mut self, id: &str) -> usize {
+    /// What [`CURRENT`] is about.
+    fn meant(&self, order: &Order) -> [Arg; 4] {
+        let run: Arg = order.run.map(|run| run.to_string()).into();
+        [self.namespace.clone(), (&*order.id).into(), run.clone(), run]
+    }
+
+    /// Of an earlier run, too, if that is given.
+    fn before(&mut self, order: &Order) -> usize {
+        let [namespace, id, run, _] = self.meant(order);
+        let meant = if order.run.is_some() { "run = ?" } else { "current = 1 AND ? IS NULL" };
         self.script.add(
-            "SELECT run, status FROM durable_processes WHERE namespace = ? AND id = ? AND current = 1",
-            [self.namespace.clone(), id.into()],
+            &format!("SELECT run, status FROM durable_processes WHERE namespace = ? AND id = ? AND {meant}"),
+            [namespace, id, run],
         )
     }
 
-    /// Changes the current run of an id; with `wakes` it answers like [`wake_waiters`](Self::wake_waiters).
-    fn update_current(&mut self, id: &str, set: &str, only: &str, wakes: bool) -> usize {
+    /// Changes the current run; with `wakes` it answers like [`wake_waiters`](Self::wake_waiters).
+    fn change(&mut self, order: &Order, (set, given): (&str, Vec<Arg>), only: &str, wakes: bool) -> usize {
         let [instance, generation] = self.fence_args();
-        let mut args = Vec::new();
-        if wakes {
-            args.push(instance.clone());
-        }
-        args.extend([instance.clone(), generation, self.namespace.clone(), id.into()]);
-        let mut sql = format!(
-            "UPDATE durable_processes SET {set} WHERE {FENCED} AND namespace = ? AND id = ? AND current = 1 AND {only}"
-        );
+        let mut args = given;
+        args.extend([instance.clone(), generation]);
+        args.extend(self.meant(order));
+        let mut sql = format!("UPDATE durable_processes AS p SET {set} WHERE {FENCED} AND {CURRENT} AND {only}");
         if wakes {
             sql.push_str(" RETURNING run, owner IS NOT NULL AND owner = ?");
             args.push(instance);
@@ -104,7 +86,56 @@ impl Plan<'_> {
         self.script.add(&sql, args)
     }
 
-    fn forget(&mut self, id: &str, forget: &[Forget]) {
+    fn cancel(&mut self, order: &Order) -> Vec<usize> {
+        let [instance, _] = self.fence_args();
+        let told =
+            format!("signals = signals + 1, {}, cancel_requested_at = coalesce(cancel_requested_at, {NOW})", wake());
+        let only = format!("status IN {UNFINISHED} AND NOT (claim = 0 AND owner IS NULL)");
+        let told = self.change(order, (&told, vec![instance]), &only, true);
+        // One that never ran has nothing to compensate.
+        let never_ran = format!(
+            "status = 'cancelled', wake_at = NULL, status_at = {NOW}, finished_at = {NOW}, cancel_requested_at = {NOW}"
+        );
+        self.change(order, (&never_ran, Vec::new()), "status = 'waiting' AND claim = 0", false);
+        vec![told, self.wake_those_of_the_cancelled(order)]
+    }
+
+    fn wake_those_of_the_cancelled(&mut self, order: &Order) -> usize {
+        let cancelled = format!("SELECT p.run FROM durable_processes p WHERE {CURRENT} AND p.status = 'cancelled'");
+        self.wake_waiters(&cancelled, self.meant(order).into())
+    }
+
+    fn terminate(&mut self, order: &Order, reason: &str) -> Vec<usize> {
+        let set = format!(
+            "status = 'cancelled', owner = NULL, calm_claim = claim, wake_at = NULL, waiting_for = NULL, signalled = 0,
+             output = NULL, reason = ?, status_at = {NOW}, finished_at = {NOW},
+             cancel_requested_at = coalesce(cancel_requested_at, {NOW})"
+        );
+        self.change(order, (&set, vec![reason.into()]), &format!("status IN {UNFINISHED}"), false);
+        let [instance, generation] = self.fence_args();
+        let mut args = vec![instance, generation];
+        args.extend(self.meant(order));
+        self.script.add(
+            &format!(
+                "DELETE FROM durable_waiters WHERE {FENCED} AND waiter IN (
+                     SELECT p.run FROM durable_processes p WHERE {CURRENT} AND p.status = 'cancelled')"
+            ),
+            args,
+        );
+        vec![self.wake_those_of_the_cancelled(order)]
+    }
+
+    fn resume(&mut self, order: &Order, forget: &[Forget]) -> Vec<usize> {
+        self.forget(order, forget);
+        let resumed = format!(
+            "status = 'waiting', wake_at = {NOW}, calm_claim = claim, output = NULL, reason = NULL, status_at = {NOW},
+             finished_at = NULL"
+        );
+        self.change(order, (&resumed, Vec::new()), "status IN ('stuck', 'failed')", false);
+        Vec::new()
+    }
+
+    fn forget(&mut self, order: &Order, forget: &[Forget]) {
         if forget.is_empty() {
             return;
         }
@@ -114,19 +145,21 @@ impl Plan<'_> {
             rows.push(cells![*audit, key.scope as i64, &key.name, &key.key]);
         }
         let rows = rows.arg();
-        let of =
-            "durable_processes p ON p.namespace = ? AND p.id = ? AND p.current = 1 AND p.status IN ('stuck', 'failed')";
+        let mut args = vec![rows.clone()];
+        args.extend(self.meant(order));
+        args.extend([instance.clone(), generation.clone()]);
         self.script.add(
             &format!(
                 "INSERT INTO durable_audit (audit, run, forgotten_at, scope, name, key, op, state, payload, attempts, seq,
                      claim, recorded_at)
                  SELECT j.value->>0, s.run, {NOW}, s.scope, s.name, s.key, s.op, s.state, s.payload, s.attempts, s.seq,
                      s.claim, s.recorded_at
-                 FROM jsonb_each(?) j CROSS JOIN {of} CROSS JOIN durable_steps s ON s.run = p.run
+                 FROM jsonb_each(?) j CROSS JOIN durable_processes p ON {CURRENT} AND p.status IN ('stuck', 'failed')
+                     CROSS JOIN durable_steps s ON s.run = p.run
                      AND s.scope = j.value->>1 AND s.name = j.value->>2 AND s.key = j.value->>3
                  WHERE {FENCED} ON CONFLICT DO NOTHING"
             ),
-            [rows.clone(), self.namespace.clone(), id.into(), instance.clone(), generation.clone()],
+            args,
         );
         self.script.add(
             &format!(
@@ -139,20 +172,21 @@ impl Plan<'_> {
         );
     }
 
-    fn delete(&mut self, id: &str) -> usize {
+    fn delete(&mut self, order: &Order) -> usize {
         let [instance, generation] = self.fence_args();
-        // All runs of the id, if the current one may go.
+        // All runs of the id, if the current one is meant and may go; or an earlier one alone.
         let of_id = |current| {
-            format!("SELECT run FROM durable_processes WHERE namespace = ? AND id = ? AND current = {current}")
+            format!("SELECT run, current FROM durable_processes WHERE namespace = ? AND id = ? AND current = {current}")
         };
         let runs = format!(
-            "SELECT r.run FROM ({} UNION ALL {}) r WHERE EXISTS (SELECT 1 FROM durable_processes q
-                 WHERE q.namespace = ? AND q.id = ? AND q.current = 1
-                     AND (q.status IN {FINISHED} OR q.status = 'stuck'))",
+            "SELECT r.run FROM ({} UNION ALL {}) r WHERE EXISTS (SELECT 1 FROM durable_processes p
+                 WHERE {CURRENT} AND (p.status IN {FINISHED} OR p.status = 'stuck')) OR (r.run = ? AND r.current = 0)",
             of_id(0),
             of_id(1)
         );
-        let of: Vec<Arg> = [&self.namespace, &id.into()].into_iter().cycle().take(6).cloned().collect();
+        let [namespace, id, run, again] = self.meant(order);
+        let (n, i) = (&namespace, &id);
+        let of: Vec<Arg> = [n, i, n, i, n, i, &run, &again, &run].into_iter().cloned().collect();
         let wakes = self.wake_waiters(&runs, of.clone());
         let mut statements: Vec<String> = ["durable_steps", "durable_events", "durable_audit"]
             .iter()

@@ -142,10 +142,23 @@ pub(crate) enum Draft {
         due: Option<usize>,
         seen: Option<Off>,
     },
-    Cancel(usize),
-    Resume(usize, Option<Key>),
-    Delete(usize),
+    /// Of an id, or of a run.
+    Order(Asked, Ask),
     Claim(usize, usize),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Asked {
+    Id(usize),
+    Run(usize),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Ask {
+    Cancel,
+    Terminate,
+    Resume(Option<Key>),
+    Delete,
 }
 
 pub(crate) fn draw(seed: &mut Seed, calls: usize) -> Vec<Call> {
@@ -278,9 +291,17 @@ fn draft(seed: &mut Seed) -> Draft {
             due: maybe(seed, 800, |seed| up_to(seed, DUE.len())),
             seen: maybe(seed, 600, |seed| Off(*seed.one(&[0, 0, -1]))),
         },
-        80..83 => Draft::Cancel(up_to(seed, IDS.len())),
-        83..87 => Draft::Resume(up_to(seed, IDS.len()), maybe(seed, 500, key)),
-        87..90 => Draft::Delete(up_to(seed, IDS.len())),
+        80..91 => {
+            let asked =
+                if seed.permille(150) { Asked::Run(up_to(seed, RUNS)) } else { Asked::Id(up_to(seed, IDS.len())) };
+            let ask = match seed.below(11) {
+                0..3 => Ask::Cancel,
+                3 => Ask::Terminate,
+                4..8 => Ask::Resume(maybe(seed, 500, key)),
+                _ => Ask::Delete,
+            };
+            Draft::Order(asked, ask)
+        }
         _ => Draft::Claim(usize::from(seed.permille(200)), seed.between(1, 4) as usize),
     }
 }

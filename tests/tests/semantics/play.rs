@@ -3,7 +3,9 @@
 mod batch;
 
 use durable_core::Status;
-use durable_core::storage::{self, Batch, Filter, NewInstance, Op, Outcome, Peer, Poll, ProcessRow, Raised, RunId};
+use durable_core::storage::{
+    self, Batch, Filter, NewInstance, Op, Order, Outcome, Peer, Poll, ProcessRow, Raised, RunId, What,
+};
 use std::fmt;
 use uuid::Uuid;
 
@@ -348,8 +350,10 @@ impl Play {
             Outcome::Awaits(target) => target.is_some(),
             Outcome::Claimed(claimed) => !claimed.is_empty(),
             Outcome::Asked { before, .. } => before.is_some_and(|(_, status)| match op {
-                Op::Cancel { .. } => !status.is_finished(),
-                Op::Resume { .. } => matches!(status, Status::Stuck | Status::Failed),
+                Op::Order(Order { what: What::Cancel | What::Terminate { .. }, .. }) => !status.is_finished(),
+                Op::Order(Order { what: What::Resume { .. }, .. }) => {
+                    matches!(status, Status::Stuck | Status::Failed)
+                }
                 _ => status.is_finished() || status == Status::Stuck,
             }),
             _ => false,
@@ -371,10 +375,14 @@ impl Play {
             Op::Seen { .. } => "seen",
             Op::Finish(_) => "end",
             Op::Park(_) => "park",
-            Op::Cancel { .. } => "cancel",
-            Op::Resume { forget, .. } if !forget.is_empty() => "resume (forget)",
-            Op::Resume { .. } => "resume",
-            Op::Delete { .. } => "delete",
+            Op::Order(order) => match &order.what {
+                What::Cancel => "cancel",
+                What::Terminate { .. } => "terminate",
+                What::Resume { forget } if !forget.is_empty() => "resume (forget)",
+                What::Resume { .. } => "resume",
+                What::Delete => "delete",
+                _ => "?",
+            },
             Op::Claim { .. } => "claim",
             _ => "?",
         };

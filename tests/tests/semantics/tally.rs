@@ -5,7 +5,7 @@ use std::fmt;
 pub(crate) struct Tally(BTreeMap<&'static str, [usize; 2]>);
 
 /// All that there are.
-const KINDS: [&str; 37] = [
+const KINDS: [&str; 38] = [
     "Again",
     "Beat",
     "Commit",
@@ -43,6 +43,7 @@ const KINDS: [&str; 37] = [
     "start",
     "start (restart)",
     "start (take)",
+    "terminate",
 ];
 
 /// What nothing can be wrong with.

@@ -3,14 +3,14 @@
 use chrono::TimeDelta;
 use durable_core::Status;
 use durable_core::storage::{
-    self, Batch, Fence, Finish, Forget, Op, Park, ProcessRow, Raise, RecordKey, RecordOp, RecordState, RunId, Scope,
-    Spawn,
+    self, Batch, Fence, Finish, Forget, Op, Order, Park, ProcessRow, Raise, RecordKey, RecordOp, RecordState, RunId,
+    Scope, Spawn, What,
 };
 use std::collections::HashSet;
 use uuid::Uuid;
 
 use super::{ALL, Play};
-use crate::call::{DUE, Draft, Effect, IDS, KEYS, KINDS, Key, Message, NAMES, RUNS, Start, Which};
+use crate::call::{Ask, Asked, DUE, Draft, Effect, IDS, KEYS, KINDS, Key, Message, NAMES, RUNS, Start, Which};
 
 impl Play {
     fn row(&self, run: RunId) -> Option<&ProcessRow> {
@@ -135,12 +135,20 @@ impl Play {
                     waiting_for: due.map(|due| format!("due {due}").into()),
                 })
             }
-            Draft::Cancel(id) => Op::Cancel { id: IDS[*id].into() },
-            Draft::Resume(id, forgotten) => {
+            Draft::Order(asked, ask) => {
+                let (id, run) = match asked {
+                    Asked::Id(id) => (*id, None),
+                    Asked::Run(run) => (run % IDS.len(), Some(self.names.runs[*run])),
+                };
                 let forget = |at: &Key| Forget { key: key(*at), audit: Uuid::now_v7() };
-                Op::Resume { id: IDS[*id].into(), forget: forgotten.iter().map(forget).collect() }
+                let what = match ask {
+                    Ask::Cancel => What::Cancel,
+                    Ask::Terminate => What::Terminate { reason: "by hand".into() },
+                    Ask::Resume(forgotten) => What::Resume { forget: forgotten.iter().map(forget).collect() },
+                    Ask::Delete => What::Delete,
+                };
+                Op::Order(Order { id: IDS[id].into(), run, what })
             }
-            Draft::Delete(id) => Op::Delete { id: IDS[*id].into() },
             Draft::Claim(kind, limit) => Op::Claim { kind: KINDS[*kind].into(), limit: (*limit).max(self.claims) },
         };
         Some(op)
@@ -166,7 +174,7 @@ impl Play {
             Op::Finish(Finish { run, .. }) | Op::Park(Park { run, .. }) => id(run),
             _ => None,
         };
-        let ordered = |op: &Op, of: &str| matches!(op, Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } if **id == *of);
+        let ordered = |op: &Op, of: &str| matches!(op, Op::Order(order) if *order.id == *of);
         let meet = |one: &Op, other: &Op| owned(one).is_some_and(|id| ordered(other, id));
         ops.iter().any(|there| meet(op, there) || meet(there, op))
     }
@@ -222,6 +230,7 @@ fn admits(rows: &mut HashSet<String>, op: &Op) -> bool {
         Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => (None, vec![Some(*run)]),
         Op::Finish(finish) => (None, vec![Some(finish.run)]),
         Op::Park(park) => (None, vec![Some(park.run)]),
+        Op::Order(order) => (None, vec![order.run]),
         _ => (None, vec![]),
     };
     let (start, known) = (|run: RunId| format!("start of {run}"), |run: RunId| format!("known {run}"));
@@ -253,7 +262,7 @@ fn admits(rows: &mut HashSet<String>, op: &Op) -> bool {
         Op::AcceptCancel { run, .. } | Op::Seen { run, .. } => rows.insert(process(run)),
         Op::Finish(finish) => rows.insert(process(&finish.run)),
         Op::Park(park) => rows.insert(process(&park.run)),
-        Op::Cancel { id } | Op::Resume { id, .. } | Op::Delete { id } => rows.insert(format!("id {id}")),
+        Op::Order(order) => rows.insert(format!("id {}", order.id)),
         Op::Claim { .. } => rows.insert(CLAIM.to_owned()),
         _ => false,
     }
