@@ -152,8 +152,8 @@ impl Connect {
     }
 
     /// How many connections the engine uses at most, besides one for each host's heartbeat; 10 by default, and at least 3. Of
-    /// 10, 3 write, 4 look for work, and 3 read for callers of `Host` and `Handle`: however many of these ask, and however
-    /// slowly they are answered, nobody waits for them but they themselves.
+    /// 10, 3 write, 4 look for work, and 3 read for callers of `Host` and `Handle`: however many calls
+    /// there are, and however slow, they delay only each other.
     pub fn max_connections(mut self, most: usize) -> Self {
         self.max_connections = most;
         self

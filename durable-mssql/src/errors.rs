@@ -24,7 +24,7 @@ impl std::error::Error for Told {}
 pub(crate) enum Class {
     /// Another transaction was chosen, or was first; this one is rolled back, and may be run again at once.
     Again,
-    /// Somebody holds what it needs for longer than it may wait; rolled back.
+    /// Another session has locked what it needs for longer than it may wait; rolled back.
     Held,
     /// Rolled back, and may work later.
     Later,

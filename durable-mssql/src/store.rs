@@ -15,7 +15,7 @@ use crate::session::{Bounds, Sessions};
 use crate::sql::{Parts, Sql};
 use crate::{Mssql, batch, fence, heart, read};
 
-/// Of the inbox, at most so many parts are moved on before anything else happens.
+/// How many parts of the inbox are moved on at most before the call goes on.
 const SWEPT: usize = 5;
 
 /// Behind every clone of a [`Mssql`].
@@ -55,7 +55,7 @@ impl Mssql {
         usize::try_from(get::<i32>(row, 1)?).map_err(StorageError::schema)
     }
 
-    /// Moves on what waits in the inbox, all of it or what is for these ids, in so many parts at most; and says whether
+    /// Moves on what waits in the inbox, all of it or the rows for `ids`, in at most `parts` parts; and says whether
     /// that was all.
     async fn sweep(&self, sessions: &Sessions, namespace: &str, ids: Option<&[&str]>, parts: usize) -> Result<bool> {
         for _ in 0..parts {
@@ -106,12 +106,7 @@ impl Storage for Mssql {
             return Ok(outcomes);
         }
         let ids = Sorted::new(&batch.ops).ids();
-        match self.sweep(&self.0.writing, &batch.namespace, Some(&ids), SWEPT).await {
-            Ok(true) => {}
-            Ok(false) => return Err(StorageError::blocked("too much waits in the inbox before it")),
-            Err(StorageError::Blocked(why)) => return Err(StorageError::Blocked(why)),
-            Err(error) => return Err(StorageError::unavailable(error.to_string())),
-        }
+        inbox::before_a_batch(self.sweep(&self.0.writing, &batch.namespace, Some(&ids), SWEPT).await)?;
         match self.commit_one(batch, true).await? {
             Committed::Done(outcomes) => Ok(outcomes),
             Committed::Inbox => Err(StorageError::unavailable("the inbox does not empty")),
@@ -136,16 +131,9 @@ impl Storage for Mssql {
         match look().await? {
             (polled, false) => Ok(polled),
             (_, true) => {
-                let all = match self.sweep(&self.0.sessions, &poll.namespace, None, SWEPT).await {
-                    Ok(all) => all,
-                    // It is looked at again soon; all else goes on.
-                    Err(error) => {
-                        tracing::warn!("something waits in the inbox: {error}");
-                        true
-                    }
-                };
+                let swept = self.sweep(&self.0.sessions, &poll.namespace, None, SWEPT).await;
                 let (polled, _) = look().await?;
-                Ok(Polled { more: !all, ..polled })
+                Ok(Polled { more: inbox::leaves_more(swept), ..polled })
             }
         }
     }

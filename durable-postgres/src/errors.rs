@@ -43,7 +43,7 @@ fn by_code(told: Told, committing: bool) -> StorageError {
     match (code.get(..2).unwrap_or_default(), &*code) {
         // Going down, the server may say so after the commit: while it waits for a standby to confirm it, say.
         ("08", _) | (_, "57P01" | "57P02") if committing => StorageError::unknown(told),
-        // Rows that somebody holds for too long, a statement that takes too long.
+        // A lock that did not come free in time, a statement that took too long.
         (_, "55P03" | "57014") => StorageError::blocked(told),
         // A commit whose node was lost: CockroachDB, and some poolers.
         (_, "40003") if committing => StorageError::unknown(told),

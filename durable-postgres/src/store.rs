@@ -15,7 +15,7 @@ use crate::rows::{self, readable};
 use crate::sql::Sql;
 use crate::{Postgres, batch, fence, heart, read};
 
-/// Of the inbox, at most so many parts are moved on before anything else happens.
+/// How many parts of the inbox are moved on at most before the call goes on.
 const SWEPT: usize = 5;
 
 /// Behind every clone of a [`Postgres`].
@@ -45,7 +45,7 @@ impl Postgres {
         self.0.asking.run(sql).await
     }
 
-    /// Moves on what waits in the inbox, all of it or what is for these ids, in so many parts at most; and says whether
+    /// Moves on what waits in the inbox, all of it or the rows for `ids`, in at most `parts` parts; and says whether
     /// that was all.
     async fn sweep(
         &self,
@@ -105,12 +105,8 @@ impl Storage for Postgres {
             // Or something waits in the inbox, which goes first. What is wrong there is not the batch's fault.
             Err(StorageError::Fenced) if Sorted::new(&batch.ops).names_an_id() => {
                 let ids = Sorted::new(&batch.ops).ids();
-                match self.sweep(&self.0.writing, &batch.namespace, Some(&ids), SWEPT).await {
-                    Ok(true) => commit(true).await?,
-                    Ok(false) => return Err(StorageError::blocked("too much waits in the inbox before it")),
-                    Err(StorageError::Blocked(why)) => return Err(StorageError::Blocked(why)),
-                    Err(error) => return Err(StorageError::unavailable(error.to_string())),
-                }
+                inbox::before_a_batch(self.sweep(&self.0.writing, &batch.namespace, Some(&ids), SWEPT).await)?;
+                commit(true).await?
             }
             result => result?,
         };
@@ -139,16 +135,9 @@ impl Storage for Postgres {
         match look().await? {
             (polled, false) => Ok(polled),
             (_, true) => {
-                let all = match self.sweep(&self.0.connections, &poll.namespace, None, SWEPT).await {
-                    Ok(all) => all,
-                    // It is looked at again soon; all else goes on.
-                    Err(error) => {
-                        tracing::warn!("something waits in the inbox: {error}");
-                        true
-                    }
-                };
+                let swept = self.sweep(&self.0.connections, &poll.namespace, None, SWEPT).await;
                 let (polled, _) = look().await?;
-                Ok(Polled { more: !all, ..polled })
+                Ok(Polled { more: inbox::leaves_more(swept), ..polled })
             }
         }
     }

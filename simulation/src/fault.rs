@@ -41,7 +41,7 @@ listed! {
         Away = "storage away",
         /// For more than two minutes.
         AwayLong = "storage away for minutes",
-        /// Somebody holds rows of processes for a while.
+        /// Another session locks rows of processes for a while.
         HeldUp = "rows held",
         /// A client does not wait for its answer.
         ClientGone = "client gone",

@@ -57,7 +57,7 @@ pub struct Inner {
     /// Nothing goes wrong any more.
     pub calm: bool,
     away: Option<Outage>,
-    /// Whose rows somebody holds, of eight shares, and until when.
+    /// Which of eight shares of the processes' rows are locked, and until when.
     held: Option<(u64, Instant)>,
     deaths: u64,
     /// What must not be.
@@ -292,7 +292,7 @@ impl World {
         fate
     }
 
-    /// For how long a batch waits in vain for rows that somebody holds, if it touches such.
+    /// How long a batch waits in vain for rows that are locked, if it touches any.
     pub fn held_up(&self, batch: &Batch) -> Option<Duration> {
         let mut inner = self.inner();
         let inner = &mut *inner;

@@ -22,7 +22,7 @@ pub enum Fault {
     LostAndFenced,
     /// The database refuses it for good.
     Refused,
-    /// Somebody holds what it touches.
+    /// Another session has locked what it touches.
     Blocked,
     /// Nothing can be written: a right was taken away, say.
     Schema,

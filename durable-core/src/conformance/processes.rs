@@ -270,7 +270,7 @@ pub async fn orders_of_a_run<S: Subject>(subject: &S) {
     assert_eq!(storage.find(NAMESPACE, "p", None).await.unwrap(), None);
 }
 
-/// Whoever owns it; those that await it are woken, and what it awaits wakes it no more.
+/// The owner loses the row; processes that await it are woken; what it awaits does not wake it any more.
 pub async fn terminating<S: Subject>(subject: &S) {
     let storage = subject.open().await;
     let (actor, other) = (Actor::new(&storage).await, Actor::new(&storage).await);

@@ -1,6 +1,6 @@
-//! What is held up waits alone: operations that touch what somebody else holds are set aside, together with whatever must not
-//! overtake them, and written by a task of their own. It halves what it cannot write until the ones that are held up are
-//! alone, and tries these again and again. The writer goes on with all the rest.
+//! Operations that touch rows which another session has locked wait apart from the batches, together with later operations
+//! that must not overtake them. A task of its own writes them: it splits a group that it cannot write, until each blocked
+//! operation is alone, and retries those. The writer goes on with everything else.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::rows::{Keys, Rows};
 use super::{Core, lock};
 use crate::storage::{Batch, Effect, Op, Outcome, StorageError};
 
-/// For how long a group may wait for what somebody else holds, while it is looked for.
+/// How long a group may wait for a lock while the blocked operation in it is being found.
 const PATIENCE: Duration = Duration::from_millis(50);
 /// Between two tries of one that is alone.
 const LONGEST: Duration = Duration::from_secs(2);
@@ -148,7 +148,7 @@ impl Aside {
         Vec::new()
     }
 
-    /// An attempt is over. What waits for nobody any more goes back into the queue, in its order.
+    /// An attempt is over. Operations that need not wait any longer go back into the queue, in their order.
     fn over(&mut self, number: u64, most: usize) -> VecDeque<Job> {
         let over = self.groups.iter().position(|group| group.number == number).and_then(|at| self.groups.remove(at));
         if over.is_some_and(|group| group.tries > 0) {
@@ -192,7 +192,8 @@ impl Aside {
     }
 }
 
-/// A start that comes late is not taken, unless it was already: what the instance owns is compared with what it holds meanwhile.
+/// A start that is written late leaves its process to any instance: the writer may compare what this instance owns with what
+/// it holds before the start's outcome is told.
 pub(super) fn take_nothing(job: &mut Job) {
     let spawn = match &mut job.op {
         Op::Spawn(spawn) => Some(spawn),
@@ -246,6 +247,7 @@ pub(super) async fn write(core: Arc<Core>, epoch: Arc<Epoch>, committer: Committ
                 core.queue.aside_held_up(number, jobs);
             }
             Fate::Over => {
+                epoch.end();
                 core.queue.put_back(ready.jobs().filter(|job| matches!(job.from, From::Host)).collect());
                 break;
             }

@@ -37,7 +37,7 @@ pub(super) trait Way {
     fn send(&mut self, batch: &Batch) -> impl Future<Output = Result<Vec<Outcome>, StorageError>> + Send;
 }
 
-/// A batch, and who is told of its operations.
+/// A batch, and the callers of its operations.
 pub(super) struct Ready {
     pub(super) batch: Batch,
     rest: Vec<Rest>,
@@ -276,7 +276,7 @@ impl Committer {
             (Op::Park(Park { wake_at: Some(wake_at), .. }), Outcome::Recorded) => self.core.poke_before(wake_at),
             (Op::Order(_), Outcome::Asked { before, wakes, .. }) => {
                 self.wake(wakes);
-                // Its row may be nobody's any more.
+                // The order may have taken its row away.
                 self.wake(before.as_ref().map(|(run, _)| *run).as_slice());
                 if let Some((run, _)) = before {
                     self.core.watch.ended(*run, None);

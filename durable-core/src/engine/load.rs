@@ -96,7 +96,7 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
             }
             Read::Not(run, why) => {
                 if let Some(claim) = claims.remove(&run) {
-                    stuck(&core, &epoch, run, claim, format!("what is stored cannot be read: {why}")).await;
+                    stuck(&core, &epoch, run, claim, format!("what is stored cannot be read: {why}"));
                 }
                 continue;
             }
@@ -110,7 +110,7 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
                             "the program died {n} times in a row while it ran this process, without a new record; \
                              it may be this process's fault or a neighbour's"
                         );
-                        stuck(&core, &epoch, loaded.run, claim, reason).await;
+                        stuck(&core, &epoch, loaded.run, claim, reason);
                     }
                     _ => {
                         let input = std::mem::take(&mut state.process.input);
@@ -118,13 +118,11 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
                     }
                 },
                 Ok(None) => core.held.remove(loaded.run, claim),
-                Err(why) => {
-                    stuck(&core, &epoch, loaded.run, claim, format!("what is stored cannot be read: {why}")).await
-                }
+                Err(why) => stuck(&core, &epoch, loaded.run, claim, format!("what is stored cannot be read: {why}")),
             }
         }
     }
-    // Somebody else's by now.
+    // Other instances own them by now.
     for (run, claim) in claims {
         core.held.remove(run, claim);
     }
@@ -142,8 +140,12 @@ fn crashes(state: &RunState, claim: i64) -> i64 {
     claim - 1 - newest.max(state.process.calm_claim)
 }
 
-async fn stuck(core: &Arc<Core>, epoch: &Arc<Epoch>, run: RunId, claim: i64, reason: String) {
+/// In a task of its own: its row may be locked, and those that were read with it go on.
+fn stuck(core: &Arc<Core>, epoch: &Arc<Epoch>, run: RunId, claim: i64, reason: String) {
     tracing::error!(run = %run, "stuck: {reason}");
-    core.mark_stuck(run, claim, || From::Epoch(epoch.instance), &reason).await;
-    core.held.remove(run, claim);
+    let (core, instance) = (core.clone(), epoch.instance);
+    tokio::spawn(async move {
+        core.mark_stuck(run, claim, || From::Epoch(instance), &reason).await;
+        core.held.remove(run, claim);
+    });
 }

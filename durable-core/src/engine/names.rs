@@ -25,7 +25,7 @@ pub(crate) struct NameState {
     pub(crate) usage: Usage,
     /// This execution has asked for it.
     pub(crate) asked: bool,
-    /// So many records of it wait to be committed.
+    /// How many records of it wait to be committed.
     pub(crate) recording: u32,
     /// This execution has begun it, and dropped it unfinished.
     pub(crate) dropped: bool,

@@ -79,7 +79,7 @@ fn hand_over(core: &Core, known: &HashMap<RunId, (u64, i64)>, loaded: Loaded) {
     match loaded.state {
         Ok(Some(state)) => {
             let known = known.get(&loaded.run).filter(|(serial, _)| *serial == run.serial);
-            run.merge(state, known.map_or(0, |(_, seen)| *seen));
+            run.merge(state, known.map(|(_, seen)| *seen));
         }
         Ok(None) => run.end(End::Gone),
         Err(why) => run.fault(format_args!("its messages cannot be read: {why}")),

@@ -47,7 +47,7 @@ impl Pulse {
 }
 
 impl Core {
-    /// For how long the service's runtime has not ticked, more than it is asked to; nobody asks where the heart lives in it.
+    /// How long the service's runtime is overdue with its tick. Always zero if the heart runs on that runtime itself.
     pub(crate) fn blocked(&self) -> Duration {
         let age = if self.storage.heartbeat_thread() { self.pulse.ticked.age() } else { Duration::ZERO };
         age.saturating_sub(self.settings.heartbeat)

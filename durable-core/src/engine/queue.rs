@@ -131,7 +131,7 @@ impl Inner {
         aside.chain(std::mem::take(&mut self.jobs)).chain(std::mem::take(&mut self.orders)).collect()
     }
 
-    /// Puts one back in front, unless it is nobody's any more: then it comes back, to be dropped without the lock.
+    /// Puts a job back in front. Returns a job of an earlier instance, for the caller to drop outside the lock.
     pub(super) fn put_first(&mut self, job: Job) -> Option<Job> {
         if !self.admits(&job) {
             return Some(job);

@@ -1,5 +1,5 @@
-//! Reads runs, many at a time. A run that cannot be read keeps nobody else from being: what fails is read in halves, until
-//! it is alone.
+//! Reads runs, many at a time. A read that fails is split in halves, until the run that cannot be read is alone and all
+//! others have been read.
 
 use std::time::Duration;
 
@@ -62,20 +62,21 @@ impl Reading {
             core.note_trouble(&error.to_string());
             self.failures += 1;
             let many = part.len() > 1;
-            if many && (matches!(error, StorageError::Blocked(_)) || self.failures > TRIES) {
-                self.halve();
-            } else if !many && self.failures > TRIES {
-                let run = self.parts.pop().into_iter().flatten().next()?;
-                self.failures = 0;
-                // What is lost with the connection says nothing about the run.
-                let its_own = !matches!(error, StorageError::Unavailable(_) | StorageError::Unknown(_));
-                if its_own && self.others_are_read(core, epoch).await {
+            let too_slow = many && matches!(error, StorageError::Blocked(_));
+            // As long as the database answers nothing else, the fault is not in what is read.
+            if too_slow || self.failures > TRIES && self.others_are_read(core, epoch).await {
+                if many {
+                    self.halve();
+                } else {
+                    let run = self.parts.pop().into_iter().flatten().next()?;
+                    self.failures = 0;
+                    // A connection that was lost says nothing about the run.
+                    if matches!(error, StorageError::Unavailable(_) | StorageError::Unknown(_)) {
+                        tracing::warn!(run = %run, "it cannot be read now ({error}); it is tried again");
+                        return Some(Read::Later(run));
+                    }
                     return Some(Read::Not(run, error.to_string()));
                 }
-                if !self.parts.is_empty() {
-                    tracing::warn!(run = %run, "it cannot be read now ({error}); it is tried again");
-                }
-                return Some(Read::Later(run));
             }
             if self.backoff.pause(epoch, "reading processes", &error).await.is_err() {
                 return Some(Read::Over);

@@ -384,14 +384,17 @@ impl Run {
         true
     }
 
-    /// The signals were read, when this execution had seen so many.
-    pub(crate) fn merge(&self, read: RunState, known: i64) {
-        if read.process.owner != Some(self.instance) || read.process.claim != self.claim {
-            // It was ended by hand, or is another's.
-            return self.end(End::Gone);
-        }
-        if read.process.signals < known {
-            return self.behind();
+    /// The signals were read. `known`: this execution had seen so many before; none if it began since, so that the row may
+    /// have been read as it was before its claim.
+    pub(crate) fn merge(&self, read: RunState, known: Option<i64>) {
+        if let Some(known) = known {
+            match (read.process.owner == Some(self.instance), read.process.claim == self.claim) {
+                (true, true) if read.process.signals < known => return self.behind(),
+                (true, true) => {}
+                (true, false) => return self.lost(),
+                // It was terminated, or another instance owns it.
+                (false, _) => return self.end(End::Gone),
+            }
         }
         {
             let mut state = self.state();

@@ -10,7 +10,7 @@ use super::Core;
 use super::epoch::Epoch;
 use crate::storage::{InstanceId, LockState, Peer, Peers};
 
-/// Between the two looks that must agree before a free lock counts, at least; and so many times as long as it takes the
+/// Between the two looks that must agree before a free lock counts, at least; and this many times as long as it takes the
 /// instance to have its lock again, on a slow network say, but no longer than half the expiry.
 const SECOND_LOOK: Duration = Duration::from_millis(200);
 const COMEBACKS: u32 = 3;

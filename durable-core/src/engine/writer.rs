@@ -149,7 +149,7 @@ impl Writer {
                             taken.into_iter().rev().for_each(|job| self.core.queue.put_first(job));
                             continue;
                         }
-                        // So many are held up that it is the database itself.
+                        // With this many blocked operations the database itself is the cause.
                         Err(jobs) => match backoff.pause(&self.epoch, "a batch", &why).await {
                             Ok(()) => {
                                 parts.push(committer.ready(jobs));

@@ -254,7 +254,7 @@ impl<O, E> Handle<O, E> {
     /// Ends the process at once, as cancelled, for this reason. Its code sees nothing of it, and nothing is compensated:
     /// for one whose code is gone, hangs, or does not heed a [cancellation](Self::cancel). Code of it that runs in this host is
     /// dropped at its next await; in another one when it writes its next record, or is
-    /// [looked for](crate::HostBuilder::reconcile_every). Whoever awaits it is told that it was cancelled.
+    /// [looked for](crate::HostBuilder::reconcile_every). Processes and callers that await it get `WasCancelled`.
     ///
     /// # Errors
     /// It does not exist, has ended already, or there was no answer.

@@ -15,7 +15,8 @@ pub struct Health {
     pub heartbeat: Duration,
     /// For how long nothing of what waits to be written has been. Zero if nothing waits.
     pub writer: Duration,
-    /// How many operations are held up, by a row that somebody has locked, say, or wait behind such. The log names them.
+    /// How many operations are blocked, by a row that another session has locked for example, or wait behind a blocked one.
+    /// The log names those that are blocked.
     pub held_up: usize,
     /// For how long it has not looked for work.
     pub poller: Duration,
@@ -27,8 +28,9 @@ pub struct Health {
 }
 
 impl Host {
-    /// How long this host's heartbeat, writer, poller and runtime have not moved. It answers at once, on any thread, and asks
-    /// nobody: where every thread of the runtime may be blocked, ask from a thread of your own.
+    /// How long this host's heartbeat, writer, poller and runtime have not moved. It needs neither the
+    /// database nor the runtime, and answers at once on any thread. To notice that every thread of the runtime is blocked, call
+    /// it from a thread of your own.
     ///
     /// ```
     /// # use durable_core::*;

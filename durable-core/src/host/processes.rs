@@ -1,5 +1,4 @@
 use chrono::{DateTime, TimeDelta, Utc};
-use std::future::IntoFuture;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use crate::engine::Core;
 use crate::error::{Failure, HandleError, Unavailable};
 use crate::limits;
 use crate::process::All;
-use crate::storage::{Counted, Filter, Op, RunId, Status};
+use crate::storage::{Counted, Filter, Op, Order, RunId, Status, What};
 
 /// The processes of a namespace: a filter, to list, to count, to resume in bulk.
 ///
@@ -114,46 +113,45 @@ impl Processes {
     /// # Errors
     /// No answer; those before it are resumed.
     pub async fn resume_stuck(&self) -> Result<usize, Unavailable> {
-        const PAGE: usize = 500;
-        let mut page = self.clone().status(Status::Stuck);
-        let mut resumed = 0;
-        loop {
-            let found = page.list(PAGE).await?;
-            let Some(last) = found.last() else { return Ok(resumed) };
-            page = page.after(last.run);
-            let orders = found.into_iter().map(|info| self.core.ask(Op::resume(info.id, Vec::new()), None));
-            for order in All::new(orders).await {
-                order?;
-                resumed += 1;
-            }
-        }
+        let resume = |info: Info| async move {
+            let order = Order { id: info.id, run: Some(info.run), what: What::Resume { forget: Vec::new() } };
+            self.core.ask(Op::Order(order), None).await.map(|_| true)
+        };
+        self.resume(Status::Stuck, resume).await
     }
-}
 
-impl Processes {
     /// Resumes all failed processes that pass the filter, at the steps that failed, and says how many: when what they
     /// called works again. Those whose compensation has run stay as they are.
     ///
     /// # Errors
     /// No answer; those before it are resumed.
     pub async fn resume_failed(&self) -> Result<usize, Unavailable> {
-        const PAGE: usize = 100;
-        let mut page = self.clone().status(Status::Failed);
+        let resume = |info: Info| async move {
+            let handle = Handle::<Json, Failure>::new(self.core.clone(), info.id, Some(info.run), None);
+            match handle.resume().await {
+                Ok(()) => Ok(true),
+                Err(HandleError::Unavailable(why)) => Err(why),
+                // Compensated; or it was resumed, restarted or deleted meanwhile.
+                Err(_) => Ok(false),
+            }
+        };
+        self.resume(Status::Failed, resume).await
+    }
+
+    /// Resumes page by page, and counts those of which `resume` says that it did.
+    async fn resume<F>(&self, status: Status, resume: impl Fn(Info) -> F) -> Result<usize, Unavailable>
+    where
+        F: Future<Output = Result<bool, Unavailable>>,
+    {
+        const PAGE: usize = 200;
+        let mut page = self.clone().status(status);
         let mut resumed = 0;
         loop {
             let found = page.list(PAGE).await?;
             let Some(last) = found.last() else { return Ok(resumed) };
             page = page.after(last.run);
-            let resume = |info: Info| {
-                Handle::<Json, Failure>::new(self.core.clone(), info.id, Some(info.run), None).resume().into_future()
-            };
-            for order in All::new(found.into_iter().map(resume)).await {
-                match order {
-                    Ok(()) => resumed += 1,
-                    Err(HandleError::Unavailable(why)) => return Err(why),
-                    // Compensated; or somebody else has resumed, restarted or deleted it.
-                    Err(_) => {}
-                }
+            for done in All::new(found.into_iter().map(&resume)).await {
+                resumed += usize::from(done?);
             }
         }
     }

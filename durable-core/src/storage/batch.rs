@@ -27,8 +27,8 @@ pub struct Batch {
     /// What is written. They take effect kind by kind in the order of the variants of [`Op`], and in this order
     /// within a kind; the effects of records with the starts and messages. None is about a run that another one starts.
     pub ops: Vec<Op>,
-    /// For how long it may wait for what somebody else holds, where that is less than the storage's own bound. The engine
-    /// looks for the operation that is held up.
+    /// How long it may wait for a lock, if that is less than the storage's own bound. The engine sets it while it finds the
+    /// operation that is blocked.
     pub patience: Option<Duration>,
     /// What the storage has made of it beforehand.
     pub prepared: Prepared,
@@ -158,7 +158,7 @@ pub struct Order {
 pub enum What {
     /// Asks it to cancel. One that never ran ends cancelled at once.
     Cancel,
-    /// Ends it, unless it has ended, as cancelled, whoever owns it: nobody does any more. Wakes those that await it.
+    /// Ends it as cancelled, unless it has ended already. Its owner loses the row; processes that await it are woken.
     Terminate {
         /// Why, in words.
         reason: Box<str>,

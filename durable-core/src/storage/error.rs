@@ -9,8 +9,8 @@ pub enum StorageError {
     /// It did not happen, and may work later: no connection, a locked or full database, a time-out before sending.
     #[error("the storage is not available: {0}")]
     Unavailable(#[source] Source),
-    /// It did not happen: something that it touches is held by somebody else, or it took too long. What touches other things
-    /// may work meanwhile.
+    /// It did not happen: another session has locked a row that it touches, or a statement took too long. Operations on other
+    /// rows may work meanwhile.
     #[error("the storage had to give up waiting: {0}")]
     Blocked(#[source] Source),
     /// It may have happened, or may happen yet: the answer was lost. Fence off the attempt before anything else.
@@ -33,7 +33,7 @@ impl StorageError {
     pub fn unavailable(source: impl Into<Source>) -> Self {
         Self::Unavailable(source.into())
     }
-    /// The call did not happen, since what it touches is held by somebody else.
+    /// The call did not happen, since another session has locked what it touches.
     pub fn blocked(source: impl Into<Source>) -> Self {
         Self::Blocked(source.into())
     }

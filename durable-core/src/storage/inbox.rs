@@ -1,5 +1,5 @@
 //! What a service's transactions have put into a table of its own, and the engine moves on: what of it goes together, what
-//! comes too late, and what becomes of what nobody can read. A storage brings the rows and its transactions.
+//! comes too late, and what becomes of rows that cannot be read. A storage brings the rows and its transactions.
 
 use async_trait::async_trait;
 use std::collections::HashSet;
@@ -59,12 +59,12 @@ impl Waiting {
 /// The rows of an inbox, or some of them, which a storage moves on.
 #[async_trait]
 pub trait Inbox: Send {
-    /// What waits there, committed and not refused, in the order of its numbers, at most so many, and none for these ids. A
+    /// What waits there, committed and not refused, in the order of its numbers, at most `most` rows, none of them for the ids `except`. A
     /// row that cannot be read is an error of its own.
     async fn waiting(&mut self, most: usize, except: &[Box<str>]) -> Result<Vec<(i64, Result<Waiting>)>>;
 
     /// Takes these rows out and does what they say, in one transaction; none if one of them was not there any more, in which
-    /// case nothing happened. It does not wait for long for what somebody else holds.
+    /// case nothing happened. It does not wait long for a lock.
     async fn take(&mut self, numbers: &[i64], ops: &[Op]) -> Result<Option<Vec<Outcome>>>;
 
     /// Leaves a row where it is, with the reason, until its process is deleted. It does not wait any more.
@@ -74,10 +74,10 @@ pub trait Inbox: Send {
 /// Moves on the first rows that wait, and says how many; none are left if it says 0. Who comes at the same time finds the rest:
 /// the order must not depend on who is faster. What came too late (the process has ended, the id is another's) is dropped
 /// with a warning: nobody is there to be told. What the database refuses, or this version cannot read, stays where it is, with
-/// the reason, and holds up nobody.
+/// the reason, and the rows behind it go on.
 ///
 /// # Errors
-/// [`StorageError::Blocked`] if all that is left is for processes whose rows somebody holds; it waits until they are free. Else
+/// [`StorageError::Blocked`] if all that is left is for processes whose rows another session has locked. Else
 /// those of the storage. A lost answer is no worse than none: what was moved on is not there any more.
 pub async fn move_on(inbox: &mut dyn Inbox) -> Result<usize> {
     let mut most = ROWS;
@@ -123,6 +123,31 @@ pub async fn move_on(inbox: &mut dyn Inbox) -> Result<usize> {
                 most = ROWS;
             }
             Err(error) => return Err(error),
+        }
+    }
+}
+
+/// What a batch comes to whose ids' rows were moved on: `swept` says whether all were. What is wrong with them is not the
+/// batch's fault.
+///
+/// # Errors
+/// [`StorageError::Blocked`] if some are left: the batch must wait behind them.
+pub fn before_a_batch(swept: Result<bool>) -> Result<()> {
+    match swept {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(StorageError::blocked("too much waits in the inbox before it")),
+        Err(StorageError::Blocked(why)) => Err(StorageError::Blocked(why)),
+        Err(error) => Err(StorageError::unavailable(error.to_string())),
+    }
+}
+
+/// Whether more is to be moved on, after a look has moved on some. An error keeps the look from nothing else.
+pub fn leaves_more(swept: Result<bool>) -> bool {
+    match swept {
+        Ok(all) => !all,
+        Err(error) => {
+            tracing::warn!("rows stay in the inbox for now: {error}");
+            false
         }
     }
 }

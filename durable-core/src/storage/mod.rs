@@ -34,8 +34,8 @@ use std::time::Duration;
 /// What a storage's calls return.
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
 
-/// How many of so many connections write batches, look for work, and read for callers: each kind waits for its own alone,
-/// so that no look, and nobody outside, holds up a record. At least one each.
+/// Divides a number of connections among batches, the engine's looks for work, and callers' reads, at least one each. Each
+/// kind waits only for its own connections, so neither looks nor callers delay a record.
 pub fn shares(connections: usize) -> [usize; 3] {
     let writing = connections / 4 + 1;
     let others = connections.saturating_sub(writing).max(2);

@@ -44,7 +44,7 @@ pub(super) async fn commit(
     }
 }
 
-/// For how long this transaction's statements may wait for what somebody holds, and what else they take.
+/// How long this transaction's statements may wait for a lock, and how long they may take.
 fn bound(patience: Duration) -> Sql {
     /// What a statement takes besides waiting, at most this many times as long.
     const WORK: u32 = 20;
