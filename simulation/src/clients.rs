@@ -147,7 +147,10 @@ impl Play {
                 let result = handle.resume().await;
                 world.say(|_| format!("the resume of {id}: {result:?}"));
                 match result {
-                    Ok(()) | Err(HandleError::Status { .. } | HandleError::Unavailable(_)) => {}
+                    // Another client was first, and it has gone on, or failed and compensated, since.
+                    Ok(())
+                    | Err(HandleError::Status { .. } | HandleError::Compensated { .. } | HandleError::Unavailable(_)) =>
+                        {}
                     Err(error) => world.wrong(format!("the resume of {id}: {error}")),
                 }
             });
