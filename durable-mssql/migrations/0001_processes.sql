@@ -29,8 +29,6 @@ CREATE TABLE {schema}.processes (
     [output]            NVARCHAR(MAX) NULL,
     -- why it failed or is stuck, in words
     reason              NVARCHAR(MAX) NULL,
-    -- records that the function, when it ended, had never asked for
-    unasked             NVARCHAR(MAX) NULL,
     cancel_requested_at DATETIME2(6)  NULL,
     cancelled_at        DATETIME2(6)  NULL,
     -- its place among the run's records
@@ -42,7 +40,7 @@ CREATE TABLE {schema}.processes (
 );
 
 CREATE UNIQUE INDEX processes_current ON {schema}.processes (namespace, id) WHERE [current] = 1;
-CREATE INDEX processes_former ON {schema}.processes (namespace, id) WHERE [current] = 0;
+CREATE INDEX processes_former ON {schema}.processes (namespace, id, run) WHERE [current] = 0;
 CREATE INDEX processes_due ON {schema}.processes (namespace, kind, wake_at) INCLUDE (status)
     WHERE status = N'waiting' AND wake_at IS NOT NULL;
 -- With the run, so that what a dead instance owned is handed back in chunks without sorting all of it.
@@ -90,10 +88,24 @@ CREATE INDEX events_waiting ON {schema}.events (run, number) INCLUDE (taken_at) 
 CREATE TABLE {schema}.waiters (
     target BINARY(16) NOT NULL,
     waiter BINARY(16) NOT NULL,
+    -- a chore has woken it
+    told   BIT        NOT NULL CONSTRAINT waiters_told DEFAULT 0,
     CONSTRAINT waiters_key PRIMARY KEY CLUSTERED (target, waiter)
 );
 
 CREATE INDEX waiters_waiter ON {schema}.waiters (waiter);
+CREATE INDEX waiters_untold ON {schema}.waiters (target) INCLUDE (told) WHERE told = 0;
+
+-- What is too much for one transaction, done a part at a time.
+CREATE TABLE {schema}.chores (
+    run    BINARY(16)   NOT NULL,
+    -- wake: whoever awaits the run, which has ended; delete: that, and what the run has left in the other tables
+    what   NVARCHAR(16) COLLATE Latin1_General_BIN2 NOT NULL,
+    due_at DATETIME2(6) NOT NULL,
+    CONSTRAINT chores_key PRIMARY KEY CLUSTERED (run)
+);
+
+CREATE INDEX chores_due ON {schema}.chores (due_at);
 
 -- Starts and messages out of transactions of the service's own, in the order in which they were put in. Such a transaction
 -- only inserts here, so that while it is open nobody waits for it; whoever comes by moves what is committed on.

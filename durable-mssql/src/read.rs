@@ -136,7 +136,9 @@ pub(crate) fn poll_script(schema: &Schema, poll: &Poll) -> Sql {
     sql.push(format!(
         "SELECT SYSUTCDATETIME(), CONVERT(BIT, CASE WHEN EXISTS (SELECT 1
              FROM {schema}.inbox AS i WITH (READPAST, READCOMMITTEDLOCK, ROWLOCK)
-             WHERE i.namespace = @namespace AND i.refused IS NULL) THEN 1 ELSE 0 END)"
+             WHERE i.namespace = @namespace AND i.refused IS NULL) THEN 1 ELSE 0 END),
+         CONVERT(BIT, CASE WHEN EXISTS (SELECT 1 FROM {schema}.chores AS c WITH (READPAST, READCOMMITTEDLOCK, ROWLOCK)
+             WHERE c.due_at <= SYSUTCDATETIME()) THEN 1 ELSE 0 END)"
     ));
     sql.push(format!(
         "SELECT k.kind, d.wake_at FROM {kinds} CROSS APPLY (SELECT TOP (1) p.wake_at FROM {schema}.processes AS p
@@ -151,8 +153,8 @@ pub(crate) fn poll_script(schema: &Schema, poll: &Poll) -> Sql {
     sql
 }
 
-/// What there is to do, and whether something waits in the inbox.
-pub(crate) fn polled(parts: &[Vec<Row>]) -> Result<(Polled, bool)> {
+/// What there is to do; besides, whether something waits in the inbox, and whether there are chores.
+pub(crate) fn polled(parts: &[Vec<Row>]) -> Result<(Polled, [bool; 2])> {
     let [first, due, signalled, ended] = parts else { return Err(StorageError::schema("a look has no answer")) };
     let first = first.first().ok_or_else(|| StorageError::schema("the database did not tell its time"))?;
     let now = rows::time(first, 0)?;
@@ -165,7 +167,7 @@ pub(crate) fn polled(parts: &[Vec<Row>]) -> Result<(Polled, bool)> {
         ended: ended.iter().map(|row| run(row, 0)).collect::<Result<_>>()?,
         more: false,
     };
-    Ok((polled, get(first, 1)?))
+    Ok((polled, [get(first, 1)?, get(first, 2)?]))
 }
 
 pub(crate) fn find_script(schema: &Schema, namespace: &str, id: &str, which: Option<RunId>) -> Sql {

@@ -72,8 +72,8 @@ pub(crate) fn standing(row: &Row, run_at: usize, status_at: usize) -> Result<(Ru
 
 /// The columns of [`process`], of a table that is called `p`.
 pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.[output], p.reason, p.owner, p.claim, \
-    p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
-    p.created_at, p.status_at, p.finished_at, p.cancelled_seq";
+    p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.created_at, \
+    p.status_at, p.finished_at, p.cancelled_seq";
 
 /// The same without the input, and without the output: both may be large.
 pub(crate) fn found() -> String {
@@ -104,11 +104,10 @@ fn read_process(row: &Row) -> Result<ProcessRow> {
         signals: get(row, 12)?,
         cancel_requested_at: maybe_time(row, 13)?,
         cancelled_at: maybe_time(row, 14)?,
-        unasked: maybe_text(row, 15)?,
-        created_at: time(row, 16)?,
-        status_at: time(row, 17)?,
-        finished_at: maybe_time(row, 18)?,
-        cancelled_seq: maybe(row, 19)?,
+        created_at: time(row, 15)?,
+        status_at: time(row, 16)?,
+        finished_at: maybe_time(row, 17)?,
+        cancelled_seq: maybe(row, 18)?,
     })
 }
 

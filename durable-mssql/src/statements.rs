@@ -80,7 +80,7 @@ fn batch(ops: Vec<Op>) -> Batch {
 #[tokio::test]
 async fn batches() {
     let at = DateTime::from_timestamp(1_700_000_000, 0);
-    let finish = |status| Finish { run: run(), claim: 1, status, output: None, reason: None, unasked: None };
+    let finish = |status| Finish { run: run(), claim: 1, status, output: None, reason: None };
     let park = Park { run: run(), claim: 1, wake_at: at, seen: Some(1), waiting_for: None };
     let forget = vec![Forget { key: key(), audit: Uuid::from_u128(3) }];
     let orders = vec![Op::cancel("a".into()), Op::resume("b".into(), forget), Op::delete("c".into())];
@@ -128,6 +128,8 @@ async fn reads() {
         ("list", read::list_script(&schema, "default", &filter)),
         ("count", read::count_script(&schema, "default", &filter)),
         ("inbox", crate::batch::waiting(&schema, "default", None, &[], 10)),
+        ("chores", crate::batch::part(&schema, 10, 100)),
+        ("a chore that is put off", crate::batch::put_off(&schema)),
         ("inbox of ids", crate::batch::waiting(&schema, "default", Some(&["id", "other"]), &["held".into()], 10)),
     ]));
 }

@@ -1,10 +1,10 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use durable_core::storage::inbox;
 use durable_core::storage::{
     Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, Result, RunId, Sorted, Storage, StorageError,
+    Record, RecordKey, Result, RunId, Sorted, Storage, StorageError, leaves_more,
 };
+use durable_core::storage::{chores, inbox};
 use std::time::Duration;
 
 use crate::batch::Committed;
@@ -53,6 +53,13 @@ impl Mssql {
             return Err(StorageError::unavailable("the instance's lock did not come free in time"));
         }
         usize::try_from(get::<i32>(row, 1)?).map_err(StorageError::schema)
+    }
+
+    /// Does a part of the chores, and says whether there may be more.
+    async fn do_chores(&self) -> Result<bool> {
+        let mut lent = self.0.sessions.lend().await?;
+        let more = chores::work(&mut batch::All { client: &mut lent, schema: &self.0.schema }).await;
+        lent.done(more)
     }
 
     /// Moves on what waits in the inbox, all of it or the rows for `ids`, in at most `parts` parts; and says whether
@@ -128,14 +135,20 @@ impl Storage for Mssql {
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
         let look = async || read::polled(&self.run(read::poll_script(&self.0.schema, poll)).await?);
-        match look().await? {
-            (polled, false) => Ok(polled),
-            (_, true) => {
-                let swept = self.sweep(&self.0.sessions, &poll.namespace, None, SWEPT).await;
-                let (polled, _) = look().await?;
-                Ok(Polled { more: inbox::leaves_more(swept), ..polled })
-            }
+        let (polled, [inbox, chores]) = look().await?;
+        let mut more = false;
+        if inbox {
+            let swept = self.sweep(&self.0.sessions, &poll.namespace, None, SWEPT).await;
+            more |= leaves_more("a part of the inbox", swept.map(|all| !all));
         }
+        if chores {
+            more |= leaves_more("a chore", self.do_chores().await);
+        }
+        if !inbox && !chores {
+            return Ok(polled);
+        }
+        let (polled, _) = look().await?;
+        Ok(Polled { more, ..polled })
     }
 
     /// There is nothing to hear: the caller's looks, which come more often while there is work, are spread a little, so

@@ -31,8 +31,6 @@ CREATE TABLE {schema}.processes (
     output              json,
     -- why it failed or is stuck, in words
     reason              text,
-    -- records that the function, when it ended, had never asked for
-    unasked             text,
     cancel_requested_at timestamptz,
     cancelled_at        timestamptz,
     -- its place among the run's records
@@ -43,7 +41,7 @@ CREATE TABLE {schema}.processes (
 ) WITH (fillfactor = 70);
 
 CREATE UNIQUE INDEX processes_current ON {schema}.processes (namespace, id) WHERE current;
-CREATE INDEX processes_former ON {schema}.processes (namespace, id) WHERE NOT current;
+CREATE INDEX processes_former ON {schema}.processes (namespace, id, run) WHERE NOT current;
 CREATE INDEX processes_due ON {schema}.processes (namespace, kind, wake_at)
     WHERE status = 'waiting' AND wake_at IS NOT NULL;
 -- With the run, so that what a dead instance owned is handed back in chunks without sorting all of it.
@@ -89,12 +87,25 @@ CREATE INDEX events_waiting ON {schema}.events (run, number) WHERE taken_at IS N
 
 -- Who awaits whose output.
 CREATE TABLE {schema}.waiters (
-    target uuid NOT NULL,
-    waiter uuid NOT NULL,
+    target uuid    NOT NULL,
+    waiter uuid    NOT NULL,
+    -- a chore has woken it
+    told   boolean NOT NULL DEFAULT false,
     PRIMARY KEY (target, waiter)
 );
 
 CREATE INDEX waiters_waiter ON {schema}.waiters (waiter);
+CREATE INDEX waiters_untold ON {schema}.waiters (target) WHERE NOT told;
+
+-- What is too much for one transaction, done a part at a time.
+CREATE TABLE {schema}.chores (
+    run    uuid        NOT NULL PRIMARY KEY,
+    -- wake: whoever awaits the run, which has ended; delete: that, and what the run has left in the other tables
+    what   text        COLLATE "C" NOT NULL,
+    due_at timestamptz NOT NULL
+);
+
+CREATE INDEX chores_due ON {schema}.chores (due_at);
 
 -- Starts and messages out of transactions of the service's own, in the order in which they were put in. Such a transaction
 -- only inserts here, so that while it is open nobody waits for it; whoever comes by moves what is committed on.

@@ -84,7 +84,7 @@ fn batch_of(kind: Kind) -> Batch {
         awaited: None,
     };
     let record = |effect| Op::Record(RecordOp { takes: Some(1), awaited: Some(RunId::new()), effect, ..plain.clone() });
-    let finish = Finish { run, claim: 1, status: Status::Completed, output: None, reason: None, unasked: None };
+    let finish = Finish { run, claim: 1, status: Status::Completed, output: None, reason: None };
     let mut ops = vec![
         Op::Spawn(spawn(false)),
         record(None),
@@ -164,6 +164,7 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
     }
     statements.push(("inbox", batch::waiting(schema, "default", None, &[], 10)));
     statements.push(("inbox of ids", batch::waiting(schema, "default", Some(&["p-1", "p-2"]), &["p-3".into()], 10)));
+    statements.extend(batch::chores(schema).into_iter().map(|sql| ("chores", sql)));
     statements.push(("inbox, held", batch::held(schema, &[1, 2])));
     for kind in [Kind::Single, Kind::Messages, Kind::Record, Kind::Records, Kind::Whole] {
         statements.extend(batch::statements(schema, &batch_of(kind)));
@@ -173,7 +174,7 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
 
 /// Scans from end to end: of a table, or of an index without a condition.
 fn scans(what: &str, plan: &[String]) -> Vec<String> {
-    const TABLES: [&str; 6] = ["processes", "steps", "events", "waiters", "audit", "inbox"];
+    const TABLES: [&str; 7] = ["processes", "steps", "events", "waiters", "audit", "inbox", "chores"];
     let of_table = |line: &str| TABLES.iter().any(|table| line.contains(&format!(" on {table}")));
     let by_index = |line: &str| line.contains("Index Scan") || line.contains("Index Only Scan");
     let mut scans = Vec::new();
@@ -184,11 +185,11 @@ fn scans(what: &str, plan: &[String]) -> Vec<String> {
         if by_index(line) && !line.contains("instances") && !line.contains("fences") {
             let mut own = plan[nth + 1..].iter().take_while(|next| !next.contains("->"));
             let condition = own.find(|next| next.contains("Index Cond"));
-            // Every process of a namespace is no condition, nor is every message that a process was ever sent, unless
-            // it is deleted.
+            // Every process of a namespace is no condition, nor is every message that a process was ever sent, unless it
+            // is gone.
             let needs = match () {
                 () if line.contains("_current") || line.contains("_former") => " AND (id = ",
-                () if line.contains("events_id") && what != "order" => " AND (event_id = ",
+                () if line.contains("events_id") && what != "chores" => " AND (event_id = ",
                 () => "Index Cond",
             };
             if condition.is_none_or(|condition| !condition.contains(needs)) {

@@ -72,7 +72,7 @@ enum Part {
 
 /// Sorts the rows of a load by run. A run whose rows cannot be understood says so, alone.
 fn loaded(runs: &[RunId], rows: &[PgRow]) -> Result<Vec<Loaded>> {
-    const KIND: usize = 20;
+    const KIND: usize = 19;
     let mut states: HashMap<RunId, RunState> = HashMap::new();
     let mut broken: HashMap<RunId, String> = HashMap::new();
     let mut parts = Vec::with_capacity(rows.len());
@@ -148,6 +148,8 @@ pub(crate) fn poll_statement(schema: &Schema, poll: &Poll) -> Sql {
          SELECT 'inbox', NULL, NULL, NULL, NULL
              WHERE EXISTS (SELECT 1 FROM {schema}.inbox WHERE namespace = {namespace} AND refused IS NULL)
          UNION ALL
+         SELECT 'chores', NULL, NULL, NULL, NULL WHERE EXISTS (SELECT 1 FROM {schema}.chores WHERE due_at <= now())
+         UNION ALL
          SELECT 'signalled', NULL, NULL, p.run, p.signals FROM {schema}.processes p
              WHERE p.owner = {instance} AND p.signalled
          UNION ALL
@@ -158,10 +160,10 @@ pub(crate) fn poll_statement(schema: &Schema, poll: &Poll) -> Sql {
     sql
 }
 
-/// What there is to do, and whether something waits in the inbox.
-pub(crate) fn polled(rows: &[PgRow]) -> Result<(Polled, bool)> {
+/// What there is to do; besides, whether something waits in the inbox, and whether there are chores.
+pub(crate) fn polled(rows: &[PgRow]) -> Result<(Polled, [bool; 2])> {
     let mut polled = Polled::default();
-    let mut inbox = false;
+    let (mut inbox, mut chores) = (false, false);
     for row in rows {
         match get::<&str>(row, 0)? {
             "now" => polled.now = rows::time(row, 2)?,
@@ -171,11 +173,12 @@ pub(crate) fn polled(rows: &[PgRow]) -> Result<(Polled, bool)> {
                 polled.due.push((boxed(get(row, 1)?), at));
             }
             "inbox" => inbox = true,
+            "chores" => chores = true,
             "signalled" => polled.signalled.push((run(row, 3)?, get(row, 4)?)),
             _ => polled.ended.push(run(row, 3)?),
         }
     }
-    Ok((polled, inbox))
+    Ok((polled, [inbox, chores]))
 }
 
 pub(crate) fn find_statement(schema: &Schema, namespace: &str, id: &str, run: Option<RunId>) -> Sql {

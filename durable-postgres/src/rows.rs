@@ -107,8 +107,8 @@ pub(crate) fn standing(row: &PgRow, run_at: usize, status_at: usize) -> Result<(
 /// The columns of [`process`], of a table that is called `p`. The columns of the others have the same types in the same
 /// places, so that one statement can read all of them from one snapshot.
 pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.output, p.reason, p.owner, p.claim, \
-    p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
-    p.created_at, p.status_at, p.finished_at, p.cancelled_seq";
+    p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.created_at, \
+    p.status_at, p.finished_at, p.cancelled_seq";
 
 /// The same without the input, and without the output: both may be large.
 pub(crate) fn found() -> String {
@@ -139,17 +139,16 @@ fn read_process(row: &PgRow) -> Result<ProcessRow> {
         signals: get(row, 12)?,
         cancel_requested_at: maybe_time(row, 13)?,
         cancelled_at: maybe_time(row, 14)?,
-        unasked: maybe_text(row, 15)?,
-        created_at: time(row, 16)?,
-        status_at: time(row, 17)?,
-        finished_at: maybe_time(row, 18)?,
-        cancelled_seq: get(row, 19)?,
+        created_at: time(row, 15)?,
+        status_at: time(row, 16)?,
+        finished_at: maybe_time(row, 17)?,
+        cancelled_seq: get(row, 18)?,
     })
 }
 
-/// What stands in the places 13 to 19 of a row that is not a process's.
-const REST: &str = "NULL::timestamptz, NULL::timestamptz, NULL::text, NULL::timestamptz, NULL::timestamptz, \
-    NULL::timestamptz, NULL::integer";
+/// What stands in the places 13 to 18 of a row that is not a process's.
+const REST: &str = "NULL::timestamptz, NULL::timestamptz, NULL::timestamptz, NULL::timestamptz, NULL::timestamptz, \
+    NULL::integer";
 /// And before that, in the places 10 to 12.
 const NOTHING: &str = "NULL::timestamptz, NULL::text, NULL::bigint";
 

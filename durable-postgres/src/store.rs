@@ -1,10 +1,10 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use durable_core::storage::inbox;
 use durable_core::storage::{
     Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, Result, RunId, Sorted, Storage, StorageError,
+    Record, RecordKey, Result, RunId, Sorted, Storage, StorageError, leaves_more,
 };
+use durable_core::storage::{chores, inbox};
 use sqlx::postgres::PgRow;
 use std::time::Duration;
 
@@ -43,6 +43,16 @@ impl Postgres {
     /// Runs one statement for a caller.
     async fn ask(&self, sql: Sql) -> Result<Vec<PgRow>> {
         self.0.asking.run(sql).await
+    }
+
+    /// Does a part of the chores, and says whether there may be more.
+    async fn do_chores(&self) -> Result<bool> {
+        let mut lent = self.0.connections.lend().await?;
+        let mut chores = batch::All { connection: &mut lent.connection, schema: &self.0.schema };
+        let more = within(self.0.connections.bounds().answers(), unavailable, chores::work(&mut chores)).await;
+        let more = lent.done(more)?;
+        Hints::tell(&self.0);
+        Ok(more)
     }
 
     /// Moves on what waits in the inbox, all of it or the rows for `ids`, in at most `parts` parts; and says whether
@@ -132,14 +142,20 @@ impl Storage for Postgres {
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
         let look = async || read::polled(&self.run(read::poll_statement(&self.0.schema, poll)).await?);
-        match look().await? {
-            (polled, false) => Ok(polled),
-            (_, true) => {
-                let swept = self.sweep(&self.0.connections, &poll.namespace, None, SWEPT).await;
-                let (polled, _) = look().await?;
-                Ok(Polled { more: inbox::leaves_more(swept), ..polled })
-            }
+        let (polled, [inbox, chores]) = look().await?;
+        let mut more = false;
+        if inbox {
+            let swept = self.sweep(&self.0.connections, &poll.namespace, None, SWEPT).await;
+            more |= leaves_more("a part of the inbox", swept.map(|all| !all));
         }
+        if chores {
+            more |= leaves_more("a chore", self.do_chores().await);
+        }
+        if !inbox && !chores {
+            return Ok(polled);
+        }
+        let (polled, _) = look().await?;
+        Ok(Polled { more, ..polled })
     }
 
     async fn changed(&self, cursor: &mut u64, at_most: Duration) {

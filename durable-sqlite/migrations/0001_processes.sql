@@ -23,8 +23,6 @@ CREATE TABLE durable_processes (
     output              TEXT,
     -- why it failed or is stuck, in words
     reason              TEXT,
-    -- records that the function, when it ended, had never asked for
-    unasked             TEXT,
     cancel_requested_at TEXT,
     cancelled_at        TEXT,
     -- its place among the run's records
@@ -35,7 +33,7 @@ CREATE TABLE durable_processes (
 ) WITHOUT ROWID;
 
 CREATE UNIQUE INDEX durable_processes_current ON durable_processes (namespace, id) WHERE current = 1;
-CREATE INDEX durable_processes_former ON durable_processes (namespace, id) WHERE current = 0;
+CREATE INDEX durable_processes_former ON durable_processes (namespace, id, run) WHERE current = 0;
 CREATE INDEX durable_processes_due ON durable_processes (namespace, kind, wake_at)
     WHERE status = 'waiting' AND wake_at IS NOT NULL;
 CREATE INDEX durable_processes_owner ON durable_processes (owner) WHERE owner IS NOT NULL;
@@ -79,12 +77,25 @@ CREATE INDEX durable_events_waiting ON durable_events (run, number) WHERE taken_
 
 -- Who awaits whose output.
 CREATE TABLE durable_waiters (
-    target TEXT NOT NULL,
-    waiter TEXT NOT NULL,
+    target TEXT    NOT NULL,
+    waiter TEXT    NOT NULL,
+    -- a chore has woken it
+    told   INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (target, waiter)
 ) WITHOUT ROWID;
 
 CREATE INDEX durable_waiters_waiter ON durable_waiters (waiter);
+CREATE INDEX durable_waiters_untold ON durable_waiters (target) WHERE told = 0;
+
+-- What is too much for one transaction, done a part at a time.
+CREATE TABLE durable_chores (
+    run    TEXT NOT NULL PRIMARY KEY,
+    -- wake: whoever awaits the run, which has ended; delete: that, and what the run has left in the other tables
+    what   TEXT NOT NULL,
+    due_at TEXT NOT NULL
+) WITHOUT ROWID;
+
+CREATE INDEX durable_chores_due ON durable_chores (due_at);
 
 -- The engines that share this database. A row whose fence is set may write no more.
 CREATE TABLE durable_instances (

@@ -71,8 +71,8 @@ pub(crate) fn standing(row: &SqliteRow, run_at: usize, status_at: usize) -> Resu
 
 /// The columns of [`process`], of a table that is called `p`.
 pub(crate) const PROCESS: &str = "p.run, p.id, p.kind, p.status, p.input, p.output, p.reason, p.owner, p.claim, \
-    p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.unasked, \
-    p.created_at, p.status_at, p.finished_at, p.cancelled_seq";
+    p.calm_claim, p.wake_at, p.waiting_for, p.signals, p.cancel_requested_at, p.cancelled_at, p.created_at, \
+    p.status_at, p.finished_at, p.cancelled_seq";
 
 /// The same without the input, and without the output: both may be large.
 pub(crate) fn found() -> String {
@@ -112,11 +112,10 @@ fn read_process(row: &SqliteRow) -> Result<ProcessRow> {
         signals: get(row, 12)?,
         cancel_requested_at: maybe("cancel_requested_at", text(13)?, time)?,
         cancelled_at: maybe("cancelled_at", text(14)?, time)?,
-        unasked: text(15)?.map(boxed),
-        created_at: time("created_at", get(row, 16)?)?,
-        status_at: time("status_at", get(row, 17)?)?,
-        finished_at: maybe("finished_at", text(18)?, time)?,
-        cancelled_seq: get(row, 19)?,
+        created_at: time("created_at", get(row, 15)?)?,
+        status_at: time("status_at", get(row, 16)?)?,
+        finished_at: maybe("finished_at", text(17)?, time)?,
+        cancelled_seq: get(row, 18)?,
     })
 }
 

@@ -1,8 +1,9 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use durable_core::storage::chores;
 use durable_core::storage::{
     Batch, Counted, EventRow, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
-    ProcessRow, Record, RecordKey, Result, RunId, RunState, Storage, StorageError, Target,
+    ProcessRow, Record, RecordKey, Result, RunId, RunState, Storage, StorageError, Target, leaves_more,
 };
 use serde_json::json;
 use sqlx::SqlitePool;
@@ -256,6 +257,8 @@ impl Storage for Sqlite {
                          AND p.kind = k.value AND p.status = 'waiting' AND p.wake_at IS NOT NULL), NULL
                      FROM json_each(?) k
                      UNION ALL
+                     SELECT 'chores', NULL, NULL, NULL WHERE EXISTS (SELECT 1 FROM durable_chores WHERE due_at <= {NOW})
+                     UNION ALL
                      SELECT 'signalled', run, NULL, signals FROM durable_processes WHERE owner = ? AND signalled = 1
                      UNION ALL
                      SELECT 'ended', w.value, NULL, NULL FROM json_each(?) w LEFT JOIN durable_processes p
@@ -270,9 +273,11 @@ impl Storage for Sqlite {
             )])
             .await?;
         let mut polled = Polled::default();
+        let mut chores = false;
         for row in all(&answers) {
             match get::<&str>(row, 0)? {
                 "now" => polled.now = time("now", get(row, 2)?)?,
+                "chores" => chores = true,
                 "due" => {
                     // A time that somebody has written in another form is due: the claim clears it away.
                     if let Some(at) = get::<Option<&str>>(row, 2)? {
@@ -283,6 +288,8 @@ impl Storage for Sqlite {
                 _ => polled.ended.extend(readable(rows::run(row, 1))),
             }
         }
+        // Whom they wake is seen by the next look.
+        polled.more = chores && leaves_more("a chore", chores::work(&mut batch::All(&self.0)).await);
         Ok(polled)
     }
 

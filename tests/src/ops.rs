@@ -78,7 +78,7 @@ pub fn started(run: RunId, name: &str, child: Spawn) -> Op {
 /// The end of a process.
 pub fn finish(run: RunId) -> Op {
     let output = Some("7".into());
-    Op::Finish(Finish { run, claim: 1, status: Status::Completed, output, reason: None, unasked: None })
+    Op::Finish(Finish { run, claim: 1, status: Status::Completed, output, reason: None })
 }
 
 /// A process waits, having seen so many signals.

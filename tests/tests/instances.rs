@@ -286,8 +286,7 @@ async fn a_zombie_writes_nothing<B: Backend>() {
     let peers = storage.peers("default", InstanceId::new()).await.unwrap().peers;
     let peer = peers.iter().find(|peer| peer.instance == zombie).unwrap();
     assert!(storage.fence(peer).await.unwrap());
-    let finish =
-        Finish { run, claim: number, status: Status::Completed, output: Some("0".into()), reason: None, unasked: None };
+    let finish = Finish { run, claim: number, status: Status::Completed, output: Some("0".into()), reason: None };
     let park = Park { run, claim: number, wake_at: None, seen: None, waiting_for: None };
     for op in [Op::Finish(finish), Op::Park(park), Op::cancel("w".into()), claim] {
         let refused = storage.commit(&batch(zombie, vec![op])).await;

@@ -754,7 +754,7 @@ fn statements_that_take_too_long() {
     });
 }
 
-/// A process with so many rows that deleting them takes longer than a statement may is deleted all the same.
+/// What a process leaves, so much that deleting it takes longer than a statement may, goes all the same, a part at a time.
 #[test]
 fn a_deletion_that_takes_long() {
     test(async {
@@ -764,18 +764,21 @@ fn a_deletion_that_takes_long() {
             Postgres::connect(schema.url()).schema(schema.name()).statement_timeout(bound, bound).await.unwrap();
         let (me, _heart) = enlist(&storage).await;
         let run = start(&storage, me, "p").await;
-        commit(&storage, me, vec![record(run, "step")]).await;
+        commit(&storage, me, (0..30).map(|n| record(run, &format!("step-{n}"))).collect()).await;
         commit(&storage, me, vec![finish(run)]).await;
         schema
             .execute(
                 "CREATE FUNCTION {s}.is_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                     PERFORM pg_sleep(0.3);
+                     PERFORM pg_sleep(0.05);
                      RETURN OLD;
                  END $$;
                  CREATE TRIGGER is_slow BEFORE DELETE ON {s}.steps FOR EACH ROW EXECUTE FUNCTION {s}.is_slow()",
             )
             .await;
         commit(&storage, me, vec![Op::delete("p".into())]).await;
+        let poll =
+            durable_core::storage::Poll { instance: me, namespace: "default".into(), kinds: vec![], watched: vec![] };
+        while storage.poll(&poll).await.unwrap().more {}
         assert!(schema.everything().await.is_empty());
         // What else goes with it is bounded as before.
         let slow = "CREATE OR REPLACE FUNCTION {s}.is_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN

@@ -19,6 +19,7 @@
 //! ```
 #![allow(clippy::unwrap_used, clippy::expect_used)] // These are tests.
 
+pub mod chores;
 pub mod claims;
 pub mod instances;
 pub mod mailbox;
@@ -72,6 +73,7 @@ macro_rules! conformance {
                 a_park_that_missed_a_message, a_signal_of_another_instance_is_seen],
             claims: [only_what_is_due_is_claimed, the_earliest_first, each_process_once, only_the_kind_and_namespace,
                 a_park_gives_back, a_released_one_is_due, what_is_owned],
+            chores: [very_many_that_await_one, a_deletion_of_very_many_rows, an_id_of_very_many_runs],
             processes: [what_is_given_back_is_due, a_start_is_there_once, a_start_that_is_taken, a_restart_keeps_the_former_run,
                 an_end_wakes_those_that_await_it, an_end_that_is_lost_changes_nothing, a_durable_start_and_its_record, cancelling, resuming_and_forgetting,
                 orders_of_a_run, terminating, deleting, finding_listing_counting, due_times_to_the_end_of_time],

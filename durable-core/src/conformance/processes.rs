@@ -218,11 +218,14 @@ pub async fn resuming_and_forgetting<S: Subject>(subject: &S) {
             actor.one(Op::Record(record(run, 1, key(name, "")))).await;
         }
         let untimely = actor.one(Op::resume(id.into(), forget())).await;
-        assert_eq!(untimely, Outcome::Asked { before: Some((run, Status::Running)), wakes: vec![], again: false });
+        assert_eq!(
+            untimely,
+            Outcome::Asked { before: Some((run, Status::Running)), wakes: vec![], again: false, more: false }
+        );
         assert_eq!(actor.load(run).await.records.len(), 2);
         actor.finish(run, 1, status).await;
         let asked = actor.one(Op::resume(id.into(), forget())).await;
-        assert_eq!(asked, Outcome::Asked { before: Some((run, status)), wakes: vec![], again: false });
+        assert_eq!(asked, Outcome::Asked { before: Some((run, status)), wakes: vec![], again: false, more: false });
         let state = actor.load(run).await;
         assert_eq!(state.records.iter().map(|(key, _)| &*key.name).collect::<Vec<_>>(), ["a"]);
         let row = state.process;
@@ -230,7 +233,7 @@ pub async fn resuming_and_forgetting<S: Subject>(subject: &S) {
         assert_eq!(actor.claim(9).await.len(), 1);
     }
     let nobody = actor.one(Op::resume("nobody".into(), vec![])).await;
-    assert_eq!(nobody, Outcome::Asked { before: None, wakes: vec![], again: false });
+    assert_eq!(nobody, Outcome::Asked { before: None, wakes: vec![], again: false, more: false });
 }
 
 /// Of a run that was followed by another one, nothing is changed any more; it can be deleted alone.
@@ -263,6 +266,7 @@ pub async fn orders_of_a_run<S: Subject>(subject: &S) {
     assert_eq!(order(second.run, What::Delete).await, (Some((second.run, Status::Running)), vec![]));
     assert_eq!(order(first, What::Delete).await, (Some((first, Status::Failed)), vec![]));
     assert!(load(&storage, first).await.is_none());
+    actor.idle().await;
     assert_eq!(storage.record(first, &key("a", "")).await.unwrap(), None);
     assert_eq!(actor.row("p").await.run, second.run);
     actor.finish(second.run, 1, Status::Completed).await;
@@ -281,7 +285,10 @@ pub async fn terminating<S: Subject>(subject: &S) {
     actor.one(Op::Await { run, id: "target".into(), target: None }).await;
     let terminate = || Op::Order(Order { id: "p".into(), run: None, what: What::Terminate { reason: "why".into() } });
     let asked = other.one(terminate()).await;
-    assert_eq!(asked, Outcome::Asked { before: Some((run, Status::Running)), wakes: vec![waiter], again: false });
+    assert_eq!(
+        asked,
+        Outcome::Asked { before: Some((run, Status::Running)), wakes: vec![waiter], again: false, more: false }
+    );
     let row = actor.row("p").await;
     assert_eq!((row.status, row.owner, row.reason.as_deref()), (Status::Cancelled, None, Some("why")));
     assert!(row.finished_at.is_some() && row.cancel_requested_at.is_some());
@@ -318,14 +325,15 @@ pub async fn deleting<S: Subject>(subject: &S) {
     let deleted = delete("p").await;
     assert_eq!(
         deleted,
-        Outcome::Asked { before: Some((second.run, Status::Stuck)), wakes: vec![neighbour], again: false }
+        Outcome::Asked { before: Some((second.run, Status::Stuck)), wakes: vec![neighbour], again: false, more: false }
     );
     assert!(load(&storage, first).await.is_none() && load(&storage, second.run).await.is_none());
     assert_eq!(storage.find(NAMESPACE, "p", None).await.unwrap(), None);
+    actor.idle().await;
     assert_eq!(storage.record(first, &key("a", "")).await.unwrap(), None);
     let targets = actor.load(neighbour).await.targets;
     assert_eq!(targets.iter().map(|t| (t.run, t.ended.clone())).collect::<Vec<_>>(), [(second.run, None)]);
-    assert_eq!(delete("p").await, Outcome::Asked { before: None, wakes: vec![], again: false });
+    assert_eq!(delete("p").await, Outcome::Asked { before: None, wakes: vec![], again: false, more: false });
     let again = spawn("p");
     assert_eq!(actor.one(Op::Spawn(again.clone())).await, Outcome::Spawned(spawned(&again, false)));
 }

@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::storage::{
-    Batch, Claimed, Effect, Fence, Finish, Heart, InstanceId, NewInstance, Op, OpKind, Outcome, Park, ProcessRow,
+    Batch, Claimed, Effect, Fence, Finish, Heart, InstanceId, NewInstance, Op, OpKind, Outcome, Park, Poll, ProcessRow,
     Raise, Raised, Record, RecordKey, RecordOp, RecordState, Result, RunId, RunState, Scope, Spawn, Spawned, Status,
     Storage,
 };
@@ -95,6 +95,13 @@ impl<'s, S: Storage> Actor<'s, S> {
         self.storage.find(NAMESPACE, id, None).await.unwrap().expect("the process is there")
     }
 
+    /// Looks until nothing is left that looks do by the way.
+    pub async fn idle(&self) {
+        let kinds = vec![KIND.into()];
+        let poll = Poll { instance: self.id, namespace: NAMESPACE.into(), kinds, watched: vec![] };
+        while self.storage.poll(&poll).await.unwrap().more {}
+    }
+
     /// The database's time.
     pub async fn now(&self) -> DateTime<Utc> {
         self.storage.peers(NAMESPACE, self.id).await.unwrap().now
@@ -138,7 +145,7 @@ pub fn raise(id: &str, event_id: &str) -> Raise {
 
 /// The end of a run.
 pub fn finish(run: RunId, claim: i64, status: Status) -> Finish {
-    Finish { run, claim, status, output: Some("7".into()), reason: Some("because".into()), unasked: None }
+    Finish { run, claim, status, output: Some("7".into()), reason: Some("because".into()) }
 }
 
 /// A key.

@@ -395,7 +395,7 @@ async fn finish(run: &Arc<Run>, ended: Ended) -> Result<(), End> {
                 return Err(End::Stuck(error.to_string()));
             }
             tracing::info!(id = %run.id, kind = %run.kind, run = %run.run, "{status}");
-            let op = Finish { run: run.run, claim: run.claim, status, output, reason, unasked: None };
+            let op = Finish { run: run.run, claim: run.claim, status, output, reason };
             match run.submit(Op::Finish(op), None).await {
                 Ok(Err(refused)) => Err(End::Stuck(format!("the database refuses its output: {refused}"))),
                 Ok(Ok(Outcome::Lost)) | Err(_) => Err(End::Gone),

@@ -33,7 +33,6 @@ impl Core {
             cancel_requested_at: None,
             cancelled_at: None,
             cancelled_seq: None,
-            unasked: None,
             created_at: now,
             status_at: now,
             finished_at: None,

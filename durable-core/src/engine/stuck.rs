@@ -18,7 +18,7 @@ impl Core {
         let none = || "the database does not take the reason; the log has it".to_owned();
         for reason in [&plain as &(dyn Fn() -> String + Sync), &ascii, &none] {
             let reason = Some(reason().into());
-            let finish = Finish { run, claim, status: Status::Stuck, output: None, reason, unasked: None };
+            let finish = Finish { run, claim, status: Status::Stuck, output: None, reason };
             let (reply, answer) = oneshot::channel();
             self.queue.push(Job::new(Op::Finish(finish), from(), Some(reply)));
             if !matches!(answer.await, Ok(Err(_))) {

@@ -71,9 +71,6 @@ pub struct Info {
     pub waiting_for: Option<Box<str>>,
     /// When cancellation was asked for.
     pub cancel_requested_at: Option<DateTime<Utc>>,
-    /// Records that its function, when it ended, had never asked for. Always `None` at present: such a process is stuck
-    /// instead, and its reason names them.
-    pub unasked_records: Option<Box<str>>,
     /// When it was started.
     pub created_at: DateTime<Utc>,
     /// Since when its status is what it is.
@@ -93,7 +90,6 @@ impl Info {
             next_wake: row.wake_at,
             waiting_for: row.waiting_for,
             cancel_requested_at: row.cancel_requested_at,
-            unasked_records: row.unasked,
             created_at: row.created_at,
             status_at: row.status_at,
         }
@@ -313,14 +309,20 @@ impl<O, E> Handle<O, E> {
         &self,
         what: What,
         allowed: &'static str,
-        done: impl FnOnce(Status, bool) -> bool,
+        done: impl Fn(Status, bool) -> bool,
     ) -> Result<(), HandleError> {
         if limits::check("process id", &self.id, limits::MAX_ID).is_err() {
             return Err(self.not_found());
         }
         let deletes = matches!(what, What::Delete);
         let order = Order { id: self.id.clone(), run: self.run, what };
-        match self.core.ask(Op::Order(order), None).await? {
+        let mut outcome = self.core.ask(Op::Order(order.clone()), None).await?;
+        while let Outcome::Asked { before: Some((_, status)), more: true, again, .. } = &outcome
+            && done(*status, *again)
+        {
+            outcome = self.core.ask(Op::Order(order.clone()), None).await?;
+        }
+        match outcome {
             Outcome::Asked { before: Some((_, status)), again, .. } if done(status, again) => Ok(()),
             Outcome::Asked { before: Some((_, status)), .. } => {
                 Err(HandleError::Status { id: self.id.clone(), status, allowed })

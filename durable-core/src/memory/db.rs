@@ -174,7 +174,6 @@ impl Db {
             cancel_requested_at: None,
             cancelled_at: None,
             cancelled_seq: None,
-            unasked: None,
             created_at: now,
             status_at: now,
             finished_at: None,
@@ -312,7 +311,6 @@ impl Db {
         row.status = finish.status;
         row.output = finish.output.clone();
         row.reason = finish.reason.clone();
-        row.unasked = finish.unasked.clone();
         row.owner = None;
         row.wake_at = None;
         row.waiting_for = None;
@@ -380,7 +378,7 @@ impl Db {
             }
             _ => Vec::new(),
         };
-        Outcome::Asked { before, wakes, again: false }
+        Outcome::Asked { before, wakes, again: false, more: false }
     }
 
     fn cancel(&mut self, me: InstanceId, run: RunId, now: DateTime<Utc>) -> Vec<RunId> {

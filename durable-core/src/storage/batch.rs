@@ -271,8 +271,6 @@ pub struct Finish {
     pub output: Option<Box<str>>,
     /// Why it failed or is stuck, in words.
     pub reason: Option<Box<str>>,
-    /// Records that it never asked for, in words.
-    pub unasked: Option<Box<str>>,
 }
 
 /// See [`Op::Park`].
@@ -330,6 +328,8 @@ pub enum Outcome {
         /// Always false from a storage. The engine sets it where an earlier attempt, whose answer was lost, may have
         /// done it already: `before` may be its doing then.
         again: bool,
+        /// A deletion has taken a part of its former runs, and is to be ordered again.
+        more: bool,
     },
     /// What the operation needs to know of another process is not in a form that this version understands: why. Nothing
     /// was done for it; the neighbours were.

@@ -141,17 +141,6 @@ pub fn before_a_batch(swept: Result<bool>) -> Result<()> {
     }
 }
 
-/// Whether more is to be moved on, after a look has moved on some. An error keeps the look from nothing else.
-pub fn leaves_more(swept: Result<bool>) -> bool {
-    match swept {
-        Ok(all) => !all,
-        Err(error) => {
-            tracing::warn!("rows stay in the inbox for now: {error}");
-            false
-        }
-    }
-}
-
 #[derive(Default)]
 struct Together {
     numbers: Vec<i64>,

@@ -6,6 +6,7 @@
 //! `durable_core::conformance` (feature `conformance`).
 
 mod batch;
+pub mod chores;
 mod error;
 pub mod inbox;
 pub mod migration;
@@ -40,6 +41,14 @@ pub fn shares(connections: usize) -> [usize; 3] {
     let writing = connections / 4 + 1;
     let others = connections.saturating_sub(writing).max(2);
     [writing, others.div_ceil(2), others / 2]
+}
+
+/// Whether more is left of what a look has done a part of by the way. An error is told, and keeps the look from nothing else.
+pub fn leaves_more(what: &str, more: Result<bool>) -> bool {
+    more.unwrap_or_else(|error| {
+        tracing::warn!("{what} is left for now: {error}");
+        false
+    })
 }
 
 /// A database that keeps processes.

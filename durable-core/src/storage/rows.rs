@@ -252,8 +252,6 @@ pub struct ProcessRow {
     pub cancelled_at: Option<DateTime<Utc>>,
     /// The place of that among the run's records.
     pub cancelled_seq: Option<i32>,
-    /// Records that the function, when it ended, had never asked for, in words.
-    pub unasked: Option<Box<str>>,
     /// When it was started.
     pub created_at: DateTime<Utc>,
     /// When its status last changed.

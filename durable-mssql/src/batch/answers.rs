@@ -1,6 +1,6 @@
 //! What a script tells of what it has done.
 
-use durable_core::storage::{Claimed, Finish, Op, Outcome, Raised, Result, RunId, Sorted, Spawned, StorageError};
+use durable_core::storage::{Claimed, Finish, Op, Outcome, Raised, Result, RunId, Sorted, Spawned, StorageError, What};
 use std::collections::{HashMap, HashSet};
 use tiberius::Row;
 use uuid::Uuid;
@@ -27,7 +27,7 @@ pub(super) const MADE: i32 = 5;
 pub(super) const STATE: i32 = 6;
 /// A run was signalled by an end: its owner.
 pub(super) const WOKEN: i32 = 7;
-/// What an order found: run, status.
+/// What an order found: run, whether it has more former runs than go at once, status.
 pub(super) const BEFORE: i32 = 8;
 /// A process is the instance's, under this claim.
 pub(super) const CLAIMED: i32 = 9;
@@ -69,6 +69,7 @@ fn outcomes(told: &[Row], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<V
     let (mut woken, mut roused) = (Vec::new(), Vec::new());
     let mut claimed: Vec<Claimed> = Vec::new();
     let mut before: HashMap<usize, Result<(RunId, durable_core::Status)>> = HashMap::new();
+    let mut more: HashSet<usize> = HashSet::new();
     // A row of another process that cannot be understood is told to whoever asked about that process.
     let readable = |outcome: Result<Outcome>| Some(outcome.unwrap_or_else(|why| Outcome::Unreadable(why.to_string())));
     for row in told {
@@ -92,7 +93,11 @@ fn outcomes(told: &[Row], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<V
             ROUSED if maybe_id(row, 6)? == Some(me) => roused.push(run(row, 2)?),
             WOKEN | ROUSED => {}
             BEFORE => {
-                before.insert(place(row, ops)?, standing(row, 2, 7));
+                let at = place(row, ops)?;
+                before.insert(at, standing(row, 2, 7));
+                if get::<i64>(row, 3)? == 1 {
+                    more.insert(at);
+                }
             }
             CLAIMED => claimed.push(Claimed { run: run(row, 2)?, claim: get(row, 3)? }),
             other => return Err(StorageError::schema(format!("part {other} is not known"))),
@@ -120,9 +125,10 @@ fn outcomes(told: &[Row], me: Uuid, ops: &[Op], sorted: &Sorted<'_>) -> Result<V
         outcomes[*at].get_or_insert(Outcome::Awaits(None));
     }
     owned(sorted, me, &made, &states, &mut outcomes);
-    for (at, _) in &sorted.orders {
+    for (at, order) in &sorted.orders {
+        let more = more.contains(at) && matches!(order.what, What::Delete);
         outcomes[*at] = Some(match before.remove(at).transpose() {
-            Ok(before) => Outcome::Asked { before, wakes: Vec::new(), again: false },
+            Ok(before) => Outcome::Asked { before, wakes: Vec::new(), again: false, more },
             Err(why) => Outcome::Unreadable(why.to_string()),
         });
     }

@@ -1,4 +1,5 @@
 use durable_core::storage::Sorted;
+use durable_core::storage::chores::WOKEN;
 
 use super::{Of, current};
 use crate::json;
@@ -25,7 +26,10 @@ pub(super) fn take(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     let ending = sorted.ending();
     if !ending.is_empty() {
         let source = json::runs(sql, ending);
-        wanted.push(format!("SELECT w.waiter FROM {source} JOIN {of}.waiters AS w ON w.target = j.run"));
+        let waiters = format!("FROM {source} JOIN {of}.waiters AS w ON w.target = j.run");
+        wanted.push(format!(
+            "SELECT w.waiter {waiters} WHERE {WOKEN} >= (SELECT COUNT(*) FROM (SELECT TOP ({WOKEN} + 1) w.waiter {waiters}) AS m)"
+        ));
     }
     let wanted = wanted.join(" UNION ");
     sql.declare("@held TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");

@@ -5,6 +5,7 @@
 //! table and sent when all is committed.
 
 mod answers;
+mod chores;
 mod inbox;
 mod locks;
 mod mail;
@@ -23,6 +24,9 @@ use crate::fence::{self, BUSY};
 use crate::names::Schema;
 use crate::session::Client;
 use crate::sql::{Commits, Sql};
+pub(crate) use chores::All;
+#[cfg(test)]
+pub(crate) use chores::{part, put_off};
 pub(crate) use inbox::Rows;
 #[cfg(test)]
 pub(crate) use inbox::waiting;

@@ -1,5 +1,6 @@
 //! What people order of processes. Their rows are locked already.
 
+use durable_core::storage::chores::DELETED;
 use durable_core::storage::{Order, Sorted, What};
 
 use super::{FINISHED, Of, UNFINISHED, WAKE, answers, owned};
@@ -28,9 +29,11 @@ pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     };
     let before = answers::BEFORE;
     if let Some(j) = such(sql, |_| true) {
-        // Of an earlier run, too, if that is given.
+        // Of an earlier run, too, if that is given; and whether there are too many to go at once.
+        let more = more(of);
         sql.push(format!(
-            "INSERT INTO @out (part, ord, run, text) SELECT {before}, j.ord, p.run, p.status
+            "INSERT INTO @out (part, ord, run, a, text)
+             SELECT {before}, j.ord, p.run, CASE WHEN p.[current] = 1 AND {more} THEN 1 ELSE 0 END, p.status
              FROM {j} JOIN {of}.processes AS p ON p.namespace = @namespace AND p.id = j.id
              WHERE (j.run IS NULL AND p.[current] = 1) OR p.run = j.run"
         ));
@@ -43,6 +46,10 @@ pub(super) fn write(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     }
     if let Some(j) = such(sql, |what| matches!(what, What::Resume { .. })) {
         forget(sql, of, sorted);
+        // Those that have been told that it failed may await it again.
+        let failed = format!("SELECT p.run FROM {j} JOIN {of}.processes AS p ON {MEANT} WHERE p.status = N'failed'");
+        sql.push(format!("DELETE c FROM {of}.chores AS c WHERE c.what = N'wake' AND c.run IN ({failed})"));
+        sql.push(format!("UPDATE w SET told = 0 FROM {of}.waiters AS w WHERE w.told = 1 AND w.target IN ({failed})"));
         sql.push(format!(
             "UPDATE p SET status = N'waiting', wake_at = @now, calm_claim = p.claim, [output] = NULL, reason = NULL,
                  status_at = @now, finished_at = NULL
@@ -83,10 +90,8 @@ fn terminate(sql: &mut Sql, of: &Of<'_>, j: &str) {
              cancel_requested_at = COALESCE(p.cancel_requested_at, @now)
          FROM {of}.processes AS p JOIN {j} ON {MEANT} WHERE p.status IN {UNFINISHED}"
     ));
-    sql.push(format!(
-        "DELETE w FROM {of}.waiters AS w JOIN {of}.processes AS p ON p.run = w.waiter JOIN {j} ON {MEANT}
-         WHERE p.status = N'cancelled'"
-    ));
+    let cancelled = format!("SELECT p.run FROM {j} JOIN {of}.processes AS p ON {MEANT} WHERE p.status = N'cancelled'");
+    owned::unwait(sql, of, &cancelled);
     wake_those_of_the_cancelled(sql, of, j);
 }
 
@@ -132,13 +137,20 @@ fn forget(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     ));
 }
 
-/// All runs of the ids, if the current one is meant and may go; or an earlier one alone. The rows themselves last.
+/// All runs of the ids, the current one last, if that is meant and may go; or an earlier one alone. What they leave in the
+/// other tables is cleared away later.
 fn delete(sql: &mut Sql, of: &Of<'_>, j: &str) {
     sql.declare("@gone TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
+    let may_go = format!("(p.status IN {FINISHED} OR p.status = N'stuck')");
+    let more = more(of);
     sql.push(format!(
-        "INSERT INTO @gone (run) SELECT r.run FROM {j} JOIN {of}.processes AS r ON r.namespace = @namespace AND r.id = j.id
-         WHERE (r.[current] = 1 OR r.[current] = 0) AND (EXISTS (SELECT 1 FROM {of}.processes AS p
-             WHERE {MEANT} AND (p.status IN {FINISHED} OR p.status = N'stuck')) OR (r.run = j.run AND r.[current] = 0))"
+        "INSERT INTO @gone (run)
+         SELECT f.run FROM {j} CROSS APPLY (SELECT TOP ({DELETED}) r.run FROM {of}.processes AS r
+             WHERE r.namespace = @namespace AND r.id = j.id AND r.[current] = 0 ORDER BY r.run) AS f
+             WHERE EXISTS (SELECT 1 FROM {of}.processes AS p WHERE {MEANT} AND {may_go})
+         UNION SELECT p.run FROM {j} JOIN {of}.processes AS p ON {MEANT} WHERE {may_go} AND NOT {more}
+         UNION SELECT r.run FROM {j} JOIN {of}.processes AS r ON r.namespace = @namespace AND r.id = j.id AND r.run = j.run
+             WHERE r.[current] = 0"
     ));
     owned::wake(sql, of, "SELECT g.run FROM @gone AS g", answers::ROUSED);
     // What of the inbox the database would not take.
@@ -146,9 +158,18 @@ fn delete(sql: &mut Sql, of: &Of<'_>, j: &str) {
         "DELETE i FROM {of}.inbox AS i JOIN {of}.processes AS p ON p.namespace = i.namespace AND p.id = i.id
          JOIN @gone AS g ON g.run = p.run WHERE i.refused IS NOT NULL"
     ));
-    for (table, column) in
-        [("steps", "run"), ("events", "run"), ("audit", "run"), ("waiters", "waiter"), ("processes", "run")]
-    {
-        sql.push(format!("DELETE d FROM {of}.{table} AS d JOIN @gone AS g ON g.run = d.{column}"));
-    }
+    sql.push(format!("UPDATE c SET what = N'delete' FROM {of}.chores AS c JOIN @gone AS g ON g.run = c.run"));
+    sql.push(format!(
+        "INSERT INTO {of}.chores (run, what, due_at) SELECT g.run, N'delete', @now FROM @gone AS g
+         WHERE NOT EXISTS (SELECT 1 FROM {of}.chores AS c WHERE c.run = g.run)"
+    ));
+    sql.push(format!("DELETE p FROM {of}.processes AS p JOIN @gone AS g ON g.run = p.run"));
+}
+
+/// There are as many former runs of an id `j` as go at once.
+fn more(of: &Of<'_>) -> String {
+    format!(
+        "((SELECT COUNT(*) FROM (SELECT TOP ({DELETED}) r.run FROM {of}.processes AS r WHERE r.namespace = @namespace
+             AND r.id = j.id AND r.[current] = 0) AS m) >= {DELETED})"
+    )
 }

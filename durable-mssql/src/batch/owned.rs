@@ -1,6 +1,7 @@
 //! Changes of rows that the instance owns, whom the ends among them wake, and claims.
 
 use durable_core::storage::Sorted;
+use durable_core::storage::chores::{UNAWAITED, WOKEN};
 
 use super::{Of, UNFINISHED, WAKE, answers};
 use crate::json::{self, Column, Table};
@@ -70,7 +71,6 @@ const FINISHES: &[(&str, Column)] = &[
     ("status", Column::Key(16)),
     ("output", Column::Text),
     ("reason", Column::Text),
-    ("unasked", Column::Text),
     ("ended", Column::Bit),
 ];
 
@@ -87,14 +87,11 @@ fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
             finish.status.as_str().into(),
             finish.output.as_deref().into(),
             finish.reason.as_deref().into(),
-            finish.unasked.as_deref().into(),
             finish.status.is_finished().into(),
         ]);
     }
     let j = table.named(sql, "j");
-    let set =
-        "status = j.status, [output] = j.[output], reason = j.reason, unasked = j.unasked, owner = NULL, wake_at = NULL,
-        waiting_for = NULL, signalled = 0, status_at = @now, finished_at = CASE WHEN j.ended = 1 THEN @now END";
+    let set = "status = j.status, [output] = j.[output], reason = j.reason, owner = NULL, wake_at = NULL, waiting_for = NULL, signalled = 0, status_at = @now, finished_at = CASE WHEN j.ended = 1 THEN @now END";
     change(sql, of, &j, set, "");
     if sorted.ending().is_empty() {
         return;
@@ -104,14 +101,28 @@ fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
         "SELECT t.run FROM {j} JOIN {of}.processes AS t ON t.run = j.run AND t.claim = j.claim AND t.status = j.status
          WHERE j.ended = 1 AND t.owner IS NULL"
     );
-    sql.push(format!("DELETE w FROM {of}.waiters AS w WHERE w.waiter IN ({ended})"));
+    unwait(sql, of, &ended);
     wake(sql, of, &ended, answers::WOKEN);
 }
 
-/// Signals everybody who awaits one of the runs that `ended` selects, and tells it as this part.
+/// What the runs that `ended` selects still await is nobody's any more.
+pub(super) fn unwait(sql: &mut Sql, of: &Of<'_>, ended: &str) {
+    sql.push(format!(
+        "DELETE d FROM (SELECT TOP ({UNAWAITED}) w.waiter FROM {of}.waiters AS w WHERE w.waiter IN ({ended})) AS d"
+    ));
+}
+
+/// Signals everybody who awaits one of the runs that `ended` selects, and tells it as this part; or leaves it as chores.
 pub(super) fn wake(sql: &mut Sql, of: &Of<'_>, ended: &str, woken: i32) {
     sql.push(format!(
-        "UPDATE p SET signals = p.signals + 1, {WAKE} OUTPUT {woken}, inserted.run, inserted.owner INTO @out (part, run, owner)
+        "SET @count = (SELECT COUNT(*) FROM (SELECT TOP ({WOKEN} + 1) w.waiter FROM {of}.waiters AS w
+             WHERE w.target IN ({ended})) AS m)"
+    ));
+    sql.push(format!(
+        "IF @count > {WOKEN} INSERT INTO {of}.chores (run, what, due_at)
+             SELECT DISTINCT w.target, N'wake', @now FROM {of}.waiters AS w
+             WHERE w.target IN ({ended}) AND NOT EXISTS (SELECT 1 FROM {of}.chores AS c WHERE c.run = w.target)
+         ELSE UPDATE p SET signals = p.signals + 1, {WAKE} OUTPUT {woken}, inserted.run, inserted.owner INTO @out (part, run, owner)
          FROM {of}.processes AS p
          WHERE p.run IN (SELECT w.waiter FROM {of}.waiters AS w WHERE w.target IN ({ended})) AND p.status IN {UNFINISHED}"
     ));

@@ -8,7 +8,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 use uuid::Uuid;
 
 use super::{Gate, Of, whole};
-use crate::errors::{self, reading};
+use crate::errors::reading;
 use crate::names::Schema;
 use crate::rows::{boxed, get};
 use crate::sql::{Commits, Sql};
@@ -31,16 +31,8 @@ impl Inbox for Rows<'_> {
 
     async fn take(&mut self, numbers: &[i64], ops: &[Op]) -> Result<Option<Vec<Outcome>>> {
         self.connection.execute("BEGIN; SET LOCAL lock_timeout = 100").await.map_err(reading)?;
-        match self.write(numbers, ops).await {
-            Ok(Some(outcomes)) => {
-                self.connection.execute("COMMIT").await.map_err(|error| errors::sort(error, true))?;
-                Ok(Some(outcomes))
-            }
-            other => {
-                self.connection.execute("ROLLBACK").await.map_err(reading)?;
-                other
-            }
-        }
+        let written = self.write(numbers, ops).await;
+        whole::end(self.connection, written).await
     }
 
     async fn refuse(&mut self, number: i64, why: &str) -> Result<()> {

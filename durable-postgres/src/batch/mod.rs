@@ -1,6 +1,7 @@
 //! A batch as SQL. Most are one statement ([`single`]), which is one round trip and a transaction of its own; those that
 //! reach into other processes are a transaction of several ([`whole`]).
 
+mod chores;
 mod inbox;
 mod mail;
 mod orders;
@@ -9,15 +10,17 @@ mod read;
 mod single;
 mod whole;
 
-use durable_core::storage::{Batch, Op, Order, Outcome, Result, Sorted, StorageError, What};
+use durable_core::storage::{Batch, Outcome, Result, Sorted, StorageError};
 use sqlx::postgres::PgConnection;
 use std::fmt;
-use std::time::Duration;
 use uuid::Uuid;
 
 use crate::lend::{unknown, within};
 use crate::names::Schema;
 use crate::session::Bounds;
+pub(crate) use chores::All;
+#[cfg(test)]
+pub(crate) use chores::all as chores;
 pub(crate) use inbox::Rows;
 #[cfg(test)]
 pub(crate) use inbox::{held, waiting};
@@ -25,9 +28,6 @@ pub(crate) use inbox::{held, waiting};
 pub(crate) const UNFINISHED: &str = "('running', 'waiting', 'stuck')";
 /// Both lists are used positively: a status that this version does not know is neither.
 pub(crate) const FINISHED: &str = "('completed', 'failed', 'cancelled')";
-
-/// For how long the answer to a deletion is waited for.
-const DELETION: Duration = Duration::from_secs(3600);
 
 /// Whose batch it is, and where it goes: displayed as the schema.
 struct Of<'b> {
@@ -91,9 +91,7 @@ pub(crate) async fn commit(
     } else {
         single::Answer::Nothing
     };
-    // The server does not bound a deletion.
-    let deletes = batch.ops.iter().any(|op| matches!(op, Op::Order(Order { what: What::Delete, .. })));
-    let bound = if deletes { DELETION } else { bounds.answers() };
+    let bound = bounds.answers();
     match answer {
         single::Answer::Done(outcomes) => Ok(outcomes),
         single::Answer::Nothing => {

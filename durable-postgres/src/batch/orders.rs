@@ -1,19 +1,18 @@
 //! What people order of a process. Rare, so one by one. The process's row is locked by the first statement of each, so the
 //! others see everything that concerns it.
 
+use durable_core::storage::chores::DELETED;
 use durable_core::storage::{Forget, Order, Outcome, Result, StorageError, What};
 use sqlx::postgres::{PgConnection, PgRow};
 
-use super::parts::{wake, woken};
+use super::parts::{unwaiting, wake, woken};
+use super::whole::OPEN;
 use super::{FINISHED, Of, UNFINISHED, read};
 use crate::rows::{get, standing};
 use crate::sql::{Commits, Sql};
 
 pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order: &Order) -> Result<Outcome> {
     let before = ask(connection, before(of, order)).await?;
-    let deletes = matches!(order.what, What::Delete);
-    // However many rows they are: given up, it would be tried again and again.
-    let bound = if deletes { Some(statement_timeout(connection, "0").await?) } else { None };
     let mut wakes = Vec::new();
     for (sql, rouses) in statements(of, order)? {
         let rows = ask(connection, sql).await?;
@@ -21,30 +20,16 @@ pub(super) async fn carry_out(connection: &mut PgConnection, of: &Of<'_>, order:
             wakes.extend(read::mine(&rows));
         }
     }
-    if let Some(bound) = bound {
-        statement_timeout(connection, &bound).await?;
-    }
+    let more = before.first().map(|row| get(row, 2)).transpose()?.unwrap_or(false);
     let before = before.first().map(|row| standing(row, 0, 1)).transpose();
     Ok(match before {
-        Ok(before) => Outcome::Asked { before, wakes, again: false },
+        Ok(before) => Outcome::Asked { before, wakes, again: false, more },
         Err(why) => Outcome::Unreadable(why.to_string()),
     })
 }
 
 async fn ask(connection: &mut PgConnection, sql: Sql) -> Result<Vec<PgRow>> {
     sql.run(connection, Commits::No).await
-}
-
-/// Sets how long the statements of this transaction may take, and says what it was before.
-async fn statement_timeout(connection: &mut PgConnection, to: &str) -> Result<String> {
-    let mut sql = Sql::default();
-    let to = sql.bind(to);
-    sql.text = format!(
-        "WITH before AS MATERIALIZED (SELECT pg_catalog.current_setting('statement_timeout') AS value)
-         SELECT value, pg_catalog.set_config('statement_timeout', {to}, true) FROM before"
-    );
-    let rows = ask(connection, sql).await?;
-    rows.first().map(|row| get(row, 0)).unwrap_or_else(|| Err(StorageError::schema("no answer")))
 }
 
 /// What stands for the parts of an order.
@@ -61,6 +46,15 @@ impl Meant {
     fn current(&self) -> String {
         let Self { namespace, id, run, .. } = self;
         format!("p.namespace = {namespace} AND p.id = {id} AND p.current AND ({run} IS NULL OR p.run = {run})")
+    }
+
+    /// There are as many former runs as go at once.
+    fn more(&self, of: &Of<'_>) -> String {
+        let Self { namespace, id, .. } = self;
+        format!(
+            "((SELECT count(*) FROM (SELECT 1 FROM {of}.processes f WHERE f.namespace = {namespace} AND f.id = {id}
+                 AND NOT f.current LIMIT {DELETED}) f) >= {DELETED})"
+        )
     }
 }
 
@@ -84,13 +78,15 @@ fn change(of: &Of<'_>, order: &Order, only: &str, set: impl FnOnce(&mut Sql, &st
     })
 }
 
-/// Of an earlier run, too, if that is given.
+/// Of an earlier run, too, if that is given; and whether a deletion leaves some of its former runs, and so itself.
 fn before(of: &Of<'_>, order: &Order) -> Sql {
-    about(of, order, |_, Meant { namespace, id, run, .. }| {
+    about(of, order, |_, given| {
+        let Meant { namespace, id, run, .. } = given;
+        let more = if matches!(order.what, What::Delete) { given.more(of) } else { "false".to_owned() };
         let meant = if order.run.is_some() { format!("p.run = {run}") } else { format!("{run} IS NULL AND p.current") };
         format!(
-            "SELECT p.run, p.status FROM {of}.processes p WHERE p.namespace = {namespace} AND p.id = {id} AND {meant}
-             FOR UPDATE"
+            "SELECT p.run, p.status, p.current AND {more} FROM {of}.processes p WHERE p.namespace = {namespace} AND p.id = {id} AND {meant}
+             FOR UPDATE OF p"
         )
     })
 }
@@ -139,16 +135,24 @@ fn terminated(of: &Of<'_>, order: &Order, reason: &str) -> [(Sql, bool); 3] {
     });
     let unwaiting = about(of, order, |_, meant| {
         let current = meant.current();
-        format!(
-            "DELETE FROM {of}.waiters w USING {of}.processes p WHERE w.waiter = p.run AND {current}
-                 AND p.status = 'cancelled'"
-        )
+        let cancelled = format!("SELECT p.run FROM {of}.processes p WHERE {current} AND p.status = 'cancelled'");
+        unwaiting(of, &cancelled, OPEN)
     });
     [(ended, false), (unwaiting, false), (ended_wakes(of, order), true)]
 }
 
 fn resumed(of: &Of<'_>, order: &Order, forget: &[Forget]) -> Vec<Sql> {
-    let mut statements = Vec::new();
+    // Those that have been told that it failed may await it again.
+    let told = about(of, order, |_, meant| {
+        let current = meant.current();
+        format!(
+            "WITH done AS (DELETE FROM {of}.chores c USING {of}.processes p WHERE c.run = p.run AND {current} AND c.what = 'wake'
+                 AND p.status = 'failed')
+             UPDATE {of}.waiters w SET told = false FROM {of}.processes p WHERE w.target = p.run AND {current}
+                 AND p.status = 'failed' AND w.told"
+        )
+    });
+    let mut statements = vec![told];
     if !forget.is_empty() {
         statements.push(about(of, order, |sql, meant| {
             let (j, current) = (forgotten(sql, forget), meant.current());
@@ -189,20 +193,23 @@ fn forgotten(sql: &mut Sql, forget: &[Forget]) -> String {
         .named("j")
 }
 
-/// All runs of the id, if the current one is meant and may go; or an earlier one alone. The rows themselves last: the others
-/// are found through them.
+/// All runs of the id, the current one last, if that is meant and may go; or an earlier one alone. What they leave in the
+/// other tables is cleared away later.
 fn deleted(of: &Of<'_>, order: &Order) -> Vec<(Sql, bool)> {
     let current = |Meant { namespace, id, run, .. }: &Meant| {
         format!(
-            "SELECT 1 FROM {of}.processes q WHERE q.namespace = {namespace} AND q.id = {id} AND q.current
+            "SELECT q.run FROM {of}.processes q WHERE q.namespace = {namespace} AND q.id = {id} AND q.current
                  AND ({run} IS NULL OR q.run = {run}) AND (q.status IN {FINISHED} OR q.status = 'stuck')"
         )
     };
     let runs = |meant: &Meant| {
-        let (Meant { namespace, id, run, .. }, current) = (meant, current(meant));
+        let (Meant { namespace, id, run, .. }, current, more) = (meant, current(meant), meant.more(of));
         format!(
-            "SELECT r.run FROM {of}.processes r WHERE r.namespace = {namespace} AND r.id = {id}
-                 AND (r.current OR NOT r.current) AND (EXISTS ({current}) OR (r.run = {run} AND NOT r.current))"
+            "SELECT f.run FROM (SELECT f.run FROM {of}.processes f WHERE f.namespace = {namespace} AND f.id = {id}
+                     AND NOT f.current ORDER BY f.run LIMIT {DELETED}) f WHERE EXISTS ({current})
+             UNION ALL SELECT c.run FROM ({current}) c WHERE NOT {more}
+             UNION ALL SELECT r.run FROM {of}.processes r WHERE r.namespace = {namespace} AND r.id = {id} AND r.run = {run}
+                 AND NOT r.current"
         )
     };
     let woken = about(of, order, |sql, meant| woken(sql, of, &runs(meant)));
@@ -213,12 +220,15 @@ fn deleted(of: &Of<'_>, order: &Order) -> Vec<(Sql, bool)> {
                  AND EXISTS ({current})"
         )
     });
-    let tables = [("steps", "run"), ("events", "run"), ("audit", "run"), ("waiters", "waiter"), ("processes", "run")];
-    let deleted = tables.map(|(table, column)| {
-        about(of, order, |_, meant| format!("DELETE FROM {of}.{table} WHERE {column} IN ({})", runs(meant)))
+    let deleted = about(of, order, |_, meant| {
+        let runs = runs(meant);
+        format!(
+            "WITH gone AS (DELETE FROM {of}.processes WHERE run = ANY (ARRAY ({runs})) RETURNING run)
+             INSERT INTO {of}.chores (run, what, due_at) SELECT run, 'delete', now() FROM gone
+             ON CONFLICT (run) DO UPDATE SET what = 'delete'"
+        )
     });
-    let deleted = deleted.into_iter().map(|sql| (sql, false));
-    [(woken, true), (refused, false)].into_iter().chain(deleted).collect()
+    vec![(woken, true), (refused, false), (deleted, false)]
 }
 
 /// Every statement of an order.

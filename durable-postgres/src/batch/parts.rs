@@ -1,6 +1,7 @@
 //! The parts that a batch is made of, each one statement: alone within a transaction, or together with others as
 //! `WITH` queries of one statement. Each is given the condition on which it writes, its gate.
 
+use durable_core::storage::chores::{UNAWAITED, WOKEN};
 use durable_core::storage::{Finish, Park, RecordOp, RunId, Start};
 
 use super::{Gate, Of, UNFINISHED};
@@ -263,12 +264,11 @@ pub(super) fn finished(sql: &mut Sql, of: &Of<'_>, finishes: &[(usize, &Finish)]
         .column("status", each().map(|finish| finish.status.as_str()))
         .column("output", each().map(|finish| finish.output.as_deref()))
         .column("reason", each().map(|finish| finish.reason.as_deref()))
-        .column("unasked", each().map(|finish| finish.unasked.as_deref()))
         .column("ended", each().map(|finish| finish.status.is_finished()))
         .named("j");
     format!(
-        "UPDATE {of}.processes p SET status = j.status, output = j.output::json, reason = j.reason, unasked = j.unasked,
-             owner = NULL, wake_at = NULL, waiting_for = NULL, signalled = false, status_at = now(),
+        "UPDATE {of}.processes p SET status = j.status, output = j.output::json, reason = j.reason, owner = NULL, wake_at = NULL,
+             waiting_for = NULL, signalled = false, status_at = now(),
              finished_at = CASE WHEN j.ended THEN now() END
          FROM {j} WHERE p.run = j.run AND p.claim = j.claim AND p.owner IS NOT DISTINCT FROM {me} AND {gate} RETURNING p.run"
     )
@@ -276,7 +276,10 @@ pub(super) fn finished(sql: &mut Sql, of: &Of<'_>, finishes: &[(usize, &Finish)]
 
 /// What those that end still await is nobody's any more.
 pub(super) fn unwaiting(of: &Of<'_>, ended: &str, gate: &str) -> String {
-    format!("DELETE FROM {of}.waiters w WHERE w.waiter IN ({ended}) AND {gate} RETURNING 1")
+    format!(
+        "DELETE FROM {of}.waiters WHERE ctid = ANY (ARRAY (SELECT w.ctid FROM {of}.waiters w WHERE w.waiter IN ({ended})
+             LIMIT {UNAWAITED})) AND {gate} RETURNING 1"
+    )
 }
 
 /// Parks: whether every signal was seen is decided on the row, by its newest version if somebody else is changing it.
@@ -327,15 +330,19 @@ pub(super) fn wake(me: &str) -> String {
     )
 }
 
-/// Signals everybody who awaits one of the runs that `targets` selects; answers with them, and whether the instance owns
-/// them.
+/// Signals everybody who awaits one of the runs that `targets` selects, or leaves that as chores; answers with those that are
+/// signalled, and whether the instance owns them.
 pub(super) fn woken(sql: &mut Sql, of: &Of<'_>, targets: &str) -> String {
     let me = sql.bind(of.instance);
     let wake = wake(&me);
     format!(
-        "WITH awake AS MATERIALIZED (SELECT p.run FROM {of}.processes p
-             WHERE p.run IN (SELECT w.waiter FROM {of}.waiters w WHERE w.target IN ({targets}))
-                 AND p.status IN {UNFINISHED}
+        "WITH few AS MATERIALIZED (SELECT w.waiter FROM {of}.waiters w WHERE w.target IN ({targets}) LIMIT {WOKEN} + 1),
+         many AS MATERIALIZED (SELECT 1 FROM few HAVING count(*) > {WOKEN}),
+         later AS (INSERT INTO {of}.chores (run, what, due_at) SELECT t.run, 'wake', now() FROM ({targets}) t (run)
+             WHERE EXISTS (SELECT 1 FROM many) AND EXISTS (SELECT 1 FROM {of}.waiters w WHERE w.target = t.run)
+             ON CONFLICT DO NOTHING),
+         awake AS MATERIALIZED (SELECT p.run FROM {of}.processes p
+             WHERE p.run = ANY (ARRAY (SELECT waiter FROM few)) AND NOT EXISTS (SELECT 1 FROM many) AND p.status IN {UNFINISHED}
              ORDER BY p.run FOR NO KEY UPDATE)
          UPDATE {of}.processes p SET signals = p.signals + 1, {wake} FROM awake WHERE p.run = awake.run
          RETURNING p.run, p.owner IS NOT NULL AND p.owner = {me}"

@@ -1,6 +1,7 @@
 //! A batch as a transaction: the same parts, a statement each, in the order of the variants of `Op`. Each has a snapshot
 //! of its own, which is taken when all rows that it goes by are locked.
 
+use durable_core::storage::chores::WOKEN;
 use durable_core::storage::{Claimed, Op, Outcome, Raised, RecordOp, Result, RunId, Sorted, StorageError};
 use sqlx::Executor;
 use sqlx::postgres::{PgConnection, PgRow};
@@ -30,10 +31,16 @@ pub(super) async fn commit(
         }
         write(connection, of, ops, sorted).await
     };
-    match written.await {
-        Ok(outcomes) => {
+    let written = written.await;
+    end(connection, written).await
+}
+
+/// Ends a transaction: commits what succeeded.
+pub(super) async fn end<T>(connection: &mut PgConnection, written: Result<T>) -> Result<T> {
+    match written {
+        Ok(written) => {
             connection.execute("COMMIT").await.map_err(|error| sort(error, true))?;
-            Ok(outcomes)
+            Ok(written)
         }
         Err(error) => {
             // If this fails, so has the connection; and with it goes the transaction. Who asked is told the first error,
@@ -76,9 +83,10 @@ pub(super) fn lock(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) -> String {
     let (runs, ending) = (sql.bind(uuids(runs)), sql.bind(uuids(sorted.ending())));
     format!(
         "WITH fence AS MATERIALIZED ({fence}),
+         few AS MATERIALIZED (SELECT waiter FROM {of}.waiters WHERE target = ANY ({ending}) LIMIT {WOKEN} + 1),
          wanted AS MATERIALIZED (SELECT unnest({runs}) AS run
              UNION SELECT {current} FROM unnest({ids}) AS i (id)
-             UNION SELECT waiter FROM {of}.waiters WHERE target = ANY ({ending})),
+             UNION SELECT waiter FROM few WHERE (SELECT count(*) FROM few) <= {WOKEN}),
          held AS MATERIALIZED (SELECT p.run FROM {of}.processes p
              WHERE p.run = ANY (ARRAY (SELECT run FROM wanted)) AND EXISTS (SELECT 1 FROM fence)
              ORDER BY p.run FOR NO KEY UPDATE)

@@ -107,11 +107,12 @@ pub(super) async fn read(
                 }
             }
             Part::Asked { at, before, wakes } => {
-                let before: Result<Option<(RunId, Status)>> =
-                    rows(before).rows.first().map(|row| standing(row, 0, 1)).transpose();
+                let before = rows(before).rows;
+                let more = before.first().map(|row| get(row, 2)).transpose()?.unwrap_or(false);
+                let before: Result<Option<(RunId, Status)>> = before.first().map(|row| standing(row, 0, 1)).transpose();
                 let wakes = wakes.into_iter().flat_map(|statement| mine(&rows(statement).rows)).collect();
                 outcomes[at] = Some(match before {
-                    Ok(before) => Outcome::Asked { before, wakes, again: false },
+                    Ok(before) => Outcome::Asked { before, wakes, again: false, more },
                     Err(why) => Outcome::Unreadable(why.to_string()),
                 });
             }

@@ -2,6 +2,7 @@
 //! JSON array; and what their answers say.
 
 mod answers;
+mod chores;
 mod messages;
 mod orders;
 mod owned;
@@ -13,6 +14,7 @@ use durable_core::storage::{Batch, Op, Outcome, RecordOp, Result, StorageError};
 use sqlx::sqlite::SqliteConnection;
 
 use self::answers::Part;
+pub(crate) use self::chores::All;
 use crate::script::{Arg, NOW, Script};
 
 /// True while the batch's instance and generation may write. Evaluated inside the batch's own write transaction, which

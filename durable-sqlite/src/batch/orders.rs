@@ -1,3 +1,4 @@
+use durable_core::storage::chores::DELETED;
 use durable_core::storage::{Forget, Op, Order, What};
 
 use super::answers::Part;
@@ -62,13 +63,18 @@ impl Plan<'_> {
         [self.namespace.clone(), (&*order.id).into(), run.clone(), run]
     }
 
-    /// Of an earlier run, too, if that is given.
+    /// Of an earlier run, too, if that is given; and whether a deletion leaves some of its former runs, and so itself.
     fn before(&mut self, order: &Order) -> usize {
         let [namespace, id, run, _] = self.meant(order);
         let meant = if order.run.is_some() { "run = ?" } else { "current = 1 AND ? IS NULL" };
+        let (more, mut args) = match order.what {
+            What::Delete => (format!("current = 1 AND {}", more()), vec![namespace.clone(), id.clone()]),
+            _ => ("0".to_owned(), Vec::new()),
+        };
+        args.extend([namespace, id, run]);
         self.script.add(
-            &format!("SELECT run, status FROM durable_processes WHERE namespace = ? AND id = ? AND {meant}"),
-            [namespace, id, run],
+            &format!("SELECT run, status, {more} FROM durable_processes WHERE namespace = ? AND id = ? AND {meant}"),
+            args,
         )
     }
 
@@ -112,21 +118,22 @@ impl Plan<'_> {
              cancel_requested_at = coalesce(cancel_requested_at, {NOW})"
         );
         self.change(order, (&set, vec![reason.into()]), &format!("status IN {UNFINISHED}"), false);
-        let [instance, generation] = self.fence_args();
-        let mut args = vec![instance, generation];
-        args.extend(self.meant(order));
-        self.script.add(
-            &format!(
-                "DELETE FROM durable_waiters WHERE {FENCED} AND waiter IN (
-                     SELECT p.run FROM durable_processes p WHERE {CURRENT} AND p.status = 'cancelled')"
-            ),
-            args,
-        );
+        let cancelled = format!("SELECT p.run FROM durable_processes p WHERE {CURRENT} AND p.status = 'cancelled'");
+        self.unwait(&cancelled, self.meant(order).into());
         vec![self.wake_those_of_the_cancelled(order)]
     }
 
     fn resume(&mut self, order: &Order, forget: &[Forget]) -> Vec<usize> {
         self.forget(order, forget);
+        // Those that have been told that it failed may await it again.
+        let failed = format!("SELECT p.run FROM durable_processes p WHERE {CURRENT} AND p.status = 'failed'");
+        for sql in [
+            format!("DELETE FROM durable_chores WHERE {FENCED} AND what = 'wake' AND run IN ({failed})"),
+            format!("UPDATE durable_waiters SET told = 0 WHERE {FENCED} AND told = 1 AND target IN ({failed})"),
+        ] {
+            let args = self.fence_args().into_iter().chain(self.meant(order));
+            self.script.add(&sql, args);
+        }
         let resumed = format!(
             "status = 'waiting', wake_at = {NOW}, calm_claim = claim, output = NULL, reason = NULL, status_at = {NOW},
              finished_at = NULL"
@@ -174,32 +181,41 @@ impl Plan<'_> {
 
     fn delete(&mut self, order: &Order) -> usize {
         let [instance, generation] = self.fence_args();
-        // All runs of the id, if the current one is meant and may go; or an earlier one alone.
-        let of_id = |current| {
-            format!("SELECT run, current FROM durable_processes WHERE namespace = ? AND id = ? AND current = {current}")
-        };
-        let runs = format!(
-            "SELECT r.run FROM ({} UNION ALL {}) r WHERE EXISTS (SELECT 1 FROM durable_processes p
-                 WHERE {CURRENT} AND (p.status IN {FINISHED} OR p.status = 'stuck')) OR (r.run = ? AND r.current = 0)",
-            of_id(0),
-            of_id(1)
+        // All runs of the id, the current one last, if that is meant and may go; or an earlier one alone.
+        let current = format!(
+            "SELECT p.run FROM durable_processes p WHERE {CURRENT} AND (p.status IN {FINISHED} OR p.status = 'stuck')"
         );
-        let [namespace, id, run, again] = self.meant(order);
-        let (n, i) = (&namespace, &id);
-        let of: Vec<Arg> = [n, i, n, i, n, i, &run, &again, &run].into_iter().cloned().collect();
+        let more = more();
+        let runs = format!(
+            "SELECT f.run FROM (SELECT run FROM durable_processes WHERE namespace = ? AND id = ? AND current = 0
+                 ORDER BY run LIMIT {DELETED}) f WHERE EXISTS ({current})
+             UNION ALL {current} AND NOT {more}
+             UNION ALL SELECT run FROM durable_processes WHERE namespace = ? AND id = ? AND run = ? AND current = 0"
+        );
+        let meant = self.meant(order);
+        let [namespace, id, run, _] = &meant;
+        let pair = [namespace, id];
+        let parts = [&pair[..], &meant.each_ref(), &meant.each_ref(), &pair, &pair, &[run]];
+        let of: Vec<Arg> = parts.into_iter().flatten().copied().cloned().collect();
         let wakes = self.wake_waiters(&runs, of.clone());
-        let mut statements: Vec<String> = ["durable_steps", "durable_events", "durable_audit"]
-            .iter()
-            .map(|table| format!("DELETE FROM {table} WHERE {FENCED} AND run IN ({runs})"))
-            .collect();
-        statements.push(format!("DELETE FROM durable_waiters WHERE {FENCED} AND waiter IN ({runs})"));
-        // The rows themselves last: the others are found through them.
-        statements.push(format!("DELETE FROM durable_processes WHERE {FENCED} AND run IN ({runs})"));
-        for sql in statements {
-            let mut args = vec![instance.clone(), generation.clone()];
-            args.extend(of.iter().cloned());
-            self.script.add(&sql, args);
+        // What they leave in the other tables is cleared away later.
+        for sql in [
+            format!(
+                "INSERT INTO durable_chores (run, what, due_at) SELECT g.run, 'delete', {NOW} FROM ({runs}) g WHERE {FENCED}
+                 ON CONFLICT (run) DO UPDATE SET what = 'delete'"
+            ),
+            format!("DELETE FROM durable_processes WHERE run IN ({runs}) AND {FENCED}"),
+        ] {
+            self.script.add(&sql, of.iter().cloned().chain([instance.clone(), generation.clone()]));
         }
         wakes
     }
+}
+
+/// There are as many former runs of an id as go at once.
+fn more() -> String {
+    format!(
+        "((SELECT count(*) FROM (SELECT 1 FROM durable_processes WHERE namespace = ? AND id = ? AND current = 0
+             LIMIT {DELETED})) >= {DELETED})"
+    )
 }

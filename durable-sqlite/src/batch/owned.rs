@@ -1,3 +1,4 @@
+use durable_core::storage::chores::{UNAWAITED, WOKEN};
 use durable_core::storage::{Finish, Op, Park};
 
 use super::answers::Part;
@@ -83,17 +84,17 @@ impl Plan<'_> {
     }
 
     pub(super) fn finishes(&mut self) {
-        const HEAD: [&str; 4] = ["status", "reason", "unasked", "claim"];
+        const HEAD: [&str; 3] = ["status", "reason", "claim"];
         let mut rows = Sets::new(2, HEAD);
         for (index, op) in self.ops() {
-            if let Op::Finish(Finish { run, claim, status, output, reason, unasked }) = op {
-                let head = cells![status.as_str(), reason.as_ref(), unasked.as_ref(), *claim];
+            if let Op::Finish(Finish { run, claim, status, output, reason }) = op {
+                let head = cells![status.as_str(), reason.as_ref(), *claim];
                 rows.push(index, cells![run.0, output.as_ref()], head);
             }
         }
         for set in rows.sets() {
             let [instance, generation] = self.fence_args();
-            let [status, reason, unasked, claim] = HEAD.map(|name| set.bound(name));
+            let [status, reason, claim] = HEAD.map(|name| set.bound(name));
             // Those that have ended so, now or by an earlier attempt.
             let ended = format!(
                 "SELECT p.run FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0
@@ -103,37 +104,60 @@ impl Plan<'_> {
             let by: Vec<Arg> =
                 [Some(set.rows.clone()), status.1.clone(), claim.1.clone()].into_iter().flatten().collect();
             let own = [Some(instance.clone()), Some(instance.clone()), Some(generation.clone())];
-            let args = [status.1, reason.1, unasked.1, Some(set.rows.clone()), claim.1].into_iter().chain(own);
-            let (values, claim) = (format!("{}, j.value->>1, {}, {}", status.0, reason.0, unasked.0), claim.0);
+            let args = [status.1, reason.1, Some(set.rows.clone()), claim.1].into_iter().chain(own);
+            let (values, claim) = (format!("{}, j.value->>1, {}", status.0, reason.0), claim.0);
             let finished = self.script.add(
                 &format!(
                     "{} WHERE p.claim = {claim} AND +p.owner IS ? AND {FENCED}
                      ON CONFLICT (run) DO UPDATE SET status = excluded.status, output = excluded.output,
-                         reason = excluded.reason, unasked = excluded.unasked, owner = NULL, wake_at = NULL,
-                         waiting_for = NULL, signalled = 0, status_at = {NOW},
+                         reason = excluded.reason, owner = NULL, wake_at = NULL, waiting_for = NULL, signalled = 0, status_at = {NOW},
                          finished_at = iif(excluded.status IN {FINISHED}, {NOW}, NULL)",
-                    change("status, output, reason, unasked", &values)
+                    change("status, output, reason", &values)
                 ),
                 args.flatten(),
             );
-            self.script.add(
-                &format!("DELETE FROM durable_waiters WHERE {FENCED} AND {ANYBODY} AND waiter IN ({ended})"),
-                [instance, generation].into_iter().chain(by.iter().cloned()),
-            );
+            self.unwait(&ended, by.clone());
             let wakes = self.wake_waiters(&ended, by);
             self.parts.push(Part::Finishes { at: set.at, finished, wakes });
         }
     }
 
-    /// Signals everybody who awaits one of the selected runs; answers with those that the instance owns.
+    /// What the selected runs, which have ended, still await is nobody's any more.
+    pub(super) fn unwait(&mut self, ended: &str, ended_args: Vec<Arg>) {
+        let [instance, generation] = self.fence_args();
+        self.script.add(
+            &format!(
+                "DELETE FROM durable_waiters WHERE {FENCED} AND {ANYBODY} AND (target, waiter) IN (
+                     SELECT w.target, w.waiter FROM durable_waiters w WHERE w.waiter IN ({ended}) LIMIT {UNAWAITED})"
+            ),
+            [instance, generation].into_iter().chain(ended_args),
+        );
+    }
+
+    /// Signals everybody who awaits one of the selected runs, or leaves that as chores; answers with those of them that the
+    /// instance owns.
     pub(super) fn wake_waiters(&mut self, targets: &str, target_args: Vec<Arg>) -> usize {
         let [instance, generation] = self.fence_args();
+        let many = format!(
+            "CASE WHEN {FENCED} AND {ANYBODY} THEN (SELECT count(*) FROM (
+                 SELECT 1 FROM durable_waiters w WHERE w.target IN ({targets}) LIMIT {WOKEN} + 1)) > {WOKEN} END"
+        );
+        let mut args = vec![instance.clone(), generation.clone()];
+        args.extend(target_args.iter().chain(&target_args).cloned());
+        self.script.add(
+            &format!(
+                "INSERT INTO durable_chores (run, what, due_at) SELECT t.run, 'wake', {NOW}
+                 FROM (SELECT 1 WHERE {many}) g CROSS JOIN ({targets}) t
+                 WHERE EXISTS (SELECT 1 FROM durable_waiters w WHERE w.target = t.run) ON CONFLICT DO NOTHING"
+            ),
+            args,
+        );
         let mut args = vec![instance.clone(), instance.clone(), generation];
-        args.extend(target_args);
+        args.extend(target_args.iter().chain(&target_args).cloned());
         args.push(instance);
         self.script.add(
             &format!(
-                "UPDATE durable_processes SET signals = signals + 1, {} WHERE {FENCED} AND {ANYBODY} AND status IN {UNFINISHED}
+                "UPDATE durable_processes SET signals = signals + 1, {} WHERE NOT ({many}) AND status IN {UNFINISHED}
                      AND run IN (SELECT w.waiter FROM durable_waiters w WHERE w.target IN ({targets}))
                  RETURNING run, owner IS NOT NULL AND owner = ?",
                 wake()

@@ -121,7 +121,6 @@ impl Play {
                     status: *status,
                     output: matches!(status, Status::Completed | Status::Failed).then(|| "[ 7]".into()),
                     reason: (*status != Status::Completed).then(|| "because".into()),
-                    unasked: (*status == Status::Completed).then(|| "nobody".into()),
                 })
             }
             Draft::Park { run, claim, due, seen } => {
