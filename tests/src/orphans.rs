@@ -5,7 +5,12 @@ use crate::Sql;
 /// What there is of them, by kind; empty if there is nothing. While processes run, rows on their way may be among them.
 pub async fn orphans<B: Sql>(backend: &B) -> Vec<String> {
     let prefix = B::PROCESSES.strip_suffix("processes").unwrap();
-    let gone = |of: &str| format!("NOT EXISTS (SELECT 1 FROM {prefix}processes p WHERE p.run = {of})");
+    let gone = |of: &str| {
+        format!(
+            "NOT EXISTS (SELECT 1 FROM {prefix}processes p WHERE p.run = {of})
+                 AND NOT EXISTS (SELECT 1 FROM {prefix}chores c WHERE c.run = {of} AND c.what = 'delete')"
+        )
+    };
     let over = |of: &str| {
         format!(
             "NOT EXISTS (SELECT 1 FROM {prefix}processes p WHERE p.run = {of}

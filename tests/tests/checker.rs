@@ -130,7 +130,7 @@ fn rows_that_nothing_touches() {
         let rows = [
             format!("INSERT INTO durable_steps VALUES ({a}, 0, 's', '', 'step', 'done', '1', 0, 1, 1, {now});"),
             format!("INSERT INTO durable_events VALUES ({a}, 1, 'e', 'i', '1', {now}, NULL);"),
-            format!("INSERT INTO durable_waiters VALUES ({a}, {b});"),
+            format!("INSERT INTO durable_waiters (target, waiter) VALUES ({a}, {b});"),
             format!(
                 "INSERT INTO durable_audit VALUES ({a}, {a}, {now}, 0, 's', '', 'step', 'done', '1', 0, 1, 1, {now});"
             ),

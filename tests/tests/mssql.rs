@@ -327,7 +327,7 @@ fn await_against_finish() {
         let (target, parent) = (start(&storage, me, "a").await, start(&other, waiter, "parent-a").await);
         let mut session = Session::begin(&schema).await;
         session.run(&format!("UPDATE processes SET awaited = 1 WHERE run = {}", sql(target))).await;
-        session.run(&format!("INSERT INTO waiters VALUES ({}, {})", sql(target), sql(parent))).await;
+        session.run(&format!("INSERT INTO waiters (target, waiter) VALUES ({}, {})", sql(target), sql(parent))).await;
         let ending = in_background(&storage, batch(me, 0, vec![record(target, "a"), finish(target)]));
         schema.waiting(1).await;
         session.run("COMMIT").await;

@@ -330,7 +330,7 @@ fn await_against_finish() {
         let mut transaction = session.begin().await.unwrap();
         let mark = schema.sql("UPDATE {s}.processes SET awaited = true WHERE run = $1");
         sqlx::query(mark).bind(target.0).execute(&mut *transaction).await.unwrap();
-        let insert = schema.sql("INSERT INTO {s}.waiters VALUES ($1, $2)");
+        let insert = schema.sql("INSERT INTO {s}.waiters (target, waiter) VALUES ($1, $2)");
         sqlx::query(insert).bind(target.0).bind(parent.0).execute(&mut *transaction).await.unwrap();
         let ending = in_background(&storage, batch(me, 0, vec![record(target, "a"), finish(target)]));
         waiting(&schema, 1).await;

@@ -232,6 +232,7 @@ impl Play {
                     polled.due.sort();
                     polled.signalled.sort();
                     polled.ended.sort();
+                    polled.more = false;
                     polled
                 });
                 answer!(polled, |polled| !polled.due.is_empty() || !polled.signalled.is_empty())
@@ -305,10 +306,20 @@ impl Play {
         self.peers().await.iter().any(|peer| peer.instance == self.names.instances[of])
     }
 
+    /// What looks do by the way is done.
+    async fn idle(&self, side: usize) {
+        let instance = storage::InstanceId(Uuid::nil());
+        let poll = Poll { instance, namespace: self.names.namespace.as_str().into(), kinds: vec![], watched: vec![] };
+        while self.sides[side].storage.poll(&poll).await.unwrap().more {}
+    }
+
     async fn commit(&mut self, side: usize, by: usize, batch: Batch) -> (String, String, Told) {
         let asked = format!("i{by} under {}: {:?}", batch.fence.generation, batch.ops);
         let asked = self.sides[side].answer(&self.names, Ok(asked)).replace('\\', "");
         let result = self.sides[side].storage.commit(&batch).await;
+        if batch.ops.iter().any(|op| matches!(op, Op::Order(_))) {
+            self.idle(side).await;
+        }
         let told = match &result {
             Ok(outcomes) => Told::Committed(batch.ops.clone(), outcomes.clone()),
             Err(_) => Told::Worked(false),
