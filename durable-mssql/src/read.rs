@@ -1,58 +1,95 @@
 //! What only reads.
 
 use durable_core::storage::{
-    Counted, EventRow, Filter, InstanceId, Loaded, Poll, Polled, Record, RecordKey, Result, RunId, RunState,
-    StorageError, Target,
+    Counted, EventRow, Filter, InstanceId, Load, Loaded, Poll, Polled, Record, RecordKey, Result, RunId, RunState,
+    Scales, StorageError, Target,
 };
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use tiberius::Row;
 use uuid::Uuid;
 
+use crate::batch::FINISHED;
 use crate::json::{Column, Table, runs as run_table};
 use crate::names::Schema;
 use crate::rows::{self, get, maybe_time, readable, run, text, time_text};
 use crate::session::Client;
-use crate::sql::{Commits, Sql};
+use crate::sql::Sql;
 
-/// More rows of a kind than this are not read at once, unless one run alone has more.
-const ROWS: i64 = 20_000;
+const WANTED: &[(&str, Column)] = &[("run", Column::Id), ("seen", Column::Number)];
+
+/// The runs that are wanted, in a table of the script's own.
+fn wanted(sql: &mut Sql, load: &Load) {
+    let mut table = Table::new(WANTED);
+    load.runs.iter().for_each(|wanted| table.row([wanted.run.into(), wanted.seen.into()]));
+    let j = table.named(sql, "j");
+    sql.declare("@runs TABLE (run BINARY(16) NOT NULL PRIMARY KEY, seen BIGINT NOT NULL)");
+    sql.push(format!("INSERT INTO @runs (run, seen) SELECT j.run, j.seen FROM {j}"));
+}
 
 /// What the runs need, a statement for each kind of row: first the processes, whose counts of signals say what must be
 /// found after that. What comes in between is found, too.
-pub(crate) fn load_script(schema: &Schema, runs: &[RunId], records: bool, limit: i64) -> Sql {
+pub(crate) fn load_script(schema: &Schema, load: &Load) -> Sql {
     let mut sql = Sql::default();
-    let wanted = run_table(&mut sql, runs.iter().copied());
-    let limit = sql.number(limit);
-    sql.declare("@runs TABLE (run BINARY(16) NOT NULL PRIMARY KEY)");
-    sql.push(format!("INSERT INTO @runs (run) SELECT DISTINCT j.run FROM {wanted}"));
+    wanted(&mut sql, load);
     let (process, event, target, record) = (rows::PROCESS, rows::EVENT, rows::TARGET, rows::RECORD);
     sql.push(format!("SELECT {process} FROM @runs AS r JOIN {schema}.processes AS p ON p.run = r.run"));
     sql.push(format!(
-        "SELECT TOP ({limit}) {event} FROM @runs AS r JOIN {schema}.events AS e ON e.run = r.run WHERE e.taken_at IS NULL"
+        "SELECT {event} FROM @runs AS r JOIN {schema}.events AS e ON e.run = r.run
+         WHERE e.number > r.seen AND e.taken_at IS NULL"
     ));
+    let over = if load.records { String::new() } else { format!("WHERE t.status IS NULL OR t.status IN {FINISHED}") };
     sql.push(format!(
-        "SELECT TOP ({limit}) {target} FROM @runs AS r JOIN {schema}.waiters AS w ON w.waiter = r.run
-             LEFT JOIN {schema}.processes AS t ON t.run = w.target"
+        "SELECT {target} FROM @runs AS r JOIN {schema}.waiters AS w ON w.waiter = r.run
+             LEFT JOIN {schema}.processes AS t ON t.run = w.target {over}"
     ));
-    if records {
-        sql.push(format!("SELECT TOP ({limit}) {record} FROM @runs AS r JOIN {schema}.steps AS s ON s.run = r.run"));
+    if load.records {
+        sql.push(format!("SELECT {record} FROM @runs AS r JOIN {schema}.steps AS s ON s.run = r.run"));
     }
     sql
 }
 
-pub(crate) async fn load(client: &mut Client, schema: &Schema, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-    let mut runs = runs.to_vec();
-    runs.sort();
-    runs.dedup();
-    loop {
-        let limit = if runs.len() > 1 { ROWS + 1 } else { i64::MAX };
-        let parts = load_script(schema, &runs, records, limit).run(client, Commits::No).await?;
-        if runs.len() > 1 && parts.iter().any(|rows| rows.len() as i64 > ROWS) {
-            runs.truncate(runs.len() / 2);
-            continue;
-        }
-        return Ok(loaded(&runs, &parts));
+/// None if it is more than it may be. Then the session is in the middle of an answer.
+pub(crate) async fn load(client: &mut Client, schema: &Schema, load: &Load) -> Result<Option<Vec<Loaded>>> {
+    let mut scales = Scales::of(load);
+    let welcome = |result: usize, row: &Row| scales.add(rows::weight(result, row));
+    let parts = load_script(schema, load).run_while(client, welcome).await?;
+    Ok(parts.map(|parts| loaded(load, &parts)))
+}
+
+/// How many bytes the runs come to; of texts, as they are stored.
+pub(crate) fn weigh_script(schema: &Schema, load: &Load) -> Sql {
+    let mut sql = Sql::default();
+    wanted(&mut sql, load);
+    let row = Scales::ROW;
+    // Two bytes for a character.
+    let bytes = |what: &str| format!("DATALENGTH({what}) / 2");
+    let of = |what: &str, from: String| format!("COALESCE((SELECT SUM({} + {row}) FROM {from}), 0)", bytes(what));
+    let mut parts = vec![
+        format!("{} + COALESCE({}, 0) + {row}", bytes("p.input"), bytes("p.[output]")),
+        of(
+            "e.payload",
+            format!("{schema}.events AS e WHERE e.run = r.run AND e.number > r.seen AND e.taken_at IS NULL"),
+        ),
+        of(
+            "COALESCE(t.[output], N'')",
+            format!(
+                "{schema}.waiters AS w LEFT JOIN {schema}.processes AS t ON t.run = w.target WHERE w.waiter = r.run"
+            ),
+        ),
+    ];
+    if load.records {
+        parts.push(of("s.payload", format!("{schema}.steps AS s WHERE s.run = r.run")));
     }
+    sql.push(format!(
+        "SELECT r.run, CONVERT(BIGINT, {}) FROM @runs AS r JOIN {schema}.processes AS p ON p.run = r.run",
+        parts.join(" + ")
+    ));
+    sql
+}
+
+pub(crate) fn weights(rows: &[Row]) -> Result<Vec<(RunId, usize)>> {
+    let weight = |row: &Row| Ok((run(row, 0)?, usize::try_from(get::<i64>(row, 1)?).map_err(StorageError::schema)?));
+    rows.iter().map(weight).collect()
 }
 
 enum Part {
@@ -61,7 +98,7 @@ enum Part {
     Record(RecordKey, Record),
 }
 
-fn loaded(runs: &[RunId], parts: &[Vec<Row>]) -> Vec<Loaded> {
+fn loaded(load: &Load, parts: &[Vec<Row>]) -> Vec<Loaded> {
     let mut states: HashMap<RunId, RunState> = HashMap::new();
     let mut broken: HashMap<RunId, String> = HashMap::new();
     let part = |nth: usize| parts.get(nth).map(Vec::as_slice).unwrap_or_default();
@@ -69,7 +106,7 @@ fn loaded(runs: &[RunId], parts: &[Vec<Row>]) -> Vec<Loaded> {
         let Some(run) = readable(run(row, 0)) else { continue };
         match rows::process(row) {
             Ok(process) => {
-                states.insert(run, RunState { process, records: vec![], events: vec![], targets: vec![] });
+                states.insert(run, RunState::of(process));
             }
             Err(why) => {
                 broken.insert(run, why.to_string());
@@ -78,7 +115,7 @@ fn loaded(runs: &[RunId], parts: &[Vec<Row>]) -> Vec<Loaded> {
     }
     let events = part(1).iter().map(|row| (row, rows::event(row).map(Part::Event)));
     // One that cannot be understood has not ended, as far as those go that await it.
-    let targets = part(2).iter().map(|row| (row, Ok(Part::Target(readable(rows::target(row)).flatten()))));
+    let targets = part(2).iter().map(|row| (row, Ok(Part::Target(readable(rows::target(row))))));
     let records = part(3).iter().map(|row| (row, rows::record(row).map(|(key, record)| Part::Record(key, record))));
     for (row, part) in events.chain(targets).chain(records) {
         let Some(run) = readable(run(row, 0)) else { continue };
@@ -92,9 +129,9 @@ fn loaded(runs: &[RunId], parts: &[Vec<Row>]) -> Vec<Loaded> {
             (Some(state), Ok(Part::Record(key, record))) => state.records.push((key, record)),
         }
     }
-    let one = |run: &RunId| Loaded {
-        run: *run,
-        state: match (broken.remove(run), states.remove(run)) {
+    let one = |run: RunId| Loaded {
+        run,
+        state: match (broken.remove(&run), states.remove(&run)) {
             (Some(why), _) => Err(why),
             (None, Some(mut state)) => {
                 state.events.sort_by_key(|event| event.number);
@@ -103,8 +140,7 @@ fn loaded(runs: &[RunId], parts: &[Vec<Row>]) -> Vec<Loaded> {
             (None, None) => Ok(None),
         },
     };
-    let mut seen = HashSet::new();
-    runs.iter().filter(|run| seen.insert(**run)).map(one).collect()
+    load.ids().map(one).collect()
 }
 
 pub(crate) fn owned_script(schema: &Schema, instance: InstanceId, after: Option<RunId>, limit: usize) -> Sql {

@@ -3,7 +3,7 @@
 
 use chrono::{DateTime, NaiveDateTime, Utc};
 use durable_core::storage::{
-    EventRow, InstanceId, OpKind, ProcessRow, Record, RecordKey, RecordState, Result, RunId, Scope, Status,
+    EventRow, Fate, InstanceId, OpKind, ProcessRow, Record, RecordKey, RecordState, Result, RunId, Scope, Status,
     StorageError, Target,
 };
 use tiberius::{FromSql, Row};
@@ -145,16 +145,25 @@ pub(crate) fn event(row: &Row) -> Result<EventRow> {
 }
 
 /// The columns of [`target`], of waiters `w` and the processes `t` that they await.
-pub(crate) const TARGET: &str = "w.waiter, w.target, t.status, t.[output]";
+pub(crate) const TARGET: &str = "w.waiter, w.target, t.status, t.[output], t.id";
 
-/// None if it has not ended.
-pub(crate) fn target(row: &Row) -> Result<Option<Target>> {
+pub(crate) fn target(row: &Row) -> Result<Target> {
     if maybe::<&str>(row, 2)?.is_none() {
-        return Ok(Some(Target { run: run(row, 1)?, ended: None }));
+        return Ok(Target { run: run(row, 1)?, id: "".into(), fate: Fate::Gone });
     }
     let (run, status) = standing(row, 1, 2)?;
-    let output = maybe_text(row, 3)?;
-    Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
+    let fate = if status.is_finished() { Fate::Ended((status, maybe_text(row, 3)?)) } else { Fate::Open };
+    Ok(Target { run, id: text(row, 4)?, fate })
+}
+
+/// How many bytes of JSON a row of the nth result of a load holds.
+pub(crate) fn weight(result: usize, row: &Row) -> usize {
+    let bytes = |column| maybe::<&str>(row, column).ok().flatten().map_or(0, str::len);
+    match result {
+        0 => bytes(4) + bytes(5),
+        1 | 2 => bytes(3),
+        _ => bytes(6),
+    }
 }
 
 /// A row that cannot be understood is left out, and told: it must not hide the others.

@@ -1,8 +1,9 @@
 use durable_core::storage::Result;
+use futures_util::TryStreamExt;
 use std::borrow::Cow;
 use std::fmt::Write;
 use std::ops::Deref;
-use tiberius::{Row, ToSql};
+use tiberius::{QueryItem, Row, ToSql};
 use tracing::instrument::WithSubscriber;
 use tracing::subscriber::NoSubscriber;
 use uuid::Uuid;
@@ -84,6 +85,36 @@ impl Sql {
     /// Runs it to the end of its answer, so that whatever it commits is committed.
     pub(crate) async fn run(self, client: &mut Client, commits: Commits) -> Result<Parts> {
         self.fetch(client).await.map_err(|error| sort(error, commits))
+    }
+
+    /// Runs one that reads, as long as its rows are welcome, of which it is told with the place of their query; none if they were
+    /// not to the end. Then the rest of the answer is still to come.
+    pub(crate) async fn run_while(
+        self,
+        client: &mut Client,
+        mut welcome: impl FnMut(usize, &Row) -> bool,
+    ) -> Result<Option<Parts>> {
+        let parameters: Vec<&dyn ToSql> = self.parameters.iter().map(|parameter| parameter as &dyn ToSql).collect();
+        let read = async {
+            let mut answer = client.query(self.script(), &parameters).await?;
+            let mut parts: Vec<Vec<Row>> = Vec::new();
+            while let Some(item) = answer.try_next().await? {
+                match item {
+                    QueryItem::Metadata(_) => parts.push(Vec::new()),
+                    QueryItem::Row(row) => {
+                        let nth = parts.len().saturating_sub(1);
+                        if !welcome(nth, &row) {
+                            return Ok(None);
+                        }
+                        if let Some(part) = parts.last_mut() {
+                            part.push(row);
+                        }
+                    }
+                }
+            }
+            Ok(Some(Parts(parts)))
+        };
+        read.with_subscriber(NoSubscriber::default()).await.map_err(|error| sort(error, Commits::No))
     }
 
     /// Runs it on a connection of the service's own.

@@ -2,8 +2,8 @@
 
 use chrono::DateTime;
 use durable_core::storage::{
-    Batch, Effect, Fence, Filter, Finish, Forget, InstanceId, LockState, NewInstance, Op, OpKind, Park, Peer, Poll,
-    Raise, RecordKey, RecordOp, RecordState, RunId, Scope, Spawn, Status,
+    Batch, Effect, Fence, Filter, Finish, Forget, InstanceId, Load, LockState, NewInstance, Op, OpKind, Park, Peer,
+    Poll, Raise, RecordKey, RecordOp, RecordState, RunId, Scope, Spawn, Status,
 };
 use sqlparser::dialect::MsSqlDialect;
 use sqlparser::parser::Parser;
@@ -81,7 +81,7 @@ fn batch(ops: Vec<Op>) -> Batch {
 async fn batches() {
     let at = DateTime::from_timestamp(1_700_000_000, 0);
     let finish = |status| Finish { run: run(), claim: 1, status, output: None, reason: None };
-    let park = Park { run: run(), claim: 1, wake_at: at, seen: Some(1), waiting_for: None };
+    let park = Park { run: run(), claim: 1, wake_at: at, seen: Some(1), waiting_for: None, deaths: 0 };
     let forget = vec![Forget { key: key(), audit: Uuid::from_u128(3) }];
     let orders = vec![Op::cancel("a".into()), Op::resume("b".into(), forget), Op::delete("c".into())];
     let batches = [
@@ -119,7 +119,9 @@ async fn reads() {
         limit: 10,
     };
     insta::assert_snapshot!(snapshot([
-        ("load", read::load_script(&schema, &[run()], true, 10)),
+        ("load", read::load_script(&schema, &Load::whole(&[run()]))),
+        ("signals", read::load_script(&schema, &Load::signals(&[run()]))),
+        ("weigh", read::weigh_script(&schema, &Load::whole(&[run()]))),
         ("owned", read::owned_script(&schema, instance(), Some(run()), 10)),
         ("poll", read::poll_script(&schema, &poll)),
         ("find", read::find_script(&schema, "default", "id", None)),

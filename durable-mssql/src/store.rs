@@ -1,8 +1,8 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::{
-    Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, Result, RunId, Sorted, Storage, StorageError, leaves_more,
+    Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
+    ProcessRow, Record, RecordKey, Result, RunId, Sorted, Storage, StorageError, leaves_more,
 };
 use durable_core::storage::{chores, inbox};
 use std::time::Duration;
@@ -120,13 +120,17 @@ impl Storage for Mssql {
         }
     }
 
-    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-        if runs.is_empty() {
-            return Ok(Vec::new());
-        }
+    async fn load(&self, load: &Load) -> Result<Option<Vec<Loaded>>> {
         let mut lent = self.0.sessions.lend().await?;
-        let result = read::load(&mut lent, &self.0.schema, runs, records).await;
-        lent.done(result)
+        match read::load(&mut lent, &self.0.schema, load).await {
+            // To be closed: the rest would still have to be read.
+            Ok(None) => Ok(None),
+            result => lent.done(result),
+        }
+    }
+
+    async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>> {
+        read::weights(&self.run(read::weigh_script(&self.0.schema, load)).await?.rows())
     }
 
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {

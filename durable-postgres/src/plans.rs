@@ -92,7 +92,7 @@ fn batch_of(kind: Kind) -> Batch {
         Op::AcceptCancel { run, claim: 1, seq: 1 },
         Op::Seen { run, claim: 1, signals: 1 },
         Op::Finish(finish),
-        Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(1), waiting_for: None }),
+        Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(1), waiting_for: None, deaths: 0 }),
         Op::Claim { kind: "kind".into(), limit: 10 },
     ];
     if kind == Kind::Messages {
@@ -131,7 +131,9 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
     let page = Filter { after: Some(run), limit: 10, ..Filter::default() };
     let stuck = Filter { status: Some(Status::Stuck), limit: 10, ..Filter::default() };
     let mut statements = vec![
-        ("load", read::load_statement(schema, &[run], true, Some(1000))),
+        ("load", read::load_statement(schema, &durable_core::storage::Load::whole(&[run]))),
+        ("signals", read::load_statement(schema, &durable_core::storage::Load::signals(&[run]))),
+        ("weigh", read::weigh_statement(schema, &durable_core::storage::Load::whole(&[run]))),
         ("owned", read::owned_statement(schema, instance, None, 1000)),
         ("poll", read::poll_statement(schema, &poll)),
         ("find", read::find_statement(schema, "default", "p", None)),
@@ -302,7 +304,14 @@ async fn an_old_snapshot() {
             assert_eq!(claimed.len(), PROCESSES);
             let park = |claimed: &Claimed| {
                 let wake_at = Some(chrono::Utc::now());
-                Op::Park(Park { run: claimed.run, claim: claimed.claim, wake_at, seen: Some(0), waiting_for: None })
+                Op::Park(Park {
+                    run: claimed.run,
+                    claim: claimed.claim,
+                    wake_at,
+                    seen: Some(0),
+                    waiting_for: None,
+                    deaths: 0,
+                })
             };
             storage.commit(&batch(claimed.iter().map(park).collect())).await.unwrap();
         }

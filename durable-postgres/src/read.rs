@@ -1,66 +1,91 @@
 //! What only reads.
 
 use durable_core::storage::{
-    Counted, EventRow, Filter, InstanceId, Loaded, Poll, Polled, ProcessRow, Record, RecordKey, Result, RunId,
-    RunState, StorageError, Target,
+    Counted, EventRow, Filter, InstanceId, Load, Loaded, Poll, Polled, ProcessRow, Record, RecordKey, Result, RunId,
+    RunState, Scales, StorageError, Target,
 };
 use sqlx::postgres::{PgConnection, PgRow};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use uuid::Uuid;
 
+use crate::batch::FINISHED;
 use crate::names::Schema;
 use crate::rows::{self, boxed, get, maybe_time, readable, run, time_text};
-use crate::sql::{Commits, Sql};
-
-/// More rows than this are not read at once, unless one run alone has more.
-const ROWS: i64 = 20_000;
+use crate::sql::Sql;
 
 /// What the runs need: everything in one statement, which is one snapshot, with the kind of each row in its last column.
-pub(crate) fn load_statement(schema: &Schema, runs: &[RunId], records: bool, limit: Option<i64>) -> Sql {
+pub(crate) fn load_statement(schema: &Schema, load: &Load) -> Sql {
     let mut sql = Sql::default();
-    let runs = sql.bind(runs.iter().map(|run| run.0).collect::<Vec<Uuid>>());
-    let limit = sql.bind(limit);
+    let runs = sql.bind(load.ids().map(|run| run.0).collect::<Vec<Uuid>>());
     let (process, event, target, record) =
         (rows::PROCESS, rows::event_columns(), rows::target_columns(), rows::record_columns());
-    let mut parts = vec![
-        format!("(SELECT {process}, 'process' FROM {schema}.processes p WHERE p.run = ANY ({runs}))"),
-        // Not those that were ever taken: the index has the others alone.
-        format!(
-            "(SELECT {event}, 'event' FROM {schema}.events e WHERE e.run = ANY ({runs}) AND e.taken_at IS NULL LIMIT {limit})"
-        ),
-        format!(
-            "(SELECT {target}, 'target' FROM {schema}.waiters w LEFT JOIN {schema}.processes t ON t.run = w.target
-                 WHERE w.waiter = ANY ({runs}) LIMIT {limit})"
-        ),
-    ];
-    if records {
+    let mut parts = vec![format!("(SELECT {process}, 'process' FROM {schema}.processes p WHERE p.run = ANY ({runs}))")];
+    let awaited = format!(
+        "SELECT {target}, 'target' FROM {schema}.waiters w LEFT JOIN {schema}.processes t ON t.run = w.target
+             WHERE w.waiter = ANY ({runs})"
+    );
+    // Not those that were ever taken: the index has the others alone.
+    if load.records {
         parts.push(format!(
-            "(SELECT {record}, 'record' FROM {schema}.steps s WHERE s.run = ANY ({runs}) LIMIT {limit})"
+            "(SELECT {event}, 'event' FROM {schema}.events e WHERE e.run = ANY ({runs}) AND e.taken_at IS NULL)"
         ));
+        parts.push(format!("({awaited})"));
+        parts.push(format!("(SELECT {record}, 'record' FROM {schema}.steps s WHERE s.run = ANY ({runs}))"));
+    } else {
+        let wanted = wanted(&mut sql, load);
+        parts.push(format!(
+            // In this order: a join could be turned around.
+            "(SELECT {event}, 'event' FROM {wanted} CROSS JOIN LATERAL (SELECT * FROM {schema}.events a
+                 WHERE a.run = j.run AND a.number > j.seen AND a.taken_at IS NULL OFFSET 0) e)"
+        ));
+        parts.push(format!("({awaited} AND (t.status IS NULL OR t.status IN {FINISHED}))"));
     }
     sql.text = parts.join("\nUNION ALL\n");
     sql
 }
 
-pub(crate) async fn load(
-    connection: &mut PgConnection,
-    schema: &Schema,
-    runs: &[RunId],
-    records: bool,
-) -> Result<Vec<Loaded>> {
-    let mut runs = runs.to_vec();
-    runs.sort();
-    runs.dedup();
-    loop {
-        let limit = (runs.len() > 1).then_some(ROWS + 1);
-        let rows = load_statement(schema, &runs, records, limit).run(connection, Commits::No).await?;
-        // A part that was cut off is longer than that; the parts together may be, too, which does no harm.
-        if runs.len() > 1 && rows.len() as i64 > ROWS {
-            runs.truncate(runs.len() / 2);
-            continue;
-        }
-        return loaded(&runs, &rows);
+fn wanted(sql: &mut Sql, load: &Load) -> String {
+    sql.rows()
+        .column("run", load.ids().map(|run| run.0))
+        .column("seen", load.runs.iter().map(|wanted| wanted.seen))
+        .named("j")
+}
+
+/// None if it is more than it may be. Then the connection is in the middle of an answer.
+pub(crate) async fn load(connection: &mut PgConnection, schema: &Schema, load: &Load) -> Result<Option<Vec<Loaded>>> {
+    let mut scales = Scales::of(load);
+    let rows = load_statement(schema, load).run_while(connection, |row| scales.add(rows::weight(row))).await?;
+    rows.map(|rows| loaded(load, &rows)).transpose()
+}
+
+/// How many bytes the runs come to.
+pub(crate) fn weigh_statement(schema: &Schema, load: &Load) -> Sql {
+    let mut sql = Sql::default();
+    let wanted = wanted(&mut sql, load);
+    let row = Scales::ROW;
+    let of =
+        |what: &str, from: String| format!("(SELECT coalesce(sum(octet_length({what}::text) + {row}), 0) FROM {from})");
+    let mut parts = vec![
+        format!("octet_length(p.input::text) + coalesce(octet_length(p.output::text), 0) + {row}"),
+        of("e.payload", format!("{schema}.events e WHERE e.run = j.run AND e.number > j.seen AND e.taken_at IS NULL")),
+        of(
+            "coalesce(t.output, 'null')",
+            format!("{schema}.waiters w LEFT JOIN {schema}.processes t ON t.run = w.target WHERE w.waiter = j.run"),
+        ),
+    ];
+    if load.records {
+        parts.push(of("s.payload", format!("{schema}.steps s WHERE s.run = j.run")));
     }
+    sql.text = format!(
+        "SELECT j.run, ({})::bigint FROM {wanted} JOIN {schema}.processes p ON p.run = j.run",
+        parts.join("\n + ")
+    );
+    sql
+}
+
+pub(crate) fn weights(rows: &[PgRow]) -> Result<Vec<(RunId, usize)>> {
+    let weight = |row: &PgRow| Ok((run(row, 0)?, usize::try_from(get::<i64>(row, 1)?).map_err(StorageError::schema)?));
+    rows.iter().map(weight).collect()
 }
 
 enum Part {
@@ -71,7 +96,7 @@ enum Part {
 }
 
 /// Sorts the rows of a load by run. A run whose rows cannot be understood says so, alone.
-fn loaded(runs: &[RunId], rows: &[PgRow]) -> Result<Vec<Loaded>> {
+fn loaded(load: &Load, rows: &[PgRow]) -> Result<Vec<Loaded>> {
     const KIND: usize = 19;
     let mut states: HashMap<RunId, RunState> = HashMap::new();
     let mut broken: HashMap<RunId, String> = HashMap::new();
@@ -81,12 +106,12 @@ fn loaded(runs: &[RunId], rows: &[PgRow]) -> Result<Vec<Loaded>> {
             "process" => rows::process(row).map(|process| Part::Process(Box::new(process))),
             "event" => rows::event(row).map(Part::Event),
             // One that cannot be understood has not ended, as far as those go that await it.
-            "target" => Ok(Part::Target(readable(rows::target(row)).flatten())),
+            "target" => Ok(Part::Target(readable(rows::target(row)))),
             _ => rows::record(row).map(Part::Record),
         };
         match (run(row, 0)?, part) {
             (run, Ok(Part::Process(process))) => {
-                states.insert(run, RunState { process: *process, records: vec![], events: vec![], targets: vec![] });
+                states.insert(run, RunState::of(*process));
             }
             (run, Ok(part)) => parts.push((run, part)),
             (run, Err(error)) => {
@@ -103,9 +128,9 @@ fn loaded(runs: &[RunId], rows: &[PgRow]) -> Result<Vec<Loaded>> {
             Part::Process(_) => {}
         }
     }
-    let one = |run: &RunId| Loaded {
-        run: *run,
-        state: match (broken.remove(run), states.remove(run)) {
+    let one = |run: RunId| Loaded {
+        run,
+        state: match (broken.remove(&run), states.remove(&run)) {
             (Some(why), _) => Err(why),
             (None, Some(mut state)) => {
                 state.events.sort_by_key(|event| event.number);
@@ -114,8 +139,7 @@ fn loaded(runs: &[RunId], rows: &[PgRow]) -> Result<Vec<Loaded>> {
             (None, None) => Ok(None),
         },
     };
-    let mut seen = HashSet::new();
-    Ok(runs.iter().filter(|run| seen.insert(**run)).map(one).collect())
+    Ok(load.ids().map(one).collect())
 }
 
 pub(crate) fn owned_statement(schema: &Schema, instance: InstanceId, after: Option<RunId>, limit: usize) -> Sql {

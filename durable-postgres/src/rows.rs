@@ -3,7 +3,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use durable_core::storage::{
-    EventRow, InstanceId, OpKind, ProcessRow, Record, RecordKey, RecordState, Result, RunId, Scope, Status,
+    EventRow, Fate, InstanceId, OpKind, ProcessRow, Record, RecordKey, RecordState, Result, RunId, Scope, Status,
     StorageError, Target,
 };
 use sqlx::error::BoxDynError;
@@ -197,19 +197,24 @@ pub(crate) fn event(row: &PgRow) -> Result<EventRow> {
 /// The columns of [`target`], of waiters `w` and the processes `t` that they await.
 pub(crate) fn target_columns() -> String {
     format!(
-        "w.waiter, NULL::text, NULL::text, t.status, NULL::json, t.output, NULL::text, w.target, \
+        "w.waiter, t.id, NULL::text, t.status, NULL::json, t.output, NULL::text, w.target, \
          NULL::bigint, NULL::bigint, {NOTHING}, {REST}"
     )
 }
 
-/// None if it has not ended.
-pub(crate) fn target(row: &PgRow) -> Result<Option<Target>> {
+pub(crate) fn target(row: &PgRow) -> Result<Target> {
     if get::<Option<&str>>(row, 3)?.is_none() {
-        return Ok(Some(Target { run: run(row, 7)?, ended: None }));
+        return Ok(Target { run: run(row, 7)?, id: "".into(), fate: Fate::Gone });
     }
     let (run, status) = standing(row, 7, 3)?;
-    let output = maybe_json(row, 5)?;
-    Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
+    let fate = if status.is_finished() { Fate::Ended((status, maybe_json(row, 5)?)) } else { Fate::Open };
+    Ok(Target { run, id: text(row, 1)?, fate })
+}
+
+/// How many bytes of JSON a row of any kind holds.
+pub(crate) fn weight(row: &PgRow) -> usize {
+    let bytes = |column| row.try_get_raw(column).ok().and_then(|value| Some(value.as_bytes().ok()?.len())).unwrap_or(0);
+    bytes(4) + bytes(5)
 }
 
 /// A row that cannot be understood is left out, and told: it must not hide the others.

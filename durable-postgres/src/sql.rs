@@ -1,4 +1,5 @@
 use durable_core::storage::{Result, StorageError};
+use futures_util::TryStreamExt;
 use sqlx::postgres::{PgArguments, PgConnection, PgRow, Postgres};
 use sqlx::{Arguments, AssertSqlSafe, Encode, Type};
 use std::fmt::{Display, Write};
@@ -66,6 +67,24 @@ impl Sql {
     /// Runs it to its end: the server's last word is awaited, so what it commits is committed.
     pub(crate) async fn run(self, connection: &mut PgConnection, commits: Commits) -> Result<Vec<PgRow>> {
         self.query()?.fetch_all(connection).await.map_err(|error| sort(error, commits == Commits::Yes))
+    }
+
+    /// Runs one that reads, as long as its rows are welcome; none if they were not to the end. Then the rest of the answer is
+    /// still to come.
+    pub(crate) async fn run_while(
+        self,
+        connection: &mut PgConnection,
+        mut welcome: impl FnMut(&PgRow) -> bool,
+    ) -> Result<Option<Vec<PgRow>>> {
+        let mut answer = self.query()?.fetch(connection);
+        let mut rows = Vec::new();
+        while let Some(row) = answer.try_next().await.map_err(|error| sort(error, false))? {
+            if !welcome(&row) {
+                return Ok(None);
+            }
+            rows.push(row);
+        }
+        Ok(Some(rows))
     }
 
     /// The same for a statement that is a transaction of its own, and whose answer is how many rows it has written.

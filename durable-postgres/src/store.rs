@@ -1,8 +1,8 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::{
-    Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, Result, RunId, Sorted, Storage, StorageError, leaves_more,
+    Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
+    ProcessRow, Record, RecordKey, Result, RunId, Sorted, Storage, StorageError, leaves_more,
 };
 use durable_core::storage::{chores, inbox};
 use sqlx::postgres::PgRow;
@@ -126,14 +126,18 @@ impl Storage for Postgres {
         Ok(outcomes)
     }
 
-    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-        if runs.is_empty() {
-            return Ok(Vec::new());
-        }
+    async fn load(&self, load: &Load) -> Result<Option<Vec<Loaded>>> {
         let mut lent = self.0.connections.lend().await?;
-        let load = read::load(&mut lent.connection, &self.0.schema, runs, records);
-        let result = within(self.0.connections.bounds().answers(), unavailable, load).await;
-        lent.done(result)
+        let read = read::load(&mut lent.connection, &self.0.schema, load);
+        match within(self.0.connections.bounds().answers(), unavailable, read).await {
+            // To be closed: the rest would still have to be read.
+            Ok(None) => Ok(None),
+            result => lent.done(result),
+        }
+    }
+
+    async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>> {
+        read::weights(&self.run(read::weigh_statement(&self.0.schema, load)).await?)
     }
 
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {

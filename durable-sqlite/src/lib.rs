@@ -49,6 +49,7 @@ mod migrate;
 mod outbox;
 #[cfg(test)]
 mod plans;
+mod reads;
 mod rows;
 mod script;
 mod store;

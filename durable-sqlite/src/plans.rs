@@ -55,7 +55,7 @@ fn everything() -> Batch {
         Op::Seen { run, claim: 1, signals: 1 },
         Op::Finish(finish(1)),
         Op::Finish(finish(2)),
-        Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(1), waiting_for: None }),
+        Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(1), waiting_for: None, deaths: 0 }),
         Op::cancel(id.clone()),
         Op::resume(id.clone(), vec![forget]),
         Op::delete(id.clone()),
@@ -79,7 +79,10 @@ async fn no_statement_goes_through_a_table() {
     heart.beat().await.unwrap();
     storage.refence(instance, 1).await.unwrap();
     let run = RunId::new();
-    storage.load(&[run], true).await.unwrap();
+    for load in [Load::whole(&[run]), Load::signals(&[run])] {
+        storage.load(&load).await.unwrap();
+        storage.weigh(&load).await.unwrap();
+    }
     storage.owned(instance, None, 10).await.unwrap();
     let kinds = vec!["kind".into()];
     storage.poll(&Poll { namespace: "n".into(), instance, kinds, watched: vec![run] }).await.unwrap();

@@ -109,17 +109,28 @@ impl Script {
     /// Runs it. After an error nothing of it is left: what it began is rolled back. **Dropped before it returns, it may
     /// leave a transaction open**: the connection must go with it ([`Lent`](crate::lend::Lent)).
     pub(crate) async fn run(self, connection: &mut SqliteConnection) -> Result<Vec<Answer>> {
+        Ok(self.run_while(connection, |_, _| true).await?.unwrap_or_default())
+    }
+
+    /// The same, as long as its rows are welcome, of which it is told with the place of their statement; none if they were not to
+    /// the end, and then nothing of it is left either.
+    pub(crate) async fn run_while(
+        self,
+        connection: &mut SqliteConnection,
+        mut welcome: impl FnMut(usize, &SqliteRow) -> bool,
+    ) -> Result<Option<Vec<Answer>>> {
         #[cfg(test)]
         RAN.with_borrow_mut(|ran| ran.extend(self.parts()));
         let arguments = arguments(self.args).map_err(StorageError::refused)?;
         // The text is put together from constants of this crate; what users give is bound.
         let query = sqlx::query_with(AssertSqlSafe(self.sql), arguments).persistent(!self.once);
         let mut answers = Vec::with_capacity(self.statements);
-        let result: std::result::Result<(), sqlx::Error> = async {
+        let result: std::result::Result<bool, sqlx::Error> = async {
             let mut stream = (&mut *connection).fetch_many(query);
             let mut current = Answer::default();
             while let Some(item) = stream.try_next().await? {
                 match item {
+                    Either::Right(row) if !welcome(answers.len(), &row) => return Ok(false),
                     Either::Right(row) => current.rows.push(row),
                     Either::Left(done) => {
                         current.changes = done.rows_affected();
@@ -127,16 +138,16 @@ impl Script {
                     }
                 }
             }
-            Ok(())
+            Ok(true)
         }
         .await;
-        if let Err(error) = result {
-            // Fails where nothing was begun or the error has rolled back already: either is what is wanted.
-            let _ = connection.execute("ROLLBACK").await;
-            // The last statement is the commit, or commits by itself.
-            let committing = answers.len() + 1 >= self.statements;
-            return Err(sort(error, committing));
+        if let Ok(true) = result {
+            return Ok(Some(answers));
         }
-        Ok(answers)
+        // Fails where nothing was begun or the error has rolled back already: either is what is wanted.
+        let _ = connection.execute("ROLLBACK").await;
+        // The last statement is the commit, or commits by itself.
+        let committing = answers.len() + 1 >= self.statements;
+        result.map(|_| None).map_err(|error| sort(error, committing))
     }
 }

@@ -2,13 +2,12 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::chores;
 use durable_core::storage::{
-    Batch, Counted, EventRow, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
-    ProcessRow, Record, RecordKey, Result, RunId, RunState, Storage, StorageError, Target, leaves_more,
+    Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
+    ProcessRow, Record, RecordKey, Result, RunId, Scales, Storage, StorageError, leaves_more,
 };
 use serde_json::json;
 use sqlx::SqlitePool;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteRow};
-use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,7 +21,7 @@ use crate::lend::Single;
 use crate::life::Lives;
 use crate::rows::{self, boxed, get, time};
 use crate::script::{Answer, Arg, NOW, Script};
-use crate::{batch, fence, heart};
+use crate::{batch, fence, heart, reads};
 
 /// Behind every clone of a [`Sqlite`].
 pub(crate) struct Shared {
@@ -116,32 +115,60 @@ impl Shared {
         self.read_in(&self.readers, statements).await
     }
 
+    /// The same, as long as their rows are welcome.
+    async fn read_while(
+        &self,
+        statements: Vec<(String, Vec<Arg>)>,
+        welcome: impl FnMut(usize, &SqliteRow) -> bool + Send + 'static,
+    ) -> Result<Option<Vec<Answer>>> {
+        let answers = read_while(&self.readers, statements, Box::new(welcome)).await;
+        let answers = answers.map_err(|error| self.named(error))?;
+        self.files.check().map_err(StorageError::unavailable)?;
+        Ok(answers)
+    }
+
     /// Runs a statement that may go through many rows.
     async fn browse(&self, statement: (String, Vec<Arg>)) -> Result<Vec<Answer>> {
         self.read_in(&self.browsers, [statement]).await
     }
 }
 
-async fn read(pool: &SqlitePool, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
-    let mut statements: Vec<_> = statements.into_iter().collect();
+/// Says of a row of the nth statement whether it is welcome.
+type Welcome = Box<dyn FnMut(usize, &SqliteRow) -> bool + Send>;
+
+/// Runs statements that read one snapshot, as long as their rows are welcome.
+async fn read_while(
+    pool: &SqlitePool,
+    statements: Vec<(String, Vec<Arg>)>,
+    mut welcome: Welcome,
+) -> Result<Option<Vec<Answer>>> {
     let mut connection = pool.acquire().await.map_err(reading)?;
     let mut script = Script::default();
-    if let [(sql, args)] = &mut statements[..] {
-        // One statement is a snapshot by itself, and leaves nothing open if its reader goes away.
-        script.add(sql, std::mem::take(args));
-        return script.run(&mut connection).await;
-    }
     script.add("BEGIN", []);
     for (sql, args) in statements {
         script.add(&sql, args);
     }
     script.add("COMMIT", []);
     // In a task of its own: its reader may go away, its transaction must not stay.
-    let read = tokio::spawn(async move { script.run(&mut connection).await });
-    let mut answers = read.await.map_err(StorageError::unavailable)??;
-    answers.pop();
-    answers.remove(0);
-    Ok(answers)
+    let read = tokio::spawn(async move { script.run_while(&mut connection, |nth, row| welcome(nth - 1, row)).await });
+    let answers = read.await.map_err(StorageError::unavailable)??;
+    Ok(answers.map(|mut answers| {
+        answers.pop();
+        answers.remove(0);
+        answers
+    }))
+}
+
+async fn read(pool: &SqlitePool, statements: impl IntoIterator<Item = (String, Vec<Arg>)>) -> Result<Vec<Answer>> {
+    let mut statements: Vec<_> = statements.into_iter().collect();
+    if let [(sql, args)] = &mut statements[..] {
+        // One statement is a snapshot by itself, and leaves nothing open if its reader goes away.
+        let mut connection = pool.acquire().await.map_err(reading)?;
+        let mut script = Script::default();
+        script.add(sql, std::mem::take(args));
+        return script.run(&mut connection).await;
+    }
+    Ok(read_while(pool, statements, Box::new(|_, _| true)).await?.unwrap_or_default())
 }
 
 /// How long a call waits for a lock that another program holds, before it says that the storage is not available.
@@ -192,49 +219,15 @@ impl Storage for Sqlite {
         }
     }
 
-    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-        /// More rows than this are not read at once, unless one run alone has more.
-        const ROWS: usize = 20_000;
-        let mut runs: Vec<RunId> = runs.to_vec();
-        runs.sort();
-        loop {
-            let list: Arg = json!(runs.iter().map(ToString::to_string).collect::<Vec<_>>()).to_string().into();
-            let limit = if runs.len() > 1 { ROWS as i64 + 1 } else { -1 };
-            let of = |columns: &str, table: &str, alias: &str, and: &str, order: &str| {
-                let sql = format!(
-                    "SELECT {columns} FROM json_each(?) j CROSS JOIN {table} {alias} ON run = j.value {and} ORDER BY {order} LIMIT ?"
-                );
-                (sql, vec![list.clone(), limit.into()])
-            };
-            let mut statements = vec![
-                of(rows::PROCESS, "durable_processes", "p", "", "j.key"),
-                // Not those that were ever taken: the index has the others alone.
-                of(
-                    rows::EVENT,
-                    "durable_events",
-                    "e INDEXED BY durable_events_waiting",
-                    "AND e.taken_at IS NULL",
-                    "j.key, e.number",
-                ),
-                (
-                    "SELECT w.waiter, w.target, t.status, t.output FROM json_each(?) j
-                         CROSS JOIN durable_waiters w ON w.waiter = j.value
-                         LEFT JOIN durable_processes t ON t.run = w.target"
-                        .to_owned(),
-                    vec![list.clone()],
-                ),
-            ];
-            if records {
-                statements.push(of(rows::RECORD, "durable_steps", "s", "", "j.key"));
-            }
-            let answers = self.0.read(statements).await?;
-            let too_many = answers.iter().map(|answer| answer.rows.len()).max().unwrap_or(0) > ROWS;
-            if too_many && runs.len() > 1 {
-                runs.truncate(runs.len() / 2);
-                continue;
-            }
-            return loaded(&runs, &answers);
-        }
+    async fn load(&self, load: &Load) -> Result<Option<Vec<Loaded>>> {
+        let mut scales = Scales::of(load);
+        let welcome = move |statement: usize, row: &SqliteRow| scales.add(reads::weight(statement, row));
+        let answers = self.0.read_while(reads::load(load), welcome).await?;
+        answers.map(|answers| reads::loaded(load, &answers)).transpose()
+    }
+
+    async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>> {
+        reads::weights(&self.0.read([reads::weigh(load)]).await?)
     }
 
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
@@ -442,71 +435,4 @@ fn filtered(namespace: &str, filter: &Filter) -> (String, Vec<Arg>) {
     and("p.status_at <= ?", filter.unchanged_since.map(|since| crate::time_text(since).into()));
     and("p.run > ?", filter.after.map(|run| run.to_string().into()));
     (conditions, args)
-}
-
-/// Sorts the rows of a load by run. A run whose rows cannot be understood says so, alone.
-fn loaded(runs: &[RunId], answers: &[Answer]) -> Result<Vec<Loaded>> {
-    let [processes, events, targets, rest @ ..] = answers else {
-        return Err(StorageError::schema("a load has too few answers"));
-    };
-    let mut states: HashMap<RunId, RunState> = HashMap::new();
-    let mut broken: HashMap<RunId, String> = HashMap::new();
-    for row in &processes.rows {
-        let run = rows::run(row, 0)?;
-        match rows::process(row) {
-            Ok(process) => {
-                states.insert(run, RunState { process, records: vec![], events: vec![], targets: vec![] });
-            }
-            Err(error) => {
-                broken.insert(run, error.to_string());
-            }
-        }
-    }
-    let mut sort = |row, result: Result<Part>| -> Result<()> {
-        let run = rows::run(row, 0)?;
-        match (states.get_mut(&run), result) {
-            (Some(state), Ok(Part::Event(event))) => state.events.push(event),
-            (Some(state), Ok(Part::Target(Some(target)))) => state.targets.push(target),
-            (Some(state), Ok(Part::Record(record))) => state.records.push(record),
-            (_, Err(error)) => {
-                broken.entry(run).or_insert_with(|| error.to_string());
-            }
-            _ => {}
-        }
-        Ok(())
-    };
-    for row in &events.rows {
-        sort(row, rows::event(row).map(Part::Event))?;
-    }
-    for row in &targets.rows {
-        // One that cannot be understood has not ended, as far as those go that await it.
-        sort(row, Ok(Part::Target(readable(target(row)).flatten())))?;
-    }
-    for row in rest.iter().flat_map(|answer| &answer.rows) {
-        sort(row, rows::record(row).map(Part::Record))?;
-    }
-    let mut seen = HashSet::new();
-    let one = |run: &RunId| Loaded {
-        run: *run,
-        state: match broken.remove(run) {
-            Some(why) => Err(why),
-            None => Ok(states.remove(run)),
-        },
-    };
-    Ok(runs.iter().filter(|run| seen.insert(**run)).map(one).collect())
-}
-
-enum Part {
-    Event(EventRow),
-    Target(Option<Target>),
-    Record((RecordKey, Record)),
-}
-
-fn target(row: &SqliteRow) -> Result<Option<Target>> {
-    if matches!(get::<Option<&str>>(row, 2), Ok(None)) {
-        return Ok(Some(Target { run: rows::run(row, 1)?, ended: None }));
-    }
-    let (run, status) = rows::standing(row, 1, 2)?;
-    let output = get::<Option<&str>>(row, 3)?.map(boxed);
-    Ok(status.is_finished().then_some(Target { run, ended: Some((status, output)) }))
 }

@@ -1,6 +1,6 @@
 //! What is left, checked: against the books of whoever keeps the accounts, the journal, and the records.
 
-use durable_core::storage::{Filter, OpKind, ProcessRow, Storage};
+use durable_core::storage::{Filter, Load, OpKind, ProcessRow, Storage};
 use durable_core::{RunId, Status};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -167,11 +167,10 @@ impl Records {
         let filter = Filter { limit: usize::MAX, ..Filter::default() };
         let processes = storage.list("default", &filter).await?;
         let (mut records, mut resumed) = (HashMap::new(), 0);
-        let mut runs: Vec<RunId> = processes.iter().map(|process| process.run).collect();
-        while !runs.is_empty() {
-            let loaded = storage.load(&runs, true).await?;
-            runs.retain(|run| !loaded.iter().any(|loaded| loaded.run == *run));
-            for state in loaded.into_iter().filter_map(|loaded| loaded.state.ok().flatten()) {
+        let runs: Vec<RunId> = processes.iter().map(|process| process.run).collect();
+        for runs in runs.chunks(500) {
+            let loaded = storage.load(&Load::whole(runs)).await?;
+            for state in loaded.into_iter().flatten().filter_map(|loaded| loaded.state.ok().flatten()) {
                 let steps = state.records.into_iter();
                 for (key, record) in steps.filter(|(_, it)| matches!(it.op, OpKind::Step | OpKind::Transaction)) {
                     resumed += u32::from(record.claim < state.process.claim);

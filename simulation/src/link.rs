@@ -3,8 +3,8 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::{
-    Batch, Counted, Filter, Heart, InstanceId, Loaded, LockState, NewInstance, Op, Order, Outcome, Peer, Peers, Poll,
-    Polled, ProcessRow, Record, RecordKey, Result, RunId, Storage, StorageError, What,
+    Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, LockState, NewInstance, Op, Order, Outcome, Peer, Peers,
+    Poll, Polled, ProcessRow, Record, RecordKey, Result, RunId, Storage, StorageError, What,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -273,20 +273,24 @@ impl Storage for Link {
         result
     }
 
-    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-        let places: &[Place] = if records { &[Place::Loading] } else { &[Place::Delivering] };
-        if records {
+    async fn load(&self, load: &Load) -> Result<Option<Vec<Loaded>>> {
+        let places: &[Place] = if load.records { &[Place::Loading] } else { &[Place::Delivering] };
+        if load.records {
             let mut inner = self.world.inner();
             let inner = &mut *inner;
-            for run in runs {
-                let claim = inner.ledger.rows.get(run).map_or(0, |row| row.claim);
+            for run in load.ids() {
+                let claim = inner.ledger.rows.get(&run).map_or(0, |row| row.claim);
                 // Its claim was never answered: it was found among what the instance owns.
-                if inner.ledger.untold.remove(&(*run, claim)) {
+                if inner.ledger.untold.remove(&(run, claim)) {
                     inner.tally.saw(Sight::Stray);
                 }
             }
         }
-        self.read(places, |world| at_once(world.memory.load(runs, records))).await
+        self.read(places, |world| at_once(world.memory.load(load))).await
+    }
+
+    async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>> {
+        self.read(&[Place::Loading], |world| at_once(world.memory.weigh(load))).await
     }
 
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {

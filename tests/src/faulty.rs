@@ -3,8 +3,8 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::{
-    Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Op, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, Result, RunId, Storage, StorageError,
+    Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Op, Outcome, Peer, Peers, Poll, Polled,
+    ProcessRow, Record, RecordKey, Result, RunId, Storage, StorageError,
 };
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -132,11 +132,14 @@ impl<S: Storage> Storage for Faulty<S> {
             Some(Fault::Refused) => Err(StorageError::refused("the database does not like it")),
         }
     }
-    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-        match (self.choose_read)(runs) {
+    async fn load(&self, load: &Load) -> Result<Option<Vec<Loaded>>> {
+        match (self.choose_read)(&load.ids().collect::<Vec<_>>()) {
             Some(error) => Err(error),
-            None => self.inner.load(runs, records).await,
+            None => self.inner.load(load).await,
         }
+    }
+    async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>> {
+        self.inner.weigh(load).await
     }
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
         self.inner.owned(instance, after, limit).await

@@ -4,6 +4,7 @@
 pub mod crash;
 pub mod disk;
 pub mod faulty;
+pub mod heavy;
 pub mod ops;
 pub mod orphans;
 pub mod proxy;
@@ -270,6 +271,13 @@ pub async fn quick(backend: &impl Backend) -> HostBuilder {
         .heartbeat(Duration::from_millis(500), Duration::from_secs(4))
         .quiet_time(Duration::from_millis(50))
         .poll(Duration::from_millis(200))
+}
+
+/// Waits until the condition holds, for as long as it takes.
+pub async fn until_ever(mut condition: impl AsyncFnMut() -> bool) {
+    while !condition().await {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Waits until the condition holds.

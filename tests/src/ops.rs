@@ -83,7 +83,7 @@ pub fn finish(run: RunId) -> Op {
 
 /// A process waits, having seen so many signals.
 pub fn park(run: RunId, seen: i64) -> Op {
-    Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(seen), waiting_for: None })
+    Op::Park(Park { run, claim: 1, wake_at: None, seen: Some(seen), waiting_for: None, deaths: 0 })
 }
 
 /// A message.

@@ -732,7 +732,7 @@ async fn a_flood_of_messages<B: Backend>() {
     }
     // All of them were put in: what it has not received waits.
     let run = flooded.status().await.unwrap().run;
-    let loaded = backend.storage().await.load(&[run], false).await.unwrap().remove(0);
+    let loaded = backend.storage().await.load(&storage::Load::signals(&[run])).await.unwrap().unwrap().remove(0);
     assert_eq!(loaded.state.unwrap().unwrap().events.len(), (sent - received) as usize);
     let neighbour = host.spawn(COUNT, "neighbour", &0).await.unwrap();
     assert_eq!(neighbour.output().await.unwrap(), 0);

@@ -287,7 +287,7 @@ async fn a_zombie_writes_nothing<B: Backend>() {
     let peer = peers.iter().find(|peer| peer.instance == zombie).unwrap();
     assert!(storage.fence(peer).await.unwrap());
     let finish = Finish { run, claim: number, status: Status::Completed, output: Some("0".into()), reason: None };
-    let park = Park { run, claim: number, wake_at: None, seen: None, waiting_for: None };
+    let park = Park { run, claim: number, wake_at: None, seen: None, waiting_for: None, deaths: 0 };
     for op in [Op::Finish(finish), Op::Park(park), Op::cancel("w".into()), claim] {
         let refused = storage.commit(&batch(zombie, vec![op])).await;
         assert!(matches!(refused, Err(StorageError::Fenced)), "{refused:?}");
@@ -323,7 +323,7 @@ async fn what_is_not_owned_is_dropped<B: Backend>() {
     // Somebody gives it back behind the instance's back.
     let storage = backend.storage().await;
     let owner = handle.status().await.unwrap().owner.unwrap();
-    let park = Park { run: handle.run().unwrap(), claim: 1, wake_at: None, seen: None, waiting_for: None };
+    let park = Park { run: handle.run().unwrap(), claim: 1, wake_at: None, seen: None, waiting_for: None, deaths: 0 };
     storage.commit(&batch(owner, vec![Op::Park(park)])).await.unwrap();
     until("it is dropped", async || host.in_memory() == 0).await;
     handle.raise(GO, &1).await.unwrap();

@@ -2,7 +2,9 @@
 //! interleavings staged with a second session; sessions that the server ends.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::{Claimed, InstanceId, LockState, Op, Outcome, Park, Raised, Spawn, Storage, StorageError};
+use durable_core::storage::{
+    Claimed, InstanceId, Load, LockState, Op, Outcome, Park, Raised, Spawn, Storage, StorageError,
+};
 use durable_core::*;
 use durable_postgres::Connect;
 use durable_tests::crash::scene::Random;
@@ -337,7 +339,16 @@ fn await_against_finish() {
         transaction.commit().await.unwrap();
         assert_eq!(ending.await.unwrap().unwrap()[1], Outcome::Finished { wakes: vec![] });
         assert_eq!(storage.find("default", "parent-a", None).await.unwrap().unwrap().signals, 1, "it was woken");
-        assert_eq!(storage.load(&[target], true).await.unwrap()[0].state.clone().unwrap().unwrap().records.len(), 1);
+        assert_eq!(
+            storage.load(&Load::whole(&[target])).await.unwrap().unwrap()[0]
+                .state
+                .clone()
+                .unwrap()
+                .unwrap()
+                .records
+                .len(),
+            1
+        );
         // The await queues behind the end.
         let (target, parent) = (start(&storage, me, "b").await, start(&other, waiter, "parent-b").await);
         let mut transaction = session.begin().await.unwrap();
@@ -430,7 +441,7 @@ fn races_for_ids() {
                 let parks = [0, 1, 2].map(|n| {
                     let mine = claimed.iter().filter(|(_, owner)| **owner == n);
                     mine.map(|(run, _)| {
-                        Op::Park(Park { run: *run, claim: turn, wake_at, seen: Some(0), waiting_for: None })
+                        Op::Park(Park { run: *run, claim: turn, wake_at, seen: Some(0), waiting_for: None, deaths: 0 })
                     })
                     .collect()
                 });
@@ -439,7 +450,8 @@ fn races_for_ids() {
         }
         for target in &targets {
             let run = storages[0].find("default", target, None).await.unwrap().unwrap().run;
-            let state = storages[0].load(&[run], false).await.unwrap().remove(0).state.unwrap().unwrap();
+            let state =
+                storages[0].load(&Load::signals(&[run])).await.unwrap().unwrap().remove(0).state.unwrap().unwrap();
             assert_eq!(state.events.len(), ROUNDS * 4, "each message once");
             let numbers: HashSet<i64> = state.events.iter().map(|event| event.number).collect();
             assert_eq!(numbers.len(), state.events.len());
@@ -480,7 +492,7 @@ async fn dropped_calls(transactions: bool) {
             let ops = vec![child, raise("target", id), Op::cancel("target".into())];
             drop(storage.commit(&batch(me, 0, ops)).await);
         } else if n.is_multiple_of(8) {
-            drop(storage.load(&[run], true).await);
+            drop(storage.load(&Load::whole(&[run])).await);
         } else {
             drop(storage.commit(&batch(me, 0, vec![child])).await);
         }

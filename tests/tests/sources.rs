@@ -125,7 +125,7 @@ const HANDED_OVER: [(&str, usize, &str); 15] = [
     ("durable-mssql/connect.rs", 1, "a constant"),
     ("durable-mssql/migrate.rs", 1, "the migrations' constants and the schema's checked name"),
     ("durable-mssql/session.rs", 2, "constants, and numbers of this crate's settings"),
-    ("durable-mssql/sql.rs", 1, "what is bound stands in it as @P1; see BUILT"),
+    ("durable-mssql/sql.rs", 2, "what is bound stands in it as @P1; see BUILT"),
     ("durable-mssql/transaction.rs", 1, "constants, the schema's checked name and a UUID, in a lock's name"),
     ("durable-postgres/connect.rs", 1, "a constant and the schema's checked name"),
     ("durable-postgres/heart.rs", 1, "a number of this crate's own, in a lock's key"),
@@ -144,7 +144,7 @@ const HANDED_OVER: [(&str, usize, &str); 15] = [
 ];
 
 /// Where SQL is put together of parts, and what the parts are.
-const BUILT: [(&str, &str); 31] = [
+const BUILT: [(&str, &str); 32] = [
     ("durable-mssql/batch/", "the schema, parameters, columns of the batch's JSON"),
     ("durable-mssql/fence.rs", "the schema, parameters, a lock's name out of a UUID"),
     ("durable-mssql/heart.rs", "the schema, parameters, a lock's name out of a UUID"),
@@ -172,6 +172,7 @@ const BUILT: [(&str, &str); 31] = [
     ("durable-sqlite/fence.rs", "constants"),
     ("durable-sqlite/heart.rs", "constants"),
     ("durable-sqlite/migrate.rs", "the migrations' constants"),
+    ("durable-sqlite/reads.rs", "columns and tables that are constants"),
     ("durable-sqlite/outbox.rs", "lists of statuses: constants"),
     ("durable-sqlite/script.rs", "statements one after the other"),
     ("durable-sqlite/store.rs", "conditions and columns that are constants"),

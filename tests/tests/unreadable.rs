@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::{Filter, InstanceId, Op, Outcome, Poll, RecordKey, RunId, Scope, Storage, StorageError};
+use durable_core::storage::{
+    Filter, InstanceId, Load, Op, Outcome, Poll, RecordKey, RunId, Scope, Storage, StorageError,
+};
 use durable_core::{Definition, Event, Failure, Process, Retry, Status};
 use durable_simulation::seed::Seed;
 use durable_tests::{MssqlSchema, PostgresSchema, Sql, SqliteFile, long, on_each_database, ops, quick, until};
@@ -388,7 +390,7 @@ async fn look<B: Spoilt>(storage: &B::Storage, me: InstanceId, runs: &[RunId], i
     for run in runs {
         let key = RecordKey { scope: Scope::Process, name: "r".into(), key: "".into() };
         read::<B, _>("record", storage.record(*run, &key).await);
-        for loaded in read::<B, _>("load", storage.load(&[*run], true).await).into_iter().flatten() {
+        for loaded in read::<B, _>("load", storage.load(&Load::whole(&[*run])).await).into_iter().flatten().flatten() {
             if let Err(why) = loaded.state {
                 named::<B>("load", &why);
             }

@@ -3,7 +3,7 @@
 use super::Subject;
 use super::scene::{Actor, NAMESPACE, key, load, record, spawn};
 use crate::storage::chores::{DELETED, WOKEN};
-use crate::storage::{Op, Outcome, RunId, Spawn, Status, Storage};
+use crate::storage::{Load, Op, Outcome, RunId, Spawn, Status, Storage};
 
 /// All of them are woken once the storage has been looked at often enough, those that wait and those that are owned.
 pub async fn very_many_that_await_one<S: Subject>(subject: &S) {
@@ -37,16 +37,8 @@ pub async fn very_many_that_await_one<S: Subject>(subject: &S) {
 }
 
 async fn signals(storage: &impl Storage, runs: &[RunId]) -> Vec<i64> {
-    let mut signals = Vec::new();
-    let mut rest = runs.to_vec();
-    while !rest.is_empty() {
-        let loaded = storage.load(&rest, false).await.unwrap();
-        for loaded in &loaded {
-            signals.push(loaded.state.as_ref().unwrap().as_ref().unwrap().process.signals);
-        }
-        rest.retain(|run| !loaded.iter().any(|loaded| loaded.run == *run));
-    }
-    signals
+    let loaded = storage.load(&Load::signals(runs)).await.unwrap().unwrap();
+    loaded.into_iter().map(|loaded| loaded.state.unwrap().unwrap().process.signals).collect()
 }
 
 /// The process is gone at once, and what it has left is in nobody's way.

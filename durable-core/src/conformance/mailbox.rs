@@ -119,7 +119,8 @@ pub async fn a_park_that_missed_a_message<S: Subject>(subject: &S) {
     assert_eq!(owner.park(run, 1, None, Some(1)).await, Outcome::Recorded);
     // In one batch messages come before parks.
     let second = owner.start("q").await;
-    let park = crate::storage::Park { run: second, claim: 1, wake_at: None, seen: Some(0), waiting_for: None };
+    let park =
+        crate::storage::Park { run: second, claim: 1, wake_at: None, seen: Some(0), waiting_for: None, deaths: 0 };
     let outcomes = owner.commit(vec![Op::Park(park), Op::Raise(raise("q", "m"))]).await.unwrap();
     assert_eq!(outcomes[0], Outcome::Signalled(1));
 }

@@ -6,8 +6,8 @@ use super::Subject;
 use super::scene::{Actor, KIND, NAMESPACE, key, load, record, spawn, spawned, with_effect};
 use crate::process::latest;
 use crate::storage::{
-    Counted, Effect, Filter, Forget, Op, OpKind, Order, Outcome, Park, Poll, RunId, Spawn, Spawned, Status, Storage,
-    What,
+    Counted, Effect, Fate, Filter, Forget, Load, Op, OpKind, Order, Outcome, Park, Poll, RunId, Spawn, Spawned, Status,
+    Storage, Target, What,
 };
 
 /// What is given back is due by the storage's clock, however far ahead that of its instance is.
@@ -17,7 +17,7 @@ pub async fn what_is_given_back_is_due<S: Subject>(subject: &S) {
     let later = Some(chrono::Utc::now() + TimeDelta::days(1));
     for (id, seen, due) in [("given-back", None, true), ("parked", Some(0), false)] {
         let run = actor.start(id).await;
-        let park = Park { run, claim: 1, wake_at: later, seen, waiting_for: None };
+        let park = Park { run, claim: 1, wake_at: later, seen, waiting_for: None, deaths: 0 };
         assert_eq!(actor.commit(vec![Op::Park(park)]).await.unwrap(), [Outcome::Recorded]);
         let row = actor.row(id).await;
         assert_eq!(row.wake_at.unwrap() <= row.status_at, due, "{id}: {row:?}");
@@ -96,17 +96,18 @@ pub async fn an_end_wakes_those_that_await_it<S: Subject>(subject: &S) {
     actor.one(wait(parked)).await;
     actor.park(parked, 1, None, Some(0)).await;
     assert_eq!(actor.one(Op::Await { run: here, id: "nobody".into(), target: None }).await, Outcome::Awaits(None));
-    assert!(actor.load(here).await.targets.is_empty());
+    let open = Target { run: target, id: "target".into(), fate: Fate::Open };
+    assert_eq!(actor.load(here).await.targets, [open]);
+    let signals = storage.load(&Load::signals(&[here])).await.unwrap().unwrap().remove(0).state.unwrap().unwrap();
+    assert!(signals.targets.is_empty());
     assert_eq!(actor.finish(target, 1, Status::Completed).await, Outcome::Finished { wakes: vec![here] });
-    let ended = Some((Status::Completed, Some("7".into())));
-    assert_eq!(actor.one(wait(here)).await, Outcome::Awaits(Some((target, ended.clone()))));
+    let ended = (Status::Completed, Some("7".into()));
+    assert_eq!(actor.one(wait(here)).await, Outcome::Awaits(Some((target, Some(ended.clone())))));
     for run in [here, there, parked] {
         let state = actor.load(run).await;
         assert_eq!(state.process.signals, 1);
-        assert_eq!(
-            state.targets.iter().map(|t| (t.run, t.ended.clone())).collect::<Vec<_>>(),
-            [(target, ended.clone())]
-        );
+        let ended = Target { run: target, id: "target".into(), fate: Fate::Ended(ended.clone()) };
+        assert_eq!(state.targets, [ended]);
     }
     let poll = Poll { instance: other.id, namespace: NAMESPACE.into(), kinds: vec![KIND.into()], watched: vec![] };
     assert_eq!(storage.poll(&poll).await.unwrap().signalled, [(there, 1)]);
@@ -294,7 +295,7 @@ pub async fn terminating<S: Subject>(subject: &S) {
     assert!(row.finished_at.is_some() && row.cancel_requested_at.is_some());
     // Its owner's writes come too late.
     assert_eq!(actor.one(Op::Record(record(run, 1, key("a", "")))).await, Outcome::Lost);
-    let park = Park { run, claim: 1, wake_at: None, seen: None, waiting_for: None };
+    let park = Park { run, claim: 1, wake_at: None, seen: None, waiting_for: None, deaths: 0 };
     actor.one(Op::Park(park)).await;
     assert_eq!(actor.row("p").await.status, Status::Cancelled);
     assert_eq!(other.load(waiter).await.targets.len(), 1);
@@ -332,7 +333,7 @@ pub async fn deleting<S: Subject>(subject: &S) {
     actor.idle().await;
     assert_eq!(storage.record(first, &key("a", "")).await.unwrap(), None);
     let targets = actor.load(neighbour).await.targets;
-    assert_eq!(targets.iter().map(|t| (t.run, t.ended.clone())).collect::<Vec<_>>(), [(second.run, None)]);
+    assert_eq!(targets, [Target { run: second.run, id: "".into(), fate: Fate::Gone }]);
     assert_eq!(delete("p").await, Outcome::Asked { before: None, wakes: vec![], again: false, more: false });
     let again = spawn("p");
     assert_eq!(actor.one(Op::Spawn(again.clone())).await, Outcome::Spawned(spawned(&again, false)));

@@ -4,7 +4,8 @@ use super::Subject;
 use super::scene::{Actor, finish, key, left_by, raise, record, spawn, with_effect};
 use crate::limits;
 use crate::storage::{
-    Effect, Op, OpKind, Outcome, RecordKey, RecordOp, RecordState, RunId, Scope, Spawn, Status, Storage, StorageError,
+    Effect, Load, Loaded, Op, OpKind, Outcome, RecordKey, RecordOp, RecordState, RunId, RunState, Scope, Spawn, Status,
+    Storage, StorageError, Wanted,
 };
 
 /// What was committed is read, alone and with its run.
@@ -18,7 +19,7 @@ pub async fn a_record_is_there_once_committed<S: Subject>(subject: &S) {
     assert_eq!(storage.record(run, &op.key).await.unwrap(), Some(left_by(&op)));
     assert_eq!(subject.open().await.record(run, &op.key).await.unwrap(), Some(left_by(&op)), "on any connection");
     assert_eq!(actor.load(run).await.records, [(op.key.clone(), left_by(&op))]);
-    let without = storage.load(&[run], false).await.unwrap().remove(0).state.unwrap().unwrap();
+    let without = storage.load(&Load::signals(&[run])).await.unwrap().unwrap().remove(0).state.unwrap().unwrap();
     assert!(without.records.is_empty());
 }
 
@@ -113,7 +114,7 @@ pub async fn the_same_batch_again_changes_nothing<S: Subject>(subject: &S) {
         Op::Record(with_effect(c, OpKind::Spawn, Effect::Spawn(spawn("child")))),
         Op::Await { run: a, id: "c".into(), target: None },
         Op::Finish(finish(b, 1, Status::Completed)),
-        Op::Park(crate::storage::Park { run: c, claim: 1, wake_at: None, seen: None, waiting_for: None }),
+        Op::Park(crate::storage::Park { run: c, claim: 1, wake_at: None, seen: None, waiting_for: None, deaths: 0 }),
     ];
     let first = actor.commit(ops.clone()).await.unwrap();
     let before = (actor.load(a).await, actor.row("new").await, actor.row("b").await, actor.row("c").await);
@@ -270,31 +271,51 @@ pub async fn a_large_batch<S: Subject>(subject: &S) {
     }
 }
 
-/// A load may answer for a part of the runs, whole ones; asked again it answers for the others.
+/// A load that is too much reads nothing; what it comes to is told.
 pub async fn a_load_may_be_bounded<S: Subject>(subject: &S) {
     const RUNS: usize = 6;
     const RECORDS: usize = 1500;
     let storage = subject.open().await;
     let actor = Actor::new(&storage).await;
     let mut runs = Vec::new();
+    let text = format!("\"{}\"", "\u{e9}".repeat(50));
     for n in 0..RUNS {
         let run = actor.start(&format!("p-{n}")).await;
-        let ops = (0..RECORDS).map(|n| Op::Record(record(run, 1, key("step", &n.to_string())))).collect();
-        actor.commit(ops).await.unwrap();
+        let of = |n: usize| RecordOp { payload: text.as_str().into(), ..record(run, 1, key("step", &n.to_string())) };
+        actor.commit((0..RECORDS).map(|n| Op::Record(of(n))).collect()).await.unwrap();
+        actor.raise(&format!("p-{n}"), "message").await;
         runs.push(run);
     }
-    let mut left = runs.clone();
-    while !left.is_empty() {
-        let loaded = storage.load(&left, true).await.unwrap();
-        assert!(!loaded.is_empty());
-        for loaded in loaded {
-            let before = left.len();
-            left.retain(|run| *run != loaded.run);
-            assert_eq!(left.len() + 1, before);
-            assert_eq!(loaded.state.unwrap().unwrap().records.len(), RECORDS);
-        }
-    }
     let gone = RunId::new();
-    assert!(storage.load(&[gone], true).await.unwrap().remove(0).state.unwrap().is_none());
-    assert!(storage.load(&[], true).await.unwrap().is_empty());
+    runs.push(gone);
+    let load = Load::whole(&runs);
+    let loaded = storage.load(&load).await.unwrap().unwrap();
+    assert_eq!(loaded.iter().map(|loaded| loaded.run).collect::<Vec<_>>(), runs);
+    let state = |loaded: Loaded| loaded.state.unwrap();
+    let states: Vec<Option<RunState>> = loaded.into_iter().map(state).collect();
+    assert!(states.iter().take(RUNS).all(|state| state.as_ref().unwrap().records.len() == RECORDS));
+    assert!(states[RUNS].is_none());
+    let weight: usize = states.iter().flatten().map(RunState::weight).sum();
+    for most in [0, 100_000, weight - 1000] {
+        assert!(storage.load(&Load { most, ..load.clone() }).await.unwrap().is_none(), "{most} of {weight}");
+    }
+    assert!(storage.load(&Load { most: weight * 2, ..load.clone() }).await.unwrap().is_some());
+    // They may count characters instead of bytes, and are near to the truth in any case.
+    let weights = storage.weigh(&load).await.unwrap();
+    for (run, state) in runs.iter().zip(&states) {
+        let weighed = weights.iter().find(|(weighed, _)| weighed == run).map_or(0, |(_, weight)| *weight);
+        let weight = state.as_ref().map_or(0, RunState::weight);
+        assert!(weighed >= weight * 9 / 10 && weighed <= weight * 2, "{weighed}, not {weight}");
+    }
+    let signals = Load { records: false, ..load.clone() };
+    let light: usize = storage.weigh(&signals).await.unwrap().iter().map(|(_, weight)| weight).sum();
+    assert!(light < weight / 50, "{light} of {weight}");
+    assert!(storage.load(&Load { most: light * 2, ..signals }).await.unwrap().is_some());
+    // What was seen is not read again.
+    let wanted = |seen| Load { runs: vec![Wanted { run: runs[0], seen }], ..Load::signals(&[]) };
+    for (seen, events) in [(0, 1), (1, 0)] {
+        let loaded = storage.load(&wanted(seen)).await.unwrap().unwrap().remove(0).state.unwrap().unwrap();
+        assert_eq!((loaded.events.len(), loaded.process.signals), (events, 1));
+    }
+    assert!(storage.load(&Load::whole(&[])).await.unwrap().unwrap().is_empty());
 }

@@ -4,9 +4,9 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::storage::{
-    Batch, Claimed, Effect, Fence, Finish, Heart, InstanceId, NewInstance, Op, OpKind, Outcome, Park, Poll, ProcessRow,
-    Raise, Raised, Record, RecordKey, RecordOp, RecordState, Result, RunId, RunState, Scope, Spawn, Spawned, Status,
-    Storage,
+    Batch, Claimed, Effect, Fence, Finish, Heart, InstanceId, Load, NewInstance, Op, OpKind, Outcome, Park, Poll,
+    ProcessRow, Raise, Raised, Record, RecordKey, RecordOp, RecordState, Result, RunId, RunState, Scope, Spawn,
+    Spawned, Status, Storage,
 };
 
 /// The namespace of the cases.
@@ -82,7 +82,7 @@ impl<'s, S: Storage> Actor<'s, S> {
 
     /// Gives a run back.
     pub async fn park(&self, run: RunId, claim: i64, wake_at: Option<DateTime<Utc>>, seen: Option<i64>) -> Outcome {
-        self.one(Op::Park(Park { run, claim, wake_at, seen, waiting_for: Some("something".into()) })).await
+        self.one(Op::Park(Park { run, claim, wake_at, seen, waiting_for: Some("something".into()), deaths: 0 })).await
     }
 
     /// The state of a run.
@@ -110,7 +110,7 @@ impl<'s, S: Storage> Actor<'s, S> {
 
 /// The state of a run, if it is there.
 pub async fn load(storage: &impl Storage, run: RunId) -> Option<RunState> {
-    let mut loaded = storage.load(&[run], true).await.unwrap();
+    let mut loaded = storage.load(&Load::whole(&[run])).await.unwrap().unwrap();
     assert_eq!(loaded.len(), 1);
     loaded.remove(0).state.unwrap()
 }

@@ -287,6 +287,7 @@ fn rest(run: &Arc<Run>, sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut TaskContex
         wake_at: due,
         seen,
         waiting_for: Some(waits.join(", ").into()),
+        deaths: 0,
     }))
 }
 
@@ -412,8 +413,8 @@ async fn stuck(run: &Arc<Run>, reason: String) {
 }
 
 async fn give_back(run: &Arc<Run>) {
-    let op =
-        Park { run: run.run, claim: run.claim, wake_at: Some(run.core.clock.now()), seen: None, waiting_for: None };
+    let wake_at = Some(run.core.clock.now());
+    let op = Park { run: run.run, claim: run.claim, wake_at, seen: None, waiting_for: None, deaths: 0 };
     let _ = run.submit(Op::Park(op), None).await;
 }
 

@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
 
 use super::epoch::Epoch;
-use super::queue::From;
+use super::queue::{From, Job};
 use super::reading::{Read, Reading};
-use super::run::Run;
+use super::run::{Kept, Run};
+use super::suspects::Admitted;
 use super::{Core, Phase, drive};
-use crate::storage::{ProcessRow, RunId, RunState, Spawn, Status};
+use crate::storage::{Op, Outcome, Park, ProcessRow, RunId, RunState, Spawn, Status, Wanted};
 
 impl Core {
     /// Starts a process that this instance has just put into the database, under claim 1: there is nothing to read.
@@ -37,12 +40,11 @@ impl Core {
             status_at: now,
             finished_at: None,
         };
-        let state = RunState { process, records: Vec::new(), events: Vec::new(), targets: Vec::new() };
-        self.start(epoch, 1, state, spawn.input);
+        self.start(epoch, 1, RunState::of(process), spawn.input, Kept::default());
     }
 
-    fn start(self: &Arc<Self>, epoch: &Arc<Epoch>, claim: i64, state: RunState, input: Box<str>) {
-        let run = Arc::new(Run::new(self.clone(), epoch.instance, claim, state));
+    fn start(self: &Arc<Self>, epoch: &Arc<Epoch>, claim: i64, state: RunState, input: Box<str>, kept: Kept) {
+        let run = Arc::new(Run::new(self.clone(), epoch.instance, claim, state, kept));
         if self.is_stopping() {
             run.state().stopping = true;
         }
@@ -72,14 +74,14 @@ impl Core {
 }
 
 async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i64>) {
-    let mut reading = Reading::new(claims.keys().copied().collect(), true);
+    let mut reading = Reading::new(claims.keys().map(|run| Wanted { run: *run, seen: 0 }).collect(), true);
     while let Some(read) = reading.next(&core, &epoch).await {
         if epoch.is_over() {
             break;
         }
-        let loaded = match read {
+        let (loaded, mut room) = match read {
             Read::Over => break,
-            Read::Some(loaded) => loaded,
+            Read::Some(loaded, room) => (loaded, room),
             Read::Later(run) => {
                 if let Some(claim) = claims.remove(&run) {
                     let (core, epoch) = (core.clone(), epoch.clone());
@@ -103,19 +105,24 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
         for loaded in loaded {
             let Some(claim) = claims.remove(&loaded.run) else { continue };
             match loaded.state {
-                Ok(Some(mut state)) => match crashes(&state, claim) {
-                    n if n >= core.settings.max_crashes => {
+                Ok(Some(mut state)) => {
+                    let (deaths, most) = (crashes(&state, claim), core.settings.max_crashes);
+                    if deaths >= most {
                         let reason = format!(
-                            "the program died {n} times in a row while it ran this process, without a new record; \
+                            "the program died {deaths} times in a row while it ran this process, without a new record; \
                              it may be this process's fault or a neighbour's"
                         );
                         stuck(&core, &epoch, loaded.run, claim, reason);
+                        continue;
                     }
-                    _ => {
-                        let input = std::mem::take(&mut state.process.input);
-                        core.start(&epoch, claim, state, input);
-                    }
-                },
+                    let Admitted::Yes(suspect) = core.suspects.admit(deaths, most) else {
+                        give_back(&core, &epoch, &state.process, claim, deaths);
+                        continue;
+                    };
+                    let room = room.as_mut().map(|room| room.split(state.weight()));
+                    let input = std::mem::take(&mut state.process.input);
+                    core.start(&epoch, claim, state, input, Kept { room, suspect });
+                }
                 Ok(None) => core.held.remove(loaded.run, claim),
                 Err(why) => stuck(&core, &epoch, loaded.run, claim, format!("what is stored cannot be read: {why}")),
             }
@@ -137,6 +144,27 @@ fn again(core: Arc<Core>, epoch: Arc<Epoch>, claims: BTreeMap<RunId, i64>) -> Pi
 fn crashes(state: &RunState, claim: i64) -> i64 {
     let newest = state.records.iter().map(|(_, record)| record.claim).max().unwrap_or(0);
     claim - 1 - newest.max(state.process.calm_claim)
+}
+
+/// Leaves a process to another time, without an execution of it: the deaths go on counting.
+fn give_back(core: &Arc<Core>, epoch: &Arc<Epoch>, process: &ProcessRow, claim: i64, deaths: i64) {
+    const PAUSE: Duration = Duration::from_secs(1);
+    let (core, instance, run, mut seen) = (core.clone(), epoch.instance, process.run, process.signals);
+    tracing::warn!(id = %process.id, run = %run, deaths, "the program died while it ran; it waits until fewer such processes run");
+    tokio::spawn(async move {
+        loop {
+            let wake_at = Some(core.clock.now() + PAUSE);
+            let waiting_for = Some("its turn, apart from others during which the program died".into());
+            let park = Park { run, claim, wake_at, seen: Some(seen), waiting_for, deaths };
+            let (reply, answer) = oneshot::channel();
+            core.queue.push(Job::new(Op::Park(park), From::Epoch(instance), Some(reply)));
+            match answer.await {
+                Ok(Ok(Outcome::Signalled(signals))) => seen = signals,
+                _ => break,
+            }
+        }
+        core.held.remove(run, claim);
+    });
 }
 
 /// In a task of its own: its row may be locked, and those that were read with it go on.

@@ -18,12 +18,14 @@ mod ratchet;
 mod reading;
 pub(crate) mod registry;
 pub(crate) mod replay;
+pub(crate) mod room;
 mod rows;
 pub(crate) mod run;
 mod sent;
 mod stuck;
 mod supervisor;
 pub(crate) mod surroundings;
+pub(crate) mod suspects;
 mod takeover;
 pub(crate) mod wake;
 mod watch;
@@ -59,6 +61,7 @@ pub(crate) struct Settings {
     pub(crate) claim: usize,
     pub(crate) reconcile_every: Duration,
     pub(crate) stall_limit: Duration,
+    pub(crate) max_loaded: usize,
 }
 
 /// How far a host is.
@@ -83,6 +86,8 @@ pub(crate) struct Core {
     pub(crate) pulse: pulse::Pulse,
     pub(crate) queue: queue::Queue,
     pub(crate) held: Arc<held::Held>,
+    pub(crate) room: Arc<room::Room>,
+    pub(crate) suspects: Arc<suspects::Suspects>,
     pub(crate) post: post::Post,
     pub(crate) watch: watch::Watch,
     pub(crate) phase: Ratchet<Phase>,
@@ -114,6 +119,8 @@ impl Core {
             surroundings,
             queue: queue::Queue::new(),
             held: Arc::default(),
+            room: Arc::default(),
+            suspects: Arc::default(),
             post: post::Post::default(),
             watch: watch::Watch::default(),
             phase: Ratchet::new(Phase::Live),

@@ -105,7 +105,8 @@ async fn act(core: &Arc<Core>, epoch: &Arc<Epoch>, polled: &Polled, turn: usize)
     let first = turn % due.len();
     due.rotate_left(first);
     for (kind, _) in due {
-        if core.is_stopping() || epoch.is_over() {
+        // What is claimed while there is no room for it would be kept from other instances.
+        if core.is_stopping() || epoch.is_over() || core.room.is_wanted() {
             break;
         }
         let Some(places) = core.held.reserve(core.settings.claim, core.settings.max_processes) else {

@@ -9,7 +9,7 @@ use super::held::Slot;
 use super::reading::{Read, Reading};
 use super::run::End;
 use super::{Core, lock};
-use crate::storage::{Loaded, RunId};
+use crate::storage::{Loaded, RunId, Wanted};
 
 const AT_ONCE: usize = 500;
 
@@ -48,14 +48,16 @@ pub(super) async fn deliver(core: Arc<Core>, epoch: Arc<Epoch>) {
         if runs.is_empty() {
             tokio::select! { biased; () = epoch.over() => return, () = core.post.filled.notified() => continue }
         }
-        let mut reading = Reading::new(runs, false);
+        let seen = |run: &RunId| known.get(run).map_or(0, |(_, seen)| *seen);
+        let wanted = runs.iter().map(|run| Wanted { run: *run, seen: seen(run) });
+        let mut reading = Reading::new(wanted.collect(), false);
         while let Some(read) = reading.next(&core, &epoch).await {
             match read {
                 Read::Over => {
                     core.post.fetch(reading.rest());
                     return;
                 }
-                Read::Some(loaded) => loaded.into_iter().for_each(|loaded| hand_over(&core, &known, loaded)),
+                Read::Some(loaded, _) => loaded.into_iter().for_each(|loaded| hand_over(&core, &known, loaded)),
                 Read::Later(run) => {
                     let (core, epoch) = (core.clone(), epoch.clone());
                     tokio::spawn(async move {

@@ -1,25 +1,34 @@
 //! Reads runs, many at a time. A read that fails is split in halves, until the run that cannot be read is alone and all
-//! others have been read.
+//! others have been read; one that is too much is weighed, and read in parts.
 
 use std::time::Duration;
 
 use super::epoch::Epoch;
+use super::room::{AT_ONCE, Taken};
 use super::{Backoff, Core};
-use crate::storage::{Loaded, RunId, StorageError};
+use crate::storage::{Load, Loaded, RunId, StorageError, Wanted};
 
 /// The runs that are still to be read.
 pub(super) struct Reading {
     /// The next part is the last one.
-    parts: Vec<Vec<RunId>>,
+    parts: Vec<Part>,
     records: bool,
     /// How often the next part has failed since anything was read.
     failures: u32,
     backoff: Backoff,
 }
 
+/// Runs that are read together.
+struct Part {
+    runs: Vec<Wanted>,
+    /// How many bytes they are, if they were weighed.
+    weight: Option<usize>,
+}
+
 /// What came of one read.
 pub(super) enum Read {
-    Some(Vec<Loaded>),
+    /// With the room that they take, if they were read with their records.
+    Some(Vec<Loaded>, Option<Taken>),
     /// This run cannot be read, though others can: why.
     Not(RunId, String),
     /// This run could not be read, and the database may be the reason: it is to be read later, on its own.
@@ -30,13 +39,13 @@ pub(super) enum Read {
 
 impl Reading {
     /// With records, or the messages and what is awaited alone.
-    pub(super) fn new(runs: Vec<RunId>, records: bool) -> Self {
-        Self { parts: vec![runs], records, failures: 0, backoff: Backoff::new() }
+    pub(super) fn new(runs: Vec<Wanted>, records: bool) -> Self {
+        Self { parts: vec![Part { runs, weight: None }], records, failures: 0, backoff: Backoff::new() }
     }
 
     /// What has not been read yet.
     pub(super) fn rest(self) -> impl Iterator<Item = RunId> {
-        self.parts.into_iter().flatten()
+        self.parts.into_iter().flat_map(|part| part.runs).map(|wanted| wanted.run)
     }
 
     /// Reads some of them, at least one. None when all have been.
@@ -46,29 +55,62 @@ impl Reading {
         loop {
             let part = match self.parts.last() {
                 None => return None,
-                Some(part) if part.is_empty() => {
+                Some(part) if part.runs.is_empty() => {
                     self.parts.pop();
                     continue;
                 }
                 Some(part) => part,
             };
-            let error = match core.storage.load(part, self.records).await {
-                Ok(loaded) => {
+            let limit = core.settings.max_loaded;
+            if let Some(weight) = part.weight.filter(|weight| *weight > limit && part.runs.len() == 1) {
+                let run = self.parts.pop()?.runs.first()?.run;
+                let what = if self.records {
+                    "its records and messages are"
+                } else {
+                    "the messages that it has not taken are"
+                };
+                return Some(Read::Not(
+                    run,
+                    format!(
+                        "{what} {weight} bytes, and this host loads {limit} of one process at most; see HostBuilder::max_loaded"
+                    ),
+                ));
+            }
+            let bytes = part.weight.unwrap_or(AT_ONCE.min(limit));
+            let room = match self.records {
+                false => None,
+                true => tokio::select! {
+                    biased;
+                    () = epoch.over() => return Some(Read::Over),
+                    room = core.room.take(bytes) => Some(room),
+                },
+            };
+            let load = Load { runs: part.runs.clone(), records: self.records, most: bytes };
+            let error = match core.storage.load(&load).await {
+                Ok(Some(loaded)) => {
                     self.read(&loaded);
-                    return Some(Read::Some(loaded));
+                    return Some(Read::Some(loaded, room));
                 }
+                Ok(None) => match core.storage.weigh(&load).await {
+                    Ok(weights) => {
+                        self.part(weights, limit);
+                        continue;
+                    }
+                    Err(error) => error,
+                },
                 Err(error) => error,
             };
+            drop(room);
             core.note_trouble(&error.to_string());
             self.failures += 1;
-            let many = part.len() > 1;
+            let many = load.runs.len() > 1;
             let too_slow = many && matches!(error, StorageError::Blocked(_));
             // As long as the database answers nothing else, the fault is not in what is read.
             if too_slow || self.failures > TRIES && self.others_are_read(core, epoch).await {
                 if many {
                     self.halve();
                 } else {
-                    let run = self.parts.pop().into_iter().flatten().next()?;
+                    let run = self.parts.pop()?.runs.first()?.run;
                     self.failures = 0;
                     // A connection that was lost says nothing about the run.
                     if matches!(error, StorageError::Unavailable(_) | StorageError::Unknown(_)) {
@@ -84,23 +126,50 @@ impl Reading {
         }
     }
 
-    /// These were read. The rest is tried together again: it may have been the database.
+    /// These were read. What failed is tried together again: it may have been the database.
     fn read(&mut self, loaded: &[Loaded]) {
         if let Some(part) = self.parts.last_mut() {
-            part.retain(|run| !loaded.iter().any(|loaded| loaded.run == *run));
+            part.runs.retain(|wanted| !loaded.iter().any(|loaded| loaded.run == wanted.run));
         }
         if self.failures > 0 {
             self.failures = 0;
             self.backoff = Backoff::new();
-            let rest = std::mem::take(&mut self.parts).into_iter().rev().flatten().collect();
-            self.parts.push(rest);
+            let (weighed, rest): (Vec<Part>, Vec<Part>) =
+                std::mem::take(&mut self.parts).into_iter().partition(|part| part.weight.is_some());
+            self.parts = weighed;
+            let runs = rest.into_iter().rev().flat_map(|part| part.runs).collect();
+            self.parts.push(Part { runs, weight: None });
         }
     }
 
+    /// The next part is too much for one read.
+    fn part(&mut self, weights: Vec<(RunId, usize)>, limit: usize) {
+        /// What may have come since it was weighed.
+        const MORE: usize = 64 << 10;
+        let Some(part) = self.parts.pop() else { return };
+        // It was weighed before, and more has come.
+        let grows = part.weight.is_some();
+        let least = part.weight.filter(|_| part.runs.len() == 1).map_or(0, |before| before * 2);
+        let mut parts: Vec<Part> = Vec::new();
+        for wanted in part.runs {
+            let weight = weights.iter().find(|(run, _)| *run == wanted.run).map_or(0, |(_, weight)| *weight);
+            let weight = (weight + MORE).max(least);
+            let most = AT_ONCE.min(limit);
+            match parts.last_mut() {
+                Some(Part { runs, weight: Some(sum) }) if *sum + weight <= most && !grows => {
+                    runs.push(wanted);
+                    *sum += weight;
+                }
+                _ => parts.push(Part { runs: vec![wanted], weight: Some(weight) }),
+            }
+        }
+        self.parts.extend(parts.into_iter().rev());
+    }
+
     fn halve(&mut self) {
-        if let Some(mut first) = self.parts.pop() {
+        if let Some(Part { runs: mut first, weight }) = self.parts.pop() {
             let second = first.split_off(first.len() / 2);
-            self.parts.extend([second, first]);
+            self.parts.extend([second, first].map(|runs| Part { runs, weight }));
             self.failures = 0;
             self.backoff = Backoff::new();
         }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::names::{NameState, Names};
+use super::room::Taken;
 use super::run::{At, Cancel, Part, State};
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
@@ -25,6 +26,8 @@ const MOMENT: Duration = Duration::from_secs(1);
 
 /// An execution that is not live yet.
 pub(crate) struct Replay {
+    /// What its records take.
+    _room: Option<Taken>,
     stage: Stage,
     /// Operations in the order in which they go on, those that were there at the last poll.
     waiting: BTreeSet<Position>,
@@ -90,9 +93,10 @@ pub(crate) enum Next {
 
 impl Replay {
     /// The replay of an execution with these records; none if there is nothing to replay.
-    pub(crate) fn of(names: &Names) -> Option<Box<Self>> {
+    pub(crate) fn of(names: &Names, room: Option<Taken>) -> Option<Box<Self>> {
         names.iter().next()?;
         Some(Box::new(Self {
+            _room: room,
             stage: Stage::Process,
             waiting: BTreeSet::new(),
             asked: BTreeSet::new(),

@@ -13,14 +13,16 @@ use super::held::Places;
 use super::names::{Names, Usage};
 use super::queue::{Answer, From, Job};
 use super::replay::Replay;
+use super::room::Taken;
 use super::sent::Sent;
+use super::suspects::Suspect;
 use super::wake::{Context, Inside, RootWake};
 use super::{Core, lock};
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
 use crate::storage::{
-    Ended, EventRow, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId, RunState,
-    Scope, Target,
+    Ended, EventRow, Fate, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId,
+    RunState, Scope, Target,
 };
 
 /// One execution of a process in this program: what the driver, the process's operations and the engine share.
@@ -79,10 +81,20 @@ pub(crate) struct State {
     pub(crate) commits: u32,
     pub(crate) waits: Vec<Wait>,
     next_wait: u32,
+    /// It may be what programs have died of.
+    _suspect: Option<Suspect>,
     /// Wakers of operations that are not polled by the process's future itself.
     foreign: Vec<Waker>,
     /// They have been asked, since the last time that something happened, whether they are still there.
     foreign_asked: bool,
+}
+
+/// What an execution keeps from others while it lasts.
+#[derive(Default)]
+pub(crate) struct Kept {
+    /// Room for its records, until it is live.
+    pub(crate) room: Option<Taken>,
+    pub(crate) suspect: Option<Suspect>,
 }
 
 /// Which part of a process an operation belongs to.
@@ -109,6 +121,8 @@ pub(crate) struct Mail {
     pub(crate) seen: i64,
     /// Messages not taken.
     pub(crate) events: BTreeMap<i64, EventRow>,
+    /// Awaited processes that had not ended when the execution began: they need not be awaited once more.
+    pub(crate) awaits: Vec<(Box<str>, RunId)>,
     /// Awaited processes that have ended or are gone.
     pub(crate) targets: BTreeMap<RunId, Option<Ended>>,
     /// For each event: how many receives have completed, and whether one is under way.
@@ -178,20 +192,30 @@ impl fmt::Display for WaitFor {
 static SERIAL: AtomicU64 = AtomicU64::new(1);
 
 impl Run {
-    pub(crate) fn new(core: Arc<Core>, instance: InstanceId, claim: i64, loaded: RunState) -> Self {
+    pub(crate) fn new(core: Arc<Core>, instance: InstanceId, claim: i64, loaded: RunState, kept: Kept) -> Self {
         let RunState { process, records, events, targets } = loaded;
         let ProcessRow { run, id, kind, signals, cancel_requested_at, cancelled_at, cancelled_seq, .. } = process;
         let seq = records.iter().map(|(_, record)| record.seq).chain(cancelled_seq).max().unwrap_or(0);
         let names = Names::recorded(records);
+        let (mut awaits, mut ended) = (Vec::new(), BTreeMap::new());
+        for Target { run, id, fate } in targets {
+            match fate {
+                Fate::Open => awaits.push((id, run)),
+                Fate::Ended(end) => _ = ended.insert(run, Some(end)),
+                Fate::Gone => _ = ended.insert(run, None),
+            }
+        }
         let state = State {
-            replay: Replay::of(&names),
+            replay: Replay::of(&names, kept.room),
+            _suspect: kept.suspect,
             names,
             seq,
             cancelled_seq,
             mail: Mail {
                 seen: signals,
                 events: events.into_iter().map(|event| (event.number, event)).collect(),
-                targets: targets.into_iter().map(|target| (target.run, target.ended)).collect(),
+                awaits,
+                targets: ended,
                 receives: BTreeMap::new(),
             },
             cancel: match (cancel_requested_at, cancelled_at) {
@@ -406,8 +430,12 @@ impl Run {
                 }
             }
             state.mail.seen = seen.max(read.process.signals);
-            for Target { run, ended } in read.targets {
-                state.mail.targets.insert(run, ended);
+            for Target { run, fate, .. } in read.targets {
+                match fate {
+                    Fate::Open => {}
+                    Fate::Ended(end) => _ = state.mail.targets.insert(run, Some(end)),
+                    Fate::Gone => _ = state.mail.targets.insert(run, None),
+                }
             }
             if read.process.cancel_requested_at.is_some() && state.cancel == Cancel::No {
                 state.cancel = Cancel::Requested;

@@ -67,6 +67,7 @@ impl HostBuilder {
             batch_ops: 1000,
             batch_bytes: 4 * 1024 * 1024,
             claim: 500,
+            max_loaded: 256 << 20,
             stall_limit: Duration::from_secs(60),
             reconcile_every: Duration::from_secs(if storage.announces_everything() { 3600 } else { 60 }),
         };
@@ -143,6 +144,14 @@ impl HostBuilder {
     /// noticed at once, other programs' work by hints, where the storage has them.
     pub fn poll(mut self, interval: Duration) -> Self {
         self.settings.poll = interval;
+        self
+    }
+
+    /// At most so many bytes of one process's records and messages are read into memory when it resumes; 256 MiB by default.
+    /// A larger one becomes stuck, and may be resumed with another limit. Of all that resume at the same time no more than 64 MiB
+    /// are there at once, or one process alone; the others wait.
+    pub fn max_loaded(mut self, bytes: usize) -> Self {
+        self.settings.max_loaded = bytes;
         self
     }
 

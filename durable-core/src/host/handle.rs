@@ -17,8 +17,8 @@ use crate::limits::{self, LimitError};
 use crate::name::Name;
 use crate::payload::{self, EncodeError};
 use crate::storage::{
-    Forget, InstanceId, Op, OpKind, Order, Outcome, ProcessRow, Raise, Raised, Record, RecordKey, RecordState, RunId,
-    Scope, Status, What,
+    Forget, InstanceId, Load, Op, OpKind, Order, Outcome, ProcessRow, Raise, Raised, Record, RecordKey, RecordState,
+    RunId, Scope, Status, What,
 };
 
 /// Any JSON: the output of a process whose definition is not at hand.
@@ -434,8 +434,9 @@ impl IntoFuture for Resume {
 /// None if its compensation has run.
 async fn failed(core: &Core, run: RunId) -> Result<Option<Vec<RecordKey>>, HandleError> {
     let unreadable = |why: String| HandleError::Unavailable(Unavailable::Refused(why.into()));
-    let loaded = core.read(|| core.storage.load(std::slice::from_ref(&run), true)).await?;
-    let Some(state) = loaded.into_iter().find(|loaded| loaded.run == run) else { return Ok(Some(Vec::new())) };
+    let load = Load::whole(&[run]);
+    let loaded = core.read(|| core.storage.load(&load)).await?;
+    let Some(state) = loaded.into_iter().flatten().next() else { return Ok(Some(Vec::new())) };
     let records = state.state.map_err(unreadable)?.map(|state| state.records).unwrap_or_default();
     if records.iter().any(|(key, _)| key.scope == Scope::Compensation) {
         return Ok(None);

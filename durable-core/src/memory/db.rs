@@ -5,9 +5,9 @@ use std::sync::{Arc, Weak};
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
 use crate::storage::{
-    Batch, Claimed, Counted, Effect, Ended, EventRow, Filter, Finish, Forget, InstanceId, LockState, NewInstance, Op,
-    OpKind, Order, Outcome, Park, Peer, Poll, Polled, ProcessRow, Raise, Raised, Record, RecordKey, RecordOp,
-    RecordState, Result, RunId, RunState, Spawn, Spawned, Status, StorageError, Target, What,
+    Batch, Claimed, Counted, Effect, Ended, EventRow, Fate, Filter, Finish, Forget, InstanceId, LockState, NewInstance,
+    Op, OpKind, Order, Outcome, Park, Peer, Poll, Polled, ProcessRow, Raise, Raised, Record, RecordKey, RecordOp,
+    RecordState, Result, RunId, RunState, Spawn, Spawned, Status, StorageError, Target, Wanted, What,
 };
 
 /// The tables.
@@ -328,7 +328,8 @@ impl Db {
 
     fn park(&mut self, me: InstanceId, park: &Park, now: DateTime<Utc>) -> Outcome {
         let Some(process) = self.owned_process(me, park.run, park.claim) else {
-            let parked_before = self.processes.get(&park.run).is_some_and(|p| p.row.calm_claim >= park.claim);
+            let parked = |p: &Process| p.row.calm_claim >= park.claim - park.deaths;
+            let parked_before = self.processes.get(&park.run).is_some_and(parked);
             #[cfg(durable_mutations)]
             let parked_before = parked_before && !is_broken(Rule::OwnPark);
             return if parked_before { Outcome::Recorded } else { Outcome::Lost };
@@ -339,7 +340,7 @@ impl Db {
         let row = &mut process.row;
         row.status = Status::Waiting;
         row.owner = None;
-        row.calm_claim = row.claim;
+        row.calm_claim = row.claim - park.deaths;
         row.wake_at = park.wake_at.map(|at| if park.seen.is_none() { at.min(now) } else { at });
         row.waiting_for = park.waiting_for.clone();
         row.status_at = now;
@@ -467,29 +468,30 @@ impl Db {
         due.into_iter().map(claim).collect()
     }
 
-    pub(super) fn load(&self, run: RunId, records: bool) -> Option<RunState> {
+    pub(super) fn load(&self, Wanted { run, seen }: Wanted, whole: bool) -> Option<RunState> {
         let process = self.processes.get(&run)?;
         let first = RecordKey { scope: crate::storage::Scope::Process, name: "".into(), key: "".into() };
-        let records = if records {
+        let records = if whole {
             let of_run = self.records.range((run, first)..).take_while(|((of, _), _)| *of == run);
             of_run.map(|((_, key), record)| (key.clone(), record.clone())).collect()
         } else {
             Vec::new()
         };
-        let events = self.events.range((run, 0)..=(run, i64::MAX)).filter(|(_, event)| !event.taken);
-        let ended = |target: RunId| match self.processes.get(&target) {
-            None => Some(Target { run: target, ended: None }),
-            Some(process) if process.row.status.is_finished() => {
-                Some(Target { run: target, ended: Some((process.row.status, process.row.output.clone())) })
+        let events = self.events.range((run, 0)..=(run, i64::MAX));
+        let events = events.filter(|((_, number), event)| !event.taken && *number > seen);
+        let target = |run: RunId| match self.processes.get(&run).map(|process| &process.row) {
+            None => Target { run, id: "".into(), fate: Fate::Gone },
+            Some(row) if row.status.is_finished() => {
+                Target { run, id: row.id.clone(), fate: Fate::Ended((row.status, row.output.clone())) }
             }
-            Some(_) => None,
+            Some(row) => Target { run, id: row.id.clone(), fate: Fate::Open },
         };
-        let awaited = self.waiters.iter().filter(|(_, waiter)| *waiter == run);
+        let awaited = self.waiters.iter().filter(|(_, waiter)| *waiter == run).map(|(run, _)| target(*run));
         Some(RunState {
             process: process.row.clone(),
             records,
             events: events.map(|(_, event)| event.row.clone()).collect(),
-            targets: awaited.filter_map(|(target, _)| ended(*target)).collect(),
+            targets: awaited.filter(|target| whole || target.fate != Fate::Open).collect(),
         })
     }
 

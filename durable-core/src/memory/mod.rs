@@ -32,8 +32,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::storage::{
-    Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, Result, RunId, Storage, StorageError,
+    Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
+    ProcessRow, Record, RecordKey, Result, RunId, Storage, StorageError, Wanted,
 };
 use db::Db;
 
@@ -119,9 +119,18 @@ impl Storage for Memory {
         Ok(outcomes)
     }
 
-    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
+    async fn load(&self, load: &Load) -> Result<Option<Vec<Loaded>>> {
         let db = self.db();
-        Ok(runs.iter().map(|run| Loaded { run: *run, state: Ok(db.load(*run, records)) }).collect())
+        let states: Vec<_> = load.runs.iter().map(|wanted| (wanted.run, db.load(*wanted, load.records))).collect();
+        let weight: usize = states.iter().filter_map(|(_, state)| Some(state.as_ref()?.weight())).sum();
+        let loaded = |(run, state)| Loaded { run, state: Ok(state) };
+        Ok((weight <= load.most).then(|| states.into_iter().map(loaded).collect()))
+    }
+
+    async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>> {
+        let db = self.db();
+        let weight = |wanted: &Wanted| Some((wanted.run, db.load(*wanted, load.records)?.weight()));
+        Ok(load.runs.iter().filter_map(weight).collect())
     }
 
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {

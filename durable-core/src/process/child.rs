@@ -270,16 +270,32 @@ impl<O, E> AwaitOutput<'_, O, E> {
         limits::check("process id", &self.id, limits::MAX_ID).is_err()
     }
 
+    /// The run that an earlier execution has awaited, where there is nothing to ask: of a run that is given it is known how it
+    /// ended; of an id, if its run had not ended when this execution began, so that it is the current one still.
+    fn stands(&self) -> Option<RunId> {
+        let state = self.run.state();
+        if let Some(target) = self.target.filter(|target| state.mail.targets.contains_key(target)) {
+            return Some(target);
+        }
+        let is_it = |(id, run): &&(Box<str>, RunId)| self.target.map_or(**id == *self.id, |target| target == *run);
+        state.mail.awaits.iter().find(is_it).map(|(_, run)| *run)
+    }
+
     /// Waits until the process has ended. Writes no record; says which waiter row is to go with it.
     pub(super) async fn ended(&self, operation: &Operation) -> Result<(End, Option<RunId>), crate::Cancelled> {
         if self.nobodys() {
             return Ok((End::NotFound, None));
         }
-        let (id, target) = (self.id.as_str().into(), self.target);
-        let answer = self.run.submit(Op::Await { run: self.run.run, id, target }, None);
-        let (target, ended) = match self.run.outcome(answer).await {
-            Outcome::Awaits(Some((target, ended))) => (target, ended),
-            _ => return Ok((End::NotFound, None)),
+        let (target, ended) = match self.stands() {
+            Some(target) => (target, None),
+            None => {
+                let (id, target) = (self.id.as_str().into(), self.target);
+                let answer = self.run.submit(Op::Await { run: self.run.run, id, target }, None);
+                match self.run.outcome(answer).await {
+                    Outcome::Awaits(Some(awaits)) => awaits,
+                    _ => return Ok((End::NotFound, None)),
+                }
+            }
         };
         let ended = match ended {
             Some(ended) => Some(ended),

@@ -1,4 +1,5 @@
-use super::rows::{Ended, InstanceId, OpKind, RecordKey, RecordState, RunId, Status};
+use super::load::Ended;
+use super::rows::{InstanceId, OpKind, RecordKey, RecordState, RunId, Status};
 use chrono::{DateTime, Utc};
 use std::any::Any;
 use std::fmt;
@@ -287,6 +288,8 @@ pub struct Park {
     pub seen: Option<i64>,
     /// What it waits for, in words.
     pub waiting_for: Option<Box<str>>,
+    /// How many executions before this one, which did nothing, ended in a death without a new record: they go on counting.
+    pub deaths: i64,
 }
 
 /// A record to erase at a resume.

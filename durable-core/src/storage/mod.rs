@@ -9,6 +9,7 @@ mod batch;
 pub mod chores;
 mod error;
 pub mod inbox;
+mod load;
 pub mod migration;
 mod rows;
 mod sorted;
@@ -20,9 +21,10 @@ pub use batch::{
     Spawned, What,
 };
 pub use error::StorageError;
+pub use load::{Ended, EventRow, Fate, Load, Loaded, RunState, Scales, Target, Wanted};
 pub use rows::{
-    Counted, Ended, EventRow, Filter, InstanceId, Loaded, LockState, NewInstance, OpKind, Peer, Peers, Poll, Polled,
-    ProcessRow, Record, RecordKey, RecordState, RunId, RunState, Scope, Status, Target,
+    Counted, Filter, InstanceId, LockState, NewInstance, OpKind, Peer, Peers, Poll, Polled, ProcessRow, Record,
+    RecordKey, RecordState, RunId, Scope, Status,
 };
 
 pub use sorted::{Letter, Sorted, Start};
@@ -113,13 +115,16 @@ pub trait Storage: Send + Sync + 'static {
     /// Answers one [`Outcome`] for each operation, in order.
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>>;
 
-    /// Reads what the given runs need in order to go on. It may answer a part of them, at least one, in order to
-    /// bound the read; the caller asks again for the others. With `records` false only the process row, the messages
-    /// and the awaited targets are read.
+    /// Reads what runs need in order to go on, one [`Loaded`] for each, in their order; none at all if it is more than
+    /// [`Load::most`], which a storage notices while it reads: it holds no more in memory than that, and some.
     ///
     /// A consistent snapshot of each run: every message up to [`ProcessRow::signals`] is there. A run whose stored
     /// form cannot be understood comes back as [`Loaded::state`] `Err`, alone.
-    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>>;
+    async fn load(&self, load: &Load) -> Result<Option<Vec<Loaded>>>;
+
+    /// How many bytes each of the runs comes to, as [`RunState::weight`] counts them, without reading them into memory. Those
+    /// that do not exist may be left out.
+    async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>>;
 
     /// The runs that the instance owns, with their claim numbers, in order of their ids, after `after`.
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>>;

@@ -260,51 +260,6 @@ pub struct ProcessRow {
     pub finished_at: Option<DateTime<Utc>>,
 }
 
-/// A message that waits in a process's mailbox.
-#[derive(Clone, Debug, PartialEq)]
-pub struct EventRow {
-    /// Its place in the run's order.
-    pub number: i64,
-    /// The event's name.
-    pub name: Box<str>,
-    /// JSON text.
-    pub payload: Box<str>,
-}
-
-/// How a run ended: completed, failed or cancelled; and its output or error, JSON text.
-pub type Ended = (Status, Option<Box<str>>);
-
-/// What became of a process that another one awaits.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Target {
-    /// The awaited run.
-    pub run: RunId,
-    /// How it ended; none if it was deleted.
-    pub ended: Option<Ended>,
-}
-
-/// Everything that a run needs in order to go on.
-#[derive(Clone, Debug)]
-pub struct Loaded {
-    /// The run.
-    pub run: RunId,
-    /// Its state, or why what is stored cannot be understood. [`None`] if the run does not exist.
-    pub state: std::result::Result<Option<RunState>, String>,
-}
-
-/// The state of one run.
-#[derive(Clone, Debug)]
-pub struct RunState {
-    /// Its row.
-    pub process: ProcessRow,
-    /// Its records, if they were asked for.
-    pub records: Vec<(RecordKey, Record)>,
-    /// The messages that it has not taken, in their order.
-    pub events: Vec<EventRow>,
-    /// The awaited processes that have ended or are gone.
-    pub targets: Vec<Target>,
-}
-
 /// What makes an instance known to the others.
 #[derive(Clone, Debug)]
 pub struct NewInstance {

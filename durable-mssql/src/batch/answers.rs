@@ -209,7 +209,7 @@ fn owned(
         outcomes[*at] = Some(match states.get(&park.run) {
             _ if made.contains(&park.run) => Outcome::Recorded,
             Some(state) if state.owner == Some(me) && state.claim == park.claim => Outcome::Signalled(state.signals),
-            Some(state) if state.calm >= park.claim => Outcome::Recorded,
+            Some(state) if state.calm >= park.claim - park.deaths => Outcome::Recorded,
             _ => Outcome::Lost,
         });
     }

@@ -134,6 +134,7 @@ const PARKS: &[(&str, Column)] = &[
     ("wake_at", Column::Time),
     ("seen", Column::Number),
     ("waiting_for", Column::Text),
+    ("deaths", Column::Number),
 ];
 
 /// Parks: whether every signal was seen is decided on the row, under its lock.
@@ -150,10 +151,11 @@ fn park(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
             wake_at.as_deref().into(),
             park.seen.into(),
             park.waiting_for.as_deref().into(),
+            park.deaths.into(),
         ]);
     }
     let j = table.named(sql, "j");
-    let set = "status = N'waiting', owner = NULL, calm_claim = p.claim, signalled = 0,
+    let set = "status = N'waiting', owner = NULL, calm_claim = p.claim - j.deaths, signalled = 0,
         wake_at = CASE WHEN j.seen IS NULL AND j.wake_at > @now THEN @now ELSE j.wake_at END, waiting_for = j.waiting_for, status_at = @now";
     change(sql, of, &j, set, " AND (j.seen IS NULL OR j.seen = p.signals)");
 }

@@ -293,9 +293,10 @@ pub(super) fn parked(sql: &mut Sql, of: &Of<'_>, parks: &[(usize, &Park)], gate:
         .column("wake_at", each().map(|park| park.wake_at.map(time_text)))
         .column("seen", each().map(|park| park.seen))
         .column("waiting_for", each().map(|park| park.waiting_for.as_deref()))
+        .column("deaths", each().map(|park| park.deaths))
         .named("j");
     format!(
-        "UPDATE {of}.processes p SET status = 'waiting', owner = NULL, calm_claim = p.claim, signalled = false,
+        "UPDATE {of}.processes p SET status = 'waiting', owner = NULL, calm_claim = p.claim - j.deaths, signalled = false,
              wake_at = CASE WHEN j.seen IS NULL AND j.wake_at IS NOT NULL THEN least(j.wake_at::timestamptz, now())
                  ELSE j.wake_at::timestamptz END,
              waiting_for = j.waiting_for, status_at = now()

@@ -136,7 +136,7 @@ pub(super) async fn owned(
             match states.get(&park.run) {
                 _ if made.contains(&park.run) => Outcome::Recorded,
                 Some(state) if state.mine && state.claim == park.claim => Outcome::Signalled(state.signals),
-                Some(state) if state.calm >= park.claim => Outcome::Recorded,
+                Some(state) if state.calm >= park.claim - park.deaths => Outcome::Recorded,
                 _ => Outcome::Lost,
             },
         );

@@ -101,7 +101,7 @@ pub(super) async fn read(
                     outcomes[at] = Some(match states.get(&park.run) {
                         _ if complete => Outcome::Recorded,
                         Some(state) if state.mine && state.claim == park.claim => Outcome::Signalled(state.signals),
-                        Some(state) if state.calm >= park.claim => Outcome::Recorded,
+                        Some(state) if state.calm >= park.claim - park.deaths => Outcome::Recorded,
                         _ => Outcome::Lost,
                     });
                 }

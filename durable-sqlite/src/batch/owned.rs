@@ -112,7 +112,7 @@ impl Plan<'_> {
                      ON CONFLICT (run) DO UPDATE SET status = excluded.status, output = excluded.output,
                          reason = excluded.reason, owner = NULL, wake_at = NULL, waiting_for = NULL, signalled = 0, status_at = {NOW},
                          finished_at = iif(excluded.status IN {FINISHED}, {NOW}, NULL)",
-                    change("status, output, reason", &values)
+                    change("status, output, reason, calm_claim", &format!("{values}, 0"))
                 ),
                 args.flatten(),
             );
@@ -170,9 +170,9 @@ impl Plan<'_> {
         let mut at = Vec::new();
         let mut rows = Rows::default();
         for (index, op) in self.ops() {
-            if let Op::Park(Park { run, claim, wake_at, seen, waiting_for }) = op {
+            if let Op::Park(Park { run, claim, wake_at, seen, waiting_for, deaths }) = op {
                 at.push(index);
-                rows.push(cells![run.0, *claim, wake_at.map(time_text), *seen, waiting_for.as_ref()]);
+                rows.push(cells![run.0, *claim, wake_at.map(time_text), *seen, waiting_for.as_ref(), *deaths]);
             }
         }
         if rows.is_empty() {
@@ -183,13 +183,13 @@ impl Plan<'_> {
             &format!(
                 "{} WHERE p.claim = j.value->>1 AND +p.owner IS ? AND (j.value->>3 IS NULL OR j.value->>3 = p.signals)
                      AND {FENCED}
-                 ON CONFLICT (run) DO UPDATE SET status = excluded.status, owner = NULL, calm_claim = claim,
+                 ON CONFLICT (run) DO UPDATE SET status = excluded.status, owner = NULL, calm_claim = claim - excluded.calm_claim,
                      signalled = 0, wake_at = excluded.wake_at, waiting_for = excluded.waiting_for, status_at = {NOW}",
                 change(
-                    "status, wake_at, waiting_for",
+                    "status, wake_at, waiting_for, calm_claim",
                     &format!(
                         "'waiting', CASE WHEN j.value->>3 IS NULL THEN min(j.value->>2, {NOW}) ELSE j.value->>2 END,
-                             j.value->>4"
+                             j.value->>4, j.value->>5"
                     )
                 )
             ),
@@ -204,9 +204,9 @@ impl Plan<'_> {
 /// at the service's last `ANALYZE`. As they all conflict with the rows that are there, none is put in.
 fn change(columns: &str, values: &str) -> String {
     format!(
-        "INSERT INTO durable_processes (run, namespace, id, current, kind, claim, calm_claim, signals, signalled, input,
+        "INSERT INTO durable_processes (run, namespace, id, current, kind, claim, signals, signalled, input,
              input_digest, created_at, status_at, {columns})
-         SELECT p.run, '', '', 0, '', 0, 0, 0, 0, '', '', '', '', {values}
+         SELECT p.run, '', '', 0, '', 0, 0, 0, '', '', '', '', {values}
          FROM jsonb_each(?) j CROSS JOIN durable_processes p ON p.run = j.value->>0"
     )
 }

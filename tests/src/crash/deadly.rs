@@ -3,8 +3,8 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::{
-    Batch, Counted, Filter, Heart, InstanceId, Loaded, NewInstance, Op, Outcome, Peer, Peers, Poll, Polled, ProcessRow,
-    Record, RecordKey, RecordState, Result, RunId, Storage,
+    Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Op, Outcome, Peer, Peers, Poll, Polled,
+    ProcessRow, Record, RecordKey, RecordState, Result, RunId, Storage,
 };
 use std::str::FromStr;
 use std::sync::Arc;
@@ -197,8 +197,11 @@ impl<S: Storage> Storage for Deadly<S> {
         self.pass(batch, true);
         Ok(outcomes)
     }
-    async fn load(&self, runs: &[RunId], records: bool) -> Result<Vec<Loaded>> {
-        self.inner.load(runs, records).await
+    async fn load(&self, load: &Load) -> Result<Option<Vec<Loaded>>> {
+        self.inner.load(load).await
+    }
+    async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>> {
+        self.inner.weigh(load).await
     }
     async fn owned(&self, instance: InstanceId, after: Option<RunId>, limit: usize) -> Result<Vec<(RunId, i64)>> {
         self.inner.owned(instance, after, limit).await

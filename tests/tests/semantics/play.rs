@@ -4,7 +4,7 @@ mod batch;
 
 use durable_core::Status;
 use durable_core::storage::{
-    self, Batch, Filter, NewInstance, Op, Order, Outcome, Peer, Poll, ProcessRow, Raised, RunId, What,
+    self, Batch, Filter, Load, NewInstance, Op, Order, Outcome, Peer, Poll, ProcessRow, Raised, RunId, What,
 };
 use std::fmt;
 use uuid::Uuid;
@@ -201,17 +201,15 @@ impl Play {
                 self.commit(side, *by, batch).await
             }
             Call::Load { runs, records } => {
-                let mut left: Vec<RunId> = runs.iter().map(|run| self.names.runs[*run]).collect();
+                let left: Vec<RunId> = runs.iter().map(|run| self.names.runs[*run]).collect();
                 let mut all = Vec::new();
-                while !left.is_empty() {
-                    for mut loaded in self.sides[side].storage.load(&left, *records).await.unwrap() {
-                        left.retain(|run| *run != loaded.run);
-                        if let Ok(Some(state)) = &mut loaded.state {
-                            state.records.sort_by(|(one, _), (other, _)| one.cmp(other));
-                            state.targets.sort_by_key(|target| target.run);
-                        }
-                        all.push(loaded);
+                let load = if *records { Load::whole(&left) } else { Load::signals(&left) };
+                for mut loaded in self.sides[side].storage.load(&load).await.unwrap().unwrap() {
+                    if let Ok(Some(state)) = &mut loaded.state {
+                        state.records.sort_by(|(one, _), (other, _)| one.cmp(other));
+                        state.targets.sort_by_key(|target| target.run);
                     }
+                    all.push(loaded);
                 }
                 all.sort_by_key(|loaded| loaded.run);
                 answer!(Ok(all), |all| all.iter().any(|loaded| matches!(loaded.state, Ok(Some(_)))))

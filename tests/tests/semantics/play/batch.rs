@@ -66,7 +66,10 @@ impl Play {
             Draft::Record { run, claim, key: at, op, state, seq, takes, effect, awaited } => {
                 let run = self.run(by, *run);
                 let waiting = match takes {
-                    Some(_) => self.sides[0].storage.load(&[run], false).await.unwrap().remove(0).state.unwrap(),
+                    Some(_) => {
+                        let load = storage::Load::signals(&[run]);
+                        self.sides[0].storage.load(&load).await.unwrap().unwrap().remove(0).state.unwrap()
+                    }
                     None => None,
                 };
                 let number = |nth: usize| waiting.and_then(|state| Some(state.events.get(nth)?.number)).unwrap_or(77);
@@ -132,6 +135,7 @@ impl Play {
                     wake_at: due.map(|due| began + TimeDelta::minutes(DUE[due])),
                     seen: seen.map(|off| self.signals(run) + off.0),
                     waiting_for: due.map(|due| format!("due {due}").into()),
+                    deaths: due.map_or(0, |due| due as i64 % 3),
                 })
             }
             Draft::Order(asked, ask) => {

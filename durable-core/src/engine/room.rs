@@ -1,0 +1,98 @@
+//! Room for what processes have recorded: so many bytes at most are in memory while they are read and replayed.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::Notify;
+
+use super::lock;
+
+/// All that is being read or replayed, or one process that alone is more.
+const ALL: usize = 64 << 20;
+/// What is read at once without being weighed.
+pub(super) const AT_ONCE: usize = 16 << 20;
+
+#[derive(Default)]
+pub(crate) struct Room {
+    taken: Mutex<usize>,
+    freed: Notify,
+    /// Whoever waits for room, one after the other.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// Room that is taken; given back when dropped.
+pub(crate) struct Taken {
+    room: Arc<Room>,
+    bytes: usize,
+}
+
+impl Room {
+    /// Waits until there is room for so many bytes. Replays end by themselves, unless a function awaits in its replay what is
+    /// not durable, another process perhaps: if nothing is given back for a while, it is not waited for.
+    pub(crate) async fn take(self: &Arc<Self>, bytes: usize) -> Taken {
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let _turn = self.turn.lock().await;
+        loop {
+            let mut freed = std::pin::pin!(self.freed.notified());
+            freed.as_mut().enable();
+            {
+                let mut taken = lock(&self.taken);
+                if *taken == 0 || *taken + bytes <= ALL {
+                    *taken += bytes;
+                    break;
+                }
+            }
+            if tokio::time::timeout(PATIENCE, freed).await.is_err() {
+                *lock(&self.taken) += bytes;
+                break;
+            }
+        }
+        Taken { room: self.clone(), bytes }
+    }
+
+    /// Somebody waits for room: nothing more should be claimed.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.turn.try_lock().is_err()
+    }
+}
+
+impl Taken {
+    /// A part of it, for whoever keeps that longer.
+    pub(crate) fn split(&mut self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self { room: self.room.clone(), bytes }
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            *lock(&self.room.taken) -= self.bytes;
+            self.room.freed.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn room_is_waited_for() {
+        let room = Arc::new(Room::default());
+        let mut first = room.take(ALL - 10).await;
+        assert!(!room.is_wanted());
+        let other = room.clone();
+        let second = tokio::spawn(async move { other.take(20).await });
+        tokio::task::yield_now().await;
+        assert!(room.is_wanted() && !second.is_finished());
+        drop(first.split(10));
+        let _second = second.await.unwrap();
+        drop(first);
+        // One that is larger than all of it is alone; and it does not wait for ever.
+        let began = Instant::now();
+        let _large = room.take(2 * ALL).await;
+        assert_eq!(began.elapsed().as_secs(), 5);
+    }
+}

@@ -1,0 +1,103 @@
+//! What is loaded is bounded in bytes; and a process that programs die of is found without marking others.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use durable_core::*;
+use durable_tests::crash::shared::Shared;
+use durable_tests::heavy::{CULPRIT, GO, INNOCENT, LARGE, large};
+use durable_tests::*;
+use std::process::Stdio;
+use std::time::Duration;
+
+const RESUMER: &str = env!("CARGO_BIN_EXE_resumer");
+
+on_each_backend!(one_that_is_too_large);
+on_each_database!(many_that_are_large, one_that_kills_programs);
+
+async fn host<B: Backend>(backend: &B) -> HostBuilder {
+    Host::builder(backend.storage().await).quiet_time(Duration::from_millis(20))
+}
+
+/// The program's end, and what it says.
+async fn resumer<B: Shared>(backend: &B, what: &str) -> (bool, String) {
+    let mut program = tokio::process::Command::new(RESUMER);
+    program.args([backend.worker_address().as_str(), what]).stdin(Stdio::null()).kill_on_drop(true);
+    let output = program.stderr(Stdio::inherit()).output().await.unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    println!("{said}");
+    (output.status.success(), said.lines().last().unwrap_or_default().to_owned())
+}
+
+/// Alone it is stuck, with the reason; its neighbours go on, and so does it once it may be as large.
+async fn one_that_is_too_large<B: Backend>() {
+    let backend = B::new().await;
+    let first = large(host(&backend).await).start().await.unwrap();
+    for (id, parts) in [("small", 1), ("larger", 3), ("largest", 5)] {
+        let process = first.spawn(LARGE, id, &parts).await.unwrap();
+        until_status(&process, Status::Waiting).await;
+    }
+    first.shutdown(Duration::from_secs(5)).await;
+    let second = large(host(&backend).await).max_loaded(4 << 20).start().await.unwrap();
+    for id in ["largest", "small", "larger"] {
+        second.get(id).raise(GO, &()).await.unwrap();
+    }
+    for (id, bytes) in [("small", 1), ("larger", 3)] {
+        assert_eq!(second.get(id).of(LARGE).output().await.unwrap() / 1_000_000, bytes);
+    }
+    let largest = second.get("largest").of(LARGE);
+    let reason = until_status(&largest, Status::Stuck).await.reason.unwrap();
+    assert!(reason.contains("4194304 of one process at most; see HostBuilder::max_loaded"), "{reason}");
+    second.shutdown(Duration::from_secs(5)).await;
+    let third = large(host(&backend).await).start().await.unwrap();
+    let largest = third.get("largest").of(LARGE);
+    largest.resume().await.unwrap();
+    assert_eq!(largest.output().await.unwrap() / 1_000_000, 5);
+}
+
+/// They take far more than the program may have.
+async fn many_that_are_large<B: Shared>() {
+    const PARTS: u32 = 8;
+    const MOST: usize = 256 << 10;
+    let many = if long() { 500 } else { 48 };
+    let backend = B::new().await;
+    let writer = large(host(&backend).await).start().await.unwrap();
+    for n in 0..many {
+        writer.spawn(LARGE, format!("p-{n}"), &PARTS).await.unwrap();
+        while n >= 8 && writer.get(format!("p-{}", n - 8)).status().await.unwrap().status != Status::Waiting {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    for n in 0..many {
+        until_status(&writer.get(format!("p-{n}")).of(LARGE), Status::Waiting).await;
+    }
+    writer.shutdown(Duration::from_secs(5)).await;
+    let client = host(&backend).await.start().await.unwrap();
+    for n in 0..many {
+        client.get(format!("p-{n}")).raise(GO, &()).await.unwrap();
+    }
+    let (well, kilobytes) = resumer(&backend, "large").await;
+    assert!(well);
+    let all = client.processes().status(Status::Completed).count().await.unwrap();
+    assert_eq!(all.iter().map(|counted| counted.count).sum::<u64>(), many);
+    println!("{many} processes of {PARTS} MiB took {kilobytes} kB at most");
+    assert!(kilobytes.trim().parse::<usize>().unwrap() < MOST, "{kilobytes} kB");
+}
+
+/// Programs die until it is stuck, which happens after as many deaths as it is allowed; none of the others is.
+async fn one_that_kills_programs<B: Shared>() {
+    const OTHERS: u64 = 24;
+    let backend = B::new().await;
+    let client = host(&backend).await.start().await.unwrap();
+    for n in 0..OTHERS {
+        client.spawn(INNOCENT, format!("p-{n}"), &()).await.unwrap();
+    }
+    client.spawn(CULPRIT, "culprit", &()).await.unwrap();
+    let mut deaths = 0;
+    while !resumer(&backend, "deadly").await.0 {
+        deaths += 1;
+    }
+    assert_eq!(deaths, 7);
+    let stuck = client.processes().status(Status::Stuck).list(10).await.unwrap();
+    assert_eq!(stuck.iter().map(|info| &*info.id).collect::<Vec<_>>(), ["culprit"]);
+    let all = client.processes().status(Status::Completed).count().await.unwrap();
+    assert_eq!(all.iter().map(|counted| counted.count).sum::<u64>(), OTHERS);
+}
