@@ -58,7 +58,7 @@ impl Plan<'_> {
                 &format!(
                     "INSERT INTO durable_steps (run, scope, name, key, op, state, payload, attempts, seq, claim,
                          recorded_at)
-                     SELECT j.value->>0, {scope}, j.value->>1, j.value->>2, {op}, {state}, {payload}, {attempts},
+                     SELECT p.run, {scope}, j.value->>1, j.value->>2, {op}, {state}, {payload}, {attempts},
                          j.value->>3, {claim}, {NOW}
                      FROM {from} CROSS JOIN durable_processes p
                          ON p.run = j.value->>0 AND +p.owner IS ? AND p.claim = {claim} {join}
