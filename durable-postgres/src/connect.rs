@@ -14,7 +14,7 @@ use crate::listen::Hints;
 use crate::names::Schema;
 use crate::session::{self, Bounds, Whose};
 use crate::store::Shared;
-use crate::{heart, migrate, transaction};
+use crate::{heart, migrate, pooler, transaction};
 
 /// How a PostgreSQL database is connected to, to be awaited. See [`Postgres::connect`].
 #[derive(Clone)]
@@ -130,26 +130,31 @@ impl Connect {
         let options = self.options()?;
         let explain = |error: Error| explain(&options, error);
         let mut connection = options.connect().await.map_err(explain)?;
+        let mut second = options.connect().await.map_err(explain)?;
         let version = sqlx::query("SELECT current_setting('server_version_num')::integer, version()");
         let version = sqlx::Executor::fetch_one(&mut connection, version).await.map_err(explain)?;
         let (number, words): (i32, String) = (version.get(0), version.get(1));
         if number < 140_000 {
             return Err(StorageError::schema(format!("the server is {words}; PostgreSQL 14 or later is needed")));
         }
+        let lent = pooler::lends(&mut connection, &mut second).await.map_err(reading)?;
+        let bounds = Bounds { lent, ..self.bounds };
+        if lent {
+            pooler::judge(&mut connection, &mut second, bounds).await?;
+        }
         if self.verify_only {
             migrate::verify(&mut connection, &schema).await?;
         } else {
             migrate::migrate(&mut connection, &schema).await?;
         }
-        session::set(&mut connection, self.bounds, Whose::Engine).await.map_err(reading)?;
-        let options = Options { options, bounds: self.bounds, whose: Whose::Engine, prepares: None };
-        let mut second = connect(&options).await.map_err(reading)?;
-        let locks = heart::locks_are_real(&mut connection, &mut second).await.map_err(reading)?;
+        for connection in [&mut connection, &mut second] {
+            session::set(connection, bounds, Whose::Engine).await.map_err(reading)?;
+        }
+        let options = Options { options, bounds, whose: Whose::Engine, prepares: None };
+        let locks = !lent && heart::locks_are_real(&mut connection, &mut second).await.map_err(reading)?;
         if !locks {
-            tracing::warn!(
-                "session locks exclude nobody here (a transaction-mode pooler?): whether an instance is dead is told by \
-                 its heartbeat alone"
-            );
+            let why = if lent { "a pooler lends sessions by the transaction" } else { "session locks exclude nobody" };
+            tracing::warn!("{why} here: whether an instance is dead is told by its heartbeat alone");
         }
         // A transactional step's record stands in the text of the statement that writes it: that text is never logged.
         let silent = options.options.clone().disable_statement_logging();
@@ -160,7 +165,7 @@ impl Connect {
             shares(self.max_connections).map(|most| Connections::new(options.clone(), most));
         writing.keep(connection);
         connections.keep(second);
-        let hints = Hints::new(&schema, self.listen);
+        let hints = Hints::new(&schema, self.listen && !lent);
         Ok(Postgres(Arc::new(Shared { schema, writing, connections, asking, transactions, locks, hints })))
     }
 }

@@ -43,10 +43,11 @@
 //! ([`Connect::idle_in_transaction_timeout`]).
 //!
 //! # Poolers
-//! Through a pooler that lends out sessions by the transaction, locks prove nothing and notifications are not heard. Both
-//! are noticed when connecting, and logged; heartbeats and polling do instead, so a dead instance is taken over after its
-//! expiry. Such a pooler must handle prepared statements (PgBouncer 1.21 does), or be given
-//! `?statement-cache-capacity=0`. Better let this crate connect directly: a host uses few connections.
+//! Better let this crate connect directly: a host uses few connections. Through a pooler that lends out sessions by the
+//! transaction, whoever connects is told what is missing. The engine sets nothing there, since others would meet it: it needs
+//! a role of its own, which has its settings by `ALTER ROLE … SET`; and the pooler must handle prepared statements (PgBouncer
+//! 1.21 and later does, with `max_prepared_statements`). Locks prove nothing and notifications are not heard; heartbeats and
+//! polling do instead, so a dead instance is taken over after its expiry.
 //!
 //! # Databases that speak PostgreSQL
 //! The statements keep to what the distributed ones have: `unnest`, `ON CONFLICT`, `FOR SHARE`, `FOR NO KEY UPDATE`, `SKIP
@@ -73,6 +74,7 @@ mod names;
 mod outbox;
 #[cfg(test)]
 mod plans;
+mod pooler;
 mod read;
 mod rows;
 mod session;

@@ -10,6 +10,8 @@ pub(crate) struct Bounds {
     pub(crate) statement: Duration,
     pub(crate) lock: Duration,
     pub(crate) idle_in_transaction: Duration,
+    /// Sessions are a pooler's, which lends them to others as well: nothing is set in them, and nothing is cleared away.
+    pub(crate) lent: bool,
 }
 
 impl Default for Bounds {
@@ -18,6 +20,7 @@ impl Default for Bounds {
             statement: Duration::from_secs(30),
             lock: Duration::from_secs(2),
             idle_in_transaction: Duration::from_secs(4),
+            lent: false,
         }
     }
 }
@@ -51,13 +54,25 @@ pub(crate) enum Whose {
 
 /// Sets what the session needs.
 pub(crate) async fn set(connection: &mut PgConnection, bounds: Bounds, whose: Whose) -> sqlx::Result<()> {
-    connection.execute(sqlx::raw_sql(AssertSqlSafe(settings(bounds, whose)))).await?;
+    if !bounds.lent {
+        connection.execute(sqlx::raw_sql(AssertSqlSafe(settings(bounds, whose)))).await?;
+    }
     Ok(())
 }
 
 /// By a statement and not at the login, where poolers refuse what they do not know; and only those settings that this
 /// server has.
 pub(crate) fn settings(bounds: Bounds, whose: Whose) -> String {
+    // Not by way of `pg_settings`, which takes half a millisecond: as long as several commits.
+    format!(
+        "SELECT pg_catalog.set_config(name, value, false) FROM {}
+             WHERE pg_catalog.current_setting(name, true) IS NOT NULL",
+        named(bounds, whose)
+    )
+}
+
+/// The settings, as rows.
+pub(crate) fn named(bounds: Bounds, whose: Whose) -> String {
     let ms = |time: Duration| time.as_millis().max(1).to_string();
     let frees = [
         // A zombie's locks are let go of when its machine is gone: nobody waits for them for long.
@@ -86,10 +101,5 @@ pub(crate) fn settings(bounds: Bounds, whose: Whose) -> String {
     let engine = engine.into_iter().filter(|_| whose == Whose::Engine);
     let values: Vec<String> =
         frees.into_iter().chain(engine).map(|(name, value)| format!("('{name}', '{value}')")).collect();
-    // Not by way of `pg_settings`, which takes half a millisecond: as long as several commits.
-    format!(
-        "SELECT pg_catalog.set_config(name, value, false) FROM (VALUES {}) AS v (name, value)
-             WHERE pg_catalog.current_setting(name, true) IS NOT NULL",
-        values.join(", ")
-    )
+    format!("(VALUES {}) AS v (name, value)", values.join(", "))
 }

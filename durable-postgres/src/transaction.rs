@@ -253,8 +253,11 @@ fn regained(bounds: Bounds) -> [String; 10] {
 
 /// What the closure, or a trigger at its commit, has left in the session must not meet the next one. Not `DISCARD ALL`,
 /// which would take the statements that the driver keeps.
-fn cleared(bounds: Bounds) -> [String; 8] {
-    [
+fn cleared(bounds: Bounds) -> Vec<String> {
+    if bounds.lent {
+        return Vec::new();
+    }
+    vec![
         "RESET SESSION AUTHORIZATION".to_owned(),
         "RESET ROLE".to_owned(),
         "RESET ALL".to_owned(),

@@ -121,7 +121,7 @@ fn what_is_named_in_passing_is_there() {
 // --- SQL -----------------------------------------------------------------------------------------------------------
 
 /// Where a text that is no constant is handed to a driver as SQL, how often, and why it holds nothing that a service gave.
-const HANDED_OVER: [(&str, usize, &str); 15] = [
+const HANDED_OVER: [(&str, usize, &str); 16] = [
     ("durable-mssql/connect.rs", 1, "a constant"),
     ("durable-mssql/migrate.rs", 1, "the migrations' constants and the schema's checked name"),
     ("durable-mssql/session.rs", 2, "constants, and numbers of this crate's settings"),
@@ -131,6 +131,7 @@ const HANDED_OVER: [(&str, usize, &str); 15] = [
     ("durable-postgres/heart.rs", 1, "a number of this crate's own, in a lock's key"),
     ("durable-postgres/listen.rs", 1, "a channel: the schema's checked name"),
     ("durable-postgres/migrate.rs", 4, "the migrations' constants and the schema's checked name"),
+    ("durable-postgres/pooler.rs", 1, "constants and numbers of this crate's settings"),
     ("durable-postgres/session.rs", 1, "constants and numbers of this crate's settings"),
     ("durable-postgres/sql.rs", 2, "what is bound stands in it as $1; see BUILT"),
     (
@@ -144,7 +145,7 @@ const HANDED_OVER: [(&str, usize, &str); 15] = [
 ];
 
 /// Where SQL is put together of parts, and what the parts are.
-const BUILT: [(&str, &str); 32] = [
+const BUILT: [(&str, &str); 33] = [
     ("durable-mssql/batch/", "the schema, parameters, columns of the batch's JSON"),
     ("durable-mssql/fence.rs", "the schema, parameters, a lock's name out of a UUID"),
     ("durable-mssql/heart.rs", "the schema, parameters, a lock's name out of a UUID"),
@@ -163,6 +164,7 @@ const BUILT: [(&str, &str); 32] = [
     ("durable-postgres/listen.rs", "a channel: the schema's checked name"),
     ("durable-postgres/migrate.rs", "the schema"),
     ("durable-postgres/outbox.rs", "the schema, parameters"),
+    ("durable-postgres/pooler.rs", "numbers of this crate's settings"),
     ("durable-postgres/read.rs", "the schema, parameters, conditions that are constants"),
     ("durable-postgres/session.rs", "numbers of this crate's settings"),
     ("durable-postgres/sql.rs", "parameters"),
