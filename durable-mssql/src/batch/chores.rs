@@ -67,8 +67,8 @@ pub(crate) fn part(schema: &Schema, most: usize, rows: usize) -> Sql {
     sql.push("SET @did = @did + @@ROWCOUNT");
     for (table, run) in LEFT {
         sql.push(format!(
-            "DELETE d FROM (SELECT TOP ({rows}) t.{run} FROM {schema}.{table} AS t {FREE}
-             WHERE t.{run} IN (SELECT c.run FROM @chores AS c WHERE c.what = N'delete')) AS d"
+            "DELETE TOP ({rows}) FROM {schema}.{table} {FREE}
+             WHERE {run} IN (SELECT c.run FROM @chores AS c WHERE c.what = N'delete')"
         ));
         sql.push("SET @did = @did + @@ROWCOUNT");
     }

@@ -107,9 +107,7 @@ fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
 
 /// What the runs that `ended` selects still await is nobody's any more.
 pub(super) fn unwait(sql: &mut Sql, of: &Of<'_>, ended: &str) {
-    sql.push(format!(
-        "DELETE d FROM (SELECT TOP ({UNAWAITED}) w.waiter FROM {of}.waiters AS w WHERE w.waiter IN ({ended})) AS d"
-    ));
+    sql.push(format!("DELETE TOP ({UNAWAITED}) FROM {of}.waiters WHERE waiter IN ({ended})"));
 }
 
 /// Signals everybody who awaits one of the runs that `ended` selects, and tells it as this part; or leaves it as chores.
