@@ -80,7 +80,7 @@ pub(crate) fn found() -> String {
     PROCESS.replace("p.input", "N'null'")
 }
 pub(crate) fn listed() -> String {
-    found().replace("p.[output]", "NULL")
+    found().replace("p.[output]", "CONVERT(NVARCHAR(MAX), NULL)")
 }
 
 pub(crate) fn process(row: &Row) -> Result<ProcessRow> {

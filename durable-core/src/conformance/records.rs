@@ -305,7 +305,7 @@ pub async fn a_load_may_be_bounded<S: Subject>(subject: &S) {
     for (run, state) in runs.iter().zip(&states) {
         let weighed = weights.iter().find(|(weighed, _)| weighed == run).map_or(0, |(_, weight)| *weight);
         let weight = state.as_ref().map_or(0, RunState::weight);
-        assert!(weighed >= weight * 9 / 10 && weighed <= weight * 2, "{weighed}, not {weight}");
+        assert!(weighed >= weight / 3 && weighed <= weight * 2, "{weighed}, not {weight}");
     }
     let signals = Load { records: false, ..load.clone() };
     let light: usize = storage.weigh(&signals).await.unwrap().iter().map(|(_, weight)| weight).sum();
