@@ -137,22 +137,29 @@ fn read_record(row: &Row) -> Result<(RecordKey, Record)> {
 }
 
 /// The columns of [`event`], of a table that is called `e`.
-pub(crate) const EVENT: &str = "e.run, e.number, e.name, e.payload";
+pub(crate) const EVENT: &str = "e.run, e.number, e.name, e.payload, e.raised_at";
 
 pub(crate) fn event(row: &Row) -> Result<EventRow> {
-    let read = || Ok(EventRow { number: get(row, 1)?, name: text(row, 2)?, payload: text(row, 3)? });
+    let read = || {
+        let (name, payload, raised_at) = (text(row, 2)?, text(row, 3)?, time(row, 4)?);
+        Ok(EventRow { number: get(row, 1)?, name, payload, raised_at })
+    };
     read().or_else(|why| of("events", row, format!(" number {}", get::<i64>(row, 1).unwrap_or(0)), Err(why)))
 }
 
 /// The columns of [`target`], of waiters `w` and the processes `t` that they await.
-pub(crate) const TARGET: &str = "w.waiter, w.target, t.status, t.[output], t.id";
+pub(crate) const TARGET: &str =
+    "w.waiter, w.target, t.status, t.[output], t.id, COALESCE(t.finished_at, t.status_at) AS ended_at";
 
 pub(crate) fn target(row: &Row) -> Result<Target> {
     if maybe::<&str>(row, 2)?.is_none() {
         return Ok(Target { run: run(row, 1)?, id: "".into(), fate: Fate::Gone });
     }
     let (run, status) = standing(row, 1, 2)?;
-    let fate = if status.is_finished() { Fate::Ended((status, maybe_text(row, 3)?)) } else { Fate::Open };
+    let fate = match status.is_finished() {
+        true => Fate::Ended((status, maybe_text(row, 3)?), time(row, 5)?),
+        false => Fate::Open,
+    };
     Ok(Target { run, id: text(row, 4)?, fate })
 }
 

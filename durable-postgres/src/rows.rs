@@ -149,8 +149,8 @@ fn read_process(row: &PgRow) -> Result<ProcessRow> {
 /// What stands in the places 13 to 18 of a row that is not a process's.
 const REST: &str = "NULL::timestamptz, NULL::timestamptz, NULL::timestamptz, NULL::timestamptz, NULL::timestamptz, \
     NULL::integer";
-/// And before that, in the places 10 to 12.
-const NOTHING: &str = "NULL::timestamptz, NULL::text, NULL::bigint";
+/// And before that, in the places 11 and 12.
+const NOTHING: &str = "NULL::text, NULL::bigint";
 
 /// The columns of [`record`], of a table that is called `s`.
 pub(crate) fn record_columns() -> String {
@@ -185,12 +185,14 @@ fn read_record(row: &PgRow) -> Result<(RecordKey, Record)> {
 pub(crate) fn event_columns() -> String {
     format!(
         "e.run, e.name, NULL::text, NULL::text, e.payload, NULL::json, NULL::text, NULL::uuid, e.number, \
-         NULL::bigint, {NOTHING}, {REST}"
+         NULL::bigint, e.raised_at, {NOTHING}, {REST}"
     )
 }
 
 pub(crate) fn event(row: &PgRow) -> Result<EventRow> {
-    let read = || Ok(EventRow { number: get(row, 8)?, name: text(row, 1)?, payload: json(row, 4)? });
+    let read = || {
+        Ok(EventRow { number: get(row, 8)?, name: text(row, 1)?, payload: json(row, 4)?, raised_at: time(row, 10)? })
+    };
     read().or_else(|why| of("events", row, format!(" number {}", get::<i64>(row, 8).unwrap_or(0)), Err(why)))
 }
 
@@ -198,7 +200,7 @@ pub(crate) fn event(row: &PgRow) -> Result<EventRow> {
 pub(crate) fn target_columns() -> String {
     format!(
         "w.waiter, t.id, NULL::text, t.status, NULL::json, t.output, NULL::text, w.target, \
-         NULL::bigint, NULL::bigint, {NOTHING}, {REST}"
+         NULL::bigint, NULL::bigint, coalesce(t.finished_at, t.status_at), {NOTHING}, {REST}"
     )
 }
 
@@ -207,7 +209,10 @@ pub(crate) fn target(row: &PgRow) -> Result<Target> {
         return Ok(Target { run: run(row, 7)?, id: "".into(), fate: Fate::Gone });
     }
     let (run, status) = standing(row, 7, 3)?;
-    let fate = if status.is_finished() { Fate::Ended((status, maybe_json(row, 5)?)) } else { Fate::Open };
+    let fate = match status.is_finished() {
+        true => Fate::Ended((status, maybe_json(row, 5)?), time(row, 10)?),
+        false => Fate::Open,
+    };
     Ok(Target { run, id: text(row, 1)?, fate })
 }
 

@@ -29,7 +29,8 @@ pub(crate) fn load(load: &Load) -> Vec<(String, Vec<Arg>)> {
     };
     // Not those that were ever taken: the index has the others alone.
     const WAITING: &str = "durable_events e INDEXED BY durable_events_waiting";
-    let awaited = "SELECT w.waiter, w.target, t.status, t.output, t.id FROM json_each(?) j
+    let awaited =
+        "SELECT w.waiter, w.target, t.status, t.output, t.id, coalesce(t.finished_at, t.status_at) FROM json_each(?) j
         CROSS JOIN durable_waiters w ON w.waiter = j.value LEFT JOIN durable_processes t ON t.run = w.target";
     let processes = of(rows::PROCESS, "durable_processes", "p", "");
     if load.records {
@@ -152,6 +153,7 @@ fn target(row: &SqliteRow) -> Result<Target> {
     }
     let (run, status) = rows::standing(row, 1, 2)?;
     let output = get::<Option<&str>>(row, 3)?.map(boxed);
-    let fate = if status.is_finished() { Fate::Ended((status, output)) } else { Fate::Open };
+    let at = || rows::time("finished_at", get(row, 5)?);
+    let fate = if status.is_finished() { Fate::Ended((status, output), at()?) } else { Fate::Open };
     Ok(Target { run, id: boxed(get(row, 4)?), fate })
 }

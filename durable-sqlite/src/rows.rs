@@ -143,10 +143,12 @@ fn read_record(row: &SqliteRow) -> Result<(RecordKey, Record)> {
 }
 
 /// The columns of [`event`].
-pub(crate) const EVENT: &str = "e.run, e.number, e.name, e.payload";
+pub(crate) const EVENT: &str = "e.run, e.number, e.name, e.payload, e.raised_at";
 
 pub(crate) fn event(row: &SqliteRow) -> Result<EventRow> {
-    let read =
-        || Ok(EventRow { number: get(row, 1)?, name: get::<&str>(row, 2)?.into(), payload: boxed(get(row, 3)?) });
+    let read = || {
+        let (name, raised_at) = (get::<&str>(row, 2)?.into(), time("raised_at", get(row, 4)?)?);
+        Ok(EventRow { number: get(row, 1)?, name, payload: boxed(get(row, 3)?), raised_at })
+    };
     of("durable_events", row, &[0, 1], read())
 }

@@ -106,7 +106,8 @@ pub async fn an_end_wakes_those_that_await_it<S: Subject>(subject: &S) {
     for run in [here, there, parked] {
         let state = actor.load(run).await;
         assert_eq!(state.process.signals, 1);
-        let ended = Target { run: target, id: "target".into(), fate: Fate::Ended(ended.clone()) };
+        let at = actor.row("target").await.finished_at.unwrap();
+        let ended = Target { run: target, id: "target".into(), fate: Fate::Ended(ended.clone(), at) };
         assert_eq!(state.targets, [ended]);
     }
     let poll = Poll { instance: other.id, namespace: NAMESPACE.into(), kinds: vec![KIND.into()], watched: vec![] };

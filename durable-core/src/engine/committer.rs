@@ -322,7 +322,8 @@ impl Committer {
                 if is_broken(Rule::WakeAfterCommit) {
                     return;
                 }
-                let event = EventRow { number, name: raise.name, payload: raise.payload };
+                let raised_at = self.core.clock.now();
+                let event = EventRow { number, name: raise.name, payload: raise.payload, raised_at };
                 match self.core.held.get(run) {
                     Some(Slot::Live(live)) => {
                         if !live.deliver(event) {

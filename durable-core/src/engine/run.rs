@@ -21,8 +21,8 @@ use super::{Core, lock};
 #[cfg(durable_mutations)]
 use crate::mutation::{Rule, is_broken};
 use crate::storage::{
-    Ended, EventRow, Fate, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId,
-    RunState, Scope, Target,
+    EventRow, Fate, InstanceId, Op, OpKind, Outcome, ProcessRow, Record, RecordKey, RecordState, RunId, RunState,
+    Scope, Target,
 };
 
 /// One execution of a process in this program: what the driver, the process's operations and the engine share.
@@ -124,7 +124,7 @@ pub(crate) struct Mail {
     /// Awaited processes that had not ended when the execution began: they need not be awaited once more.
     pub(crate) awaits: Vec<(Box<str>, RunId)>,
     /// Awaited processes that have ended or are gone.
-    pub(crate) targets: BTreeMap<RunId, Option<Ended>>,
+    pub(crate) targets: BTreeMap<RunId, Target>,
     /// For each event: how many receives have completed, and whether one is under way.
     pub(crate) receives: BTreeMap<Box<str>, Receives>,
 }
@@ -197,14 +197,7 @@ impl Run {
         let ProcessRow { run, id, kind, signals, cancel_requested_at, cancelled_at, cancelled_seq, .. } = process;
         let seq = records.iter().map(|(_, record)| record.seq).chain(cancelled_seq).max().unwrap_or(0);
         let names = Names::recorded(records);
-        let (mut awaits, mut ended) = (Vec::new(), BTreeMap::new());
-        for Target { run, id, fate } in targets {
-            match fate {
-                Fate::Open => awaits.push((id, run)),
-                Fate::Ended(end) => _ = ended.insert(run, Some(end)),
-                Fate::Gone => _ = ended.insert(run, None),
-            }
-        }
+        let (awaits, ended): (Vec<_>, Vec<_>) = targets.into_iter().partition(|target| target.fate == Fate::Open);
         let state = State {
             replay: Replay::of(&names, kept.room),
             _suspect: kept.suspect,
@@ -214,8 +207,8 @@ impl Run {
             mail: Mail {
                 seen: signals,
                 events: events.into_iter().map(|event| (event.number, event)).collect(),
-                awaits,
-                targets: ended,
+                awaits: awaits.into_iter().map(|target| (target.id, target.run)).collect(),
+                targets: ended.into_iter().map(|target| (target.run, target)).collect(),
                 receives: BTreeMap::new(),
             },
             cancel: match (cancel_requested_at, cancelled_at) {
@@ -430,13 +423,8 @@ impl Run {
                 }
             }
             state.mail.seen = seen.max(read.process.signals);
-            for Target { run, fate, .. } in read.targets {
-                match fate {
-                    Fate::Open => {}
-                    Fate::Ended(end) => _ = state.mail.targets.insert(run, Some(end)),
-                    Fate::Gone => _ = state.mail.targets.insert(run, None),
-                }
-            }
+            let ended = read.targets.into_iter().filter(|target| target.fate != Fate::Open);
+            state.mail.targets.extend(ended.map(|target| (target.run, target)));
             if read.process.cancel_requested_at.is_some() && state.cancel == Cancel::No {
                 state.cancel = Cancel::Requested;
             }

@@ -207,7 +207,7 @@ impl Db {
         let Some(process) = run.and_then(|run| self.processes.get_mut(&run)).filter(unfinished) else { return raised };
         process.signal(me, now);
         let (run, number, mine) = (process.row.run, process.row.signals, process.row.owner == Some(me));
-        let row = EventRow { number, name: raise.name.clone(), payload: raise.payload.clone() };
+        let row = EventRow { number, name: raise.name.clone(), payload: raise.payload.clone(), raised_at: now };
         self.events.insert((run, number), Event { row, id: raise.event_id.clone(), taken: false });
         Raised::Delivered { run, number, mine }
     }
@@ -482,7 +482,8 @@ impl Db {
         let target = |run: RunId| match self.processes.get(&run).map(|process| &process.row) {
             None => Target { run, id: "".into(), fate: Fate::Gone },
             Some(row) if row.status.is_finished() => {
-                Target { run, id: row.id.clone(), fate: Fate::Ended((row.status, row.output.clone())) }
+                let at = row.finished_at.unwrap_or(row.status_at);
+                Target { run, id: row.id.clone(), fate: Fate::Ended((row.status, row.output.clone()), at) }
             }
             Some(row) => Target { run, id: row.id.clone(), fate: Fate::Open },
         };

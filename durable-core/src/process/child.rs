@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use super::Process;
 use crate::engine::operation::{Begun, Operation, Write};
-use crate::engine::run::{At, Part, Run, WaitFor};
+use crate::engine::run::{At, Part, Run, State, WaitFor};
 use crate::error::{OutputError, SpawnError};
 use crate::host::check_spawn;
 use crate::limits;
 use crate::payload::{self, EncodeError};
-use crate::storage::{Effect, Ended, Op, OpKind, Outcome, RunId, Spawn, SpawnRecord, Status};
+use crate::storage::{Effect, Ended, Fate, Op, OpKind, Outcome, RunId, Spawn, SpawnRecord, Status, Target};
 
 /// Another process that a process has started. See [`Process::spawn`].
 #[derive(Debug)]
@@ -169,7 +169,7 @@ pub struct AwaitOutput<'p, O, E> {
     pub(super) at: At,
     pub(super) kind: &'static str,
     pub(super) id: String,
-    target: Option<RunId>,
+    pub(super) target: Option<RunId>,
     types: PhantomData<(&'p (), fn() -> Result<O, E>)>,
 }
 
@@ -292,7 +292,12 @@ impl<O, E> AwaitOutput<'_, O, E> {
                 let (id, target) = (self.id.as_str().into(), self.target);
                 let answer = self.run.submit(Op::Await { run: self.run.run, id, target }, None);
                 match self.run.outcome(answer).await {
-                    Outcome::Awaits(Some(awaits)) => awaits,
+                    Outcome::Awaits(Some((target, ended))) => {
+                        // How an earlier process of this id ended is nobody's business any more.
+                        let is_it = |run: &RunId, of: &mut Target| *run == target || *of.id != *self.id;
+                        self.run.state().mail.targets.retain(is_it);
+                        (target, ended)
+                    }
                     _ => return Ok((End::NotFound, None)),
                 }
             }
@@ -301,7 +306,11 @@ impl<O, E> AwaitOutput<'_, O, E> {
             Some(ended) => Some(ended),
             None => {
                 let what = WaitFor::Output(self.id.as_str().into());
-                operation.wait(what, None, |state, _| state.mail.targets.get(&target).cloned()).await?
+                let ended = |state: &mut State, _| match &state.mail.targets.get(&target)?.fate {
+                    Fate::Ended(ended, _) => Some(Some(ended.clone())),
+                    Fate::Gone | Fate::Open => Some(None),
+                };
+                operation.wait(what, None, ended).await?
             }
         };
         match End::from_row(ended) {

@@ -15,11 +15,11 @@ use super::receive::{self, Place, PutBack, Receive};
 use super::step::{Attempts, Recording, Step};
 use crate::engine::lock;
 use crate::engine::operation::{Begun, Operation, Write};
-use crate::engine::run::{State, WaitFor};
+use crate::engine::run::{Run, State, WaitFor};
 use crate::error::{Cancelled, OutputError, StepError};
 use crate::name::Name;
 use crate::payload::{self, EncodeError};
-use crate::storage::{OpKind, RecordState, RunId};
+use crate::storage::{Fate, OpKind, RecordState, RunId};
 
 /// The first of several durable operations, as one durable operation, to be awaited. See [`Process::race`].
 ///
@@ -27,7 +27,9 @@ use crate::storage::{OpKind, RecordState, RunId};
 /// had begun and loses is signalled, dropped and not recorded, so it may have had its effect. After a crash an
 /// unfinished race goes on with the deadlines that it had; a finished one returns the same branch.
 ///
-/// If several are ready at the same time, the one that was added first wins. A step in a race is attempted until its
+/// If several are ready, after an outage perhaps, the one that was ready first wins, by the database's clock: a message by when
+/// it was put in, a timer by when it was due, another process by when it ended, a step now. If they were ready at the same time
+/// it is the one that was added first. A step in a race is attempted until its
 /// retry is exhausted; how many have failed stands in the race's record, so after a crash, or a year, they go on from there.
 ///
 /// ```
@@ -57,8 +59,38 @@ pub struct Race<'p, T> {
 struct Member<'p, T> {
     label: Label,
     due: Option<Due>,
+    ready: Ready,
     contend: Contend<'p>,
     finish: Box<dyn FnOnce(&str) -> Result<T, String> + Send + 'p>,
+}
+
+/// What tells since when a member is ready.
+#[doc(hidden)]
+#[derive(Clone, Debug)]
+pub enum Ready {
+    /// Its deadline.
+    Due,
+    /// A message of this event.
+    Message(&'static str),
+    /// The end of the process of this id, or of this run.
+    End(Box<str>, Option<RunId>),
+    /// Nothing does.
+    Unknown,
+}
+
+impl Ready {
+    /// Since when it is; none if it is not, or cannot be told.
+    fn since(&self, state: &State, due: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        match self {
+            Self::Due => due.filter(|due| *due <= now),
+            Self::Message(name) => receive::lowest(state, name).map(|event| event.raised_at),
+            Self::End(id, run) => state.mail.targets.values().find_map(|target| match &target.fate {
+                Fate::Ended(_, at) if run.map_or(target.id == *id, |run| target.run == run) => Some(*at),
+                _ => None,
+            }),
+            Self::Unknown => None,
+        }
+    }
 }
 
 /// Takes part, on behalf of the race.
@@ -115,10 +147,9 @@ pub(super) struct Contender {
 
 impl Contender {
     /// The deadline that is recorded for it.
-    fn due(&self) -> DateTime<Utc> {
+    fn due(&self) -> Option<DateTime<Utc>> {
         let pending = lock(&self.pending);
-        let due = pending.deadlines.iter().find(|(of, _)| *of == self.label);
-        due.map_or(DateTime::<Utc>::MAX_UTC, |(_, due)| *due)
+        pending.deadlines.iter().find(|(of, _)| *of == self.label).map(|(_, due)| *due)
     }
 
     /// How many of its attempts have failed, and when the next one is due.
@@ -159,9 +190,9 @@ impl<'p, T: Send + 'p> Race<'p, T> {
 
     /// Adds an operation, and what its result becomes if it wins. Each member needs another name.
     pub fn on<M: RaceMember<'p>>(mut self, member: M, then: impl FnOnce(M::Output) -> T + Send + 'p) -> Self {
-        let (label, due, contend) = member.join();
+        let (label, due, ready, contend) = member.join();
         let finish = Box::new(|payload: &str| M::decode(payload).map(then));
-        self.members.push(Member { label, due, contend, finish });
+        self.members.push(Member { label, due, ready, contend, finish });
         self
     }
 }
@@ -272,26 +303,49 @@ async fn contest<'p, T: Send + 'p>(
     pending: Pending,
 ) -> Result<(Label, Won, Finish<'p, T>), Cancelled> {
     let pending = Arc::new(Mutex::new(pending));
-    let mut contests: Vec<Option<(Label, Contest<'p>, Finish<'p, T>)>> = members
+    let mut contests: Vec<Contestant<'p, T>> = members
         .into_iter()
-        .map(|Member { label, contend, finish, .. }| {
+        .map(|Member { label, contend, finish, ready, .. }| {
             let (race, pending) = (operation.on_behalf(), pending.clone());
-            let contest = contend(Contender { race, label: label.clone(), pending });
-            Some((label, contest, finish))
+            let contender = Contender { race, label: label.clone(), pending };
+            let due = contender.due();
+            Contestant { label, ready, due, contest: contend(contender), finish }
         })
         .collect();
+    let run = operation.run.clone();
     poll_fn(move |cx| {
-        for slot in &mut contests {
-            let Some((_, contest, _)) = slot else { continue };
-            if let Poll::Ready(won) = contest.as_mut().poll(cx) {
-                let Some((label, _, finish)) = slot.take() else { continue };
+        for (since, at) in in_turn(&run, &contests) {
+            if let Poll::Ready(won) = contests[at].contest.as_mut().poll(cx) {
+                let Contestant { label, finish, .. } = contests.swap_remove(at);
                 contests.clear();
                 return Poll::Ready(won.map(|won| (label, won, finish)));
+            }
+            if since.is_some() {
+                // It is about to win.
+                return Poll::Pending;
             }
         }
         Poll::Pending
     })
     .await
+}
+
+struct Contestant<'p, T> {
+    label: Label,
+    ready: Ready,
+    due: Option<DateTime<Utc>>,
+    contest: Contest<'p>,
+    finish: Finish<'p, T>,
+}
+
+/// Those that are ready since earlier first, then the others as they were added.
+fn in_turn<T>(run: &Run, contests: &[Contestant<'_, T>]) -> Vec<(Option<DateTime<Utc>>, usize)> {
+    let now = run.core.clock.now();
+    let state = run.state();
+    let since = |one: &Contestant<'_, T>| one.ready.since(&state, one.due, now);
+    let mut turns: Vec<_> = contests.iter().enumerate().map(|(at, one)| (since(one), at)).collect();
+    turns.sort_by_key(|(since, at)| (since.is_none(), *since, *at));
+    turns
 }
 
 /// An operation that can take part in a race: a step, a timer, a receive without a time-out, the output of another
@@ -301,7 +355,7 @@ pub trait RaceMember<'p>: sealed::Sealed + Send + Sized {
     type Output: Send;
     #[doc(hidden)]
     #[allow(private_interfaces)]
-    fn join(self) -> (Label, Option<Due>, Contend<'p>);
+    fn join(self) -> (Label, Option<Due>, Ready, Contend<'p>);
     /// What its recorded result is. `Err` says why it does not decode.
     #[doc(hidden)]
     fn decode(payload: &str) -> Result<Self::Output, String>;
@@ -320,17 +374,17 @@ impl<'p> RaceMember<'p> for Delay<'p> {
     type Output = Delayed;
 
     #[allow(private_interfaces)]
-    fn join(self) -> (Label, Option<Due>, Contend<'p>) {
+    fn join(self) -> (Label, Option<Due>, Ready, Contend<'p>) {
         let key = self.operation.key.clone();
         let label = Label::new(&key.name, &key.key);
         let contend: Contend<'p> = Box::new(move |contender| {
             Box::pin(async move {
-                let (due, race) = (contender.due(), contender.race);
+                let (due, race) = (contender.due().unwrap_or(DateTime::<Utc>::MAX_UTC), contender.race);
                 let woke = race.wait(WaitFor::Timer(key), Some(due), |_, now| (now >= due).then_some(now)).await?;
                 Ok(won(payload::encode_record(&Delayed { due, woke: woke.trunc_subsecs(3).max(due) })))
             })
         });
-        (label, Some(self.due), contend)
+        (label, Some(self.due), Ready::Due, contend)
     }
 
     fn decode(payload: &str) -> Result<Delayed, String> {
@@ -343,7 +397,7 @@ impl<'p, T: DeserializeOwned + Send + 'p> RaceMember<'p> for Receive<'p, T, T> {
     type Output = T;
 
     #[allow(private_interfaces)]
-    fn join(self) -> (Label, Option<Due>, Contend<'p>) {
+    fn join(self) -> (Label, Option<Due>, Ready, Contend<'p>) {
         let (name, at) = (self.name, self.at);
         let contend: Contend<'p> = Box::new(move |Contender { race, .. }| {
             Box::pin(async move {
@@ -352,7 +406,7 @@ impl<'p, T: DeserializeOwned + Send + 'p> RaceMember<'p> for Receive<'p, T, T> {
                     return Ok(Won { receive: Some(place.k), ..won(Ok(message)) });
                 }
                 let taken = |state: &mut State, _| {
-                    let number = receive::lowest(state, name)?;
+                    let number = receive::lowest(state, name)?.number;
                     receive::take(state, number)
                 };
                 let event = race.wait(WaitFor::Event(name.into()), None, taken).await?;
@@ -360,7 +414,7 @@ impl<'p, T: DeserializeOwned + Send + 'p> RaceMember<'p> for Receive<'p, T, T> {
                 Ok(Won { takes: Some(PutBack::new(&race.run, &race.key, event)), ..won(Ok(payload)) })
             })
         });
-        (Label::new(name, ""), None, contend)
+        (Label::new(name, ""), None, Ready::Message(name), contend)
     }
 
     fn decode(payload: &str) -> Result<T, String> {
@@ -377,8 +431,9 @@ where
     type Output = Result<O, OutputError<E>>;
 
     #[allow(private_interfaces)]
-    fn join(self) -> (Label, Option<Due>, Contend<'p>) {
+    fn join(self) -> (Label, Option<Due>, Ready, Contend<'p>) {
         let label = Label::new(self.kind, &self.key());
+        let ready = Ready::End(self.id.as_str().into(), self.target);
         let contend: Contend<'p> = Box::new(move |Contender { race, .. }| {
             Box::pin(async move {
                 let (end, awaited) = self.ended(&race).await?;
@@ -386,7 +441,7 @@ where
                 Ok(Won { awaited, ..won(payload::encode_record(&EndOf { id, end })) })
             })
         });
-        (label, None, contend)
+        (label, None, ready, contend)
     }
 
     fn decode(payload: &str) -> Result<Self::Output, String> {
@@ -412,7 +467,7 @@ where
     type Output = Result<F::Ok, StepError<R::Error>>;
 
     #[allow(private_interfaces)]
-    fn join(self) -> (Label, Option<Due>, Contend<'p>) {
+    fn join(self) -> (Label, Option<Due>, Ready, Contend<'p>) {
         let key = self.operation.key.clone();
         let label = Label::new(&key.name, &key.key);
         let contend: Contend<'p> = Box::new(move |contender| {
@@ -424,7 +479,7 @@ where
                 Ok(won(returned.and_then(|returned| payload::encode_record(&returned))))
             })
         });
-        (label, None, contend)
+        (label, None, Ready::Unknown, contend)
     }
 
     fn decode(payload: &str) -> Result<Self::Output, String> {

@@ -58,7 +58,8 @@ impl<'p, T> Receive<'p, T, T> {
     }
 
     /// Gives up after this time, by the database's clock, counted from the first poll: `None` then, which is a
-    /// completed receive that took no message. The deadline is recorded, so a crash does not prolong it.
+    /// completed receive that took no message. The deadline is recorded, so a crash does not prolong it. A message that was put
+    /// in by then is received, however late the process looks; a later one is not, and waits for the next receive.
     pub fn timeout(self, after: Duration) -> Receive<'p, T, Option<T>> {
         let Self { run, part, name, at, .. } = self;
         Receive { run, part, name, at, timeout: Some(after), finish: Some, types: PhantomData }
@@ -146,11 +147,11 @@ impl Drop for Place {
 }
 
 /// The lowest message of an event that is not taken.
-pub(super) fn lowest(state: &State, name: &str) -> Option<i64> {
-    state.mail.events.values().find(|event| *event.name == *name).map(|event| event.number)
+pub(super) fn lowest<'s>(state: &'s State, name: &str) -> Option<&'s EventRow> {
+    state.mail.events.values().find(|event| *event.name == *name)
 }
 
-/// Takes a message that [`lowest`] has named out of the mailbox.
+/// Takes a message that [`lowest`] has found out of the mailbox.
 pub(super) fn take(state: &mut State, number: i64) -> Option<EventRow> {
     state.mail.events.remove(&number)
 }
@@ -220,9 +221,12 @@ async fn receive(operation: &mut Operation, name: &str, timeout: Option<Duration
         }
     };
     let event = operation
-        .wait(WaitFor::Event(name.into()), deadline, |state, now| match lowest(state, name) {
-            Some(number) => Some(Ok(take(state, number)?)),
-            None => deadline.is_some_and(|deadline| now >= deadline).then_some(Err(now)),
+        .wait(WaitFor::Event(name.into()), deadline, |state, now| {
+            let in_time = |event: &&EventRow| deadline.is_none_or(|deadline| event.raised_at <= deadline);
+            match lowest(state, name).filter(in_time).map(|event| event.number) {
+                Some(number) => Some(Ok(take(state, number)?)),
+                None => deadline.is_some_and(|deadline| now >= deadline).then_some(Err(now)),
+            }
         })
         .await?;
     let (received, taken) = match event {

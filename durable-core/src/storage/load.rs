@@ -1,5 +1,7 @@
 //! What a run needs in order to go on, and how much of it is read at once.
 
+use chrono::{DateTime, Utc};
+
 use super::rows::{ProcessRow, Record, RecordKey, RunId, Status};
 
 /// What a row counts for beside what it holds.
@@ -53,6 +55,8 @@ pub struct EventRow {
     pub name: Box<str>,
     /// JSON text.
     pub payload: Box<str>,
+    /// When it was put in, by the database's clock.
+    pub raised_at: DateTime<Utc>,
 }
 
 /// How a run ended: completed, failed or cancelled; and its output or error, JSON text.
@@ -74,8 +78,8 @@ pub struct Target {
 pub enum Fate {
     /// It has not ended.
     Open,
-    /// It has ended.
-    Ended(Ended),
+    /// It has ended, at this time of the database's clock.
+    Ended(Ended, DateTime<Utc>),
     /// It was deleted.
     Gone,
 }
@@ -114,7 +118,7 @@ impl RunState {
         let records = self.records.iter().map(|(_, record)| weight([Some(&*record.payload)]));
         let events = self.events.iter().map(|event| weight([Some(&*event.payload)]));
         let targets = self.targets.iter().map(|target| match &target.fate {
-            Fate::Ended((_, output)) => weight([output.as_deref()]),
+            Fate::Ended((_, output), _) => weight([output.as_deref()]),
             Fate::Open | Fate::Gone => weight([]),
         });
         weight([Some(&**input), output.as_deref()]) + records.chain(events).chain(targets).sum::<usize>()
