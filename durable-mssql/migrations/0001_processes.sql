@@ -149,6 +149,8 @@ CREATE TABLE {schema}.instances (
     locked_in    NVARCHAR(64)  NULL,
     -- how long its session took to be had at most: others give it some time to have one again
     comeback_ms  BIGINT        NOT NULL DEFAULT 0,
+    -- after which silence it counts as dead
+    expiry_ms    BIGINT        NOT NULL DEFAULT 0,
     CONSTRAINT instances_key PRIMARY KEY CLUSTERED (instance)
 );
 

@@ -72,7 +72,7 @@ pub(crate) fn peers(schema: &Schema, namespace: &str, me: InstanceId) -> Sql {
     sql.push(format!(
         "SELECT i.instance, i.heartbeat_at, CONVERT(BIT, CASE WHEN f.fenced_at IS NULL THEN 0 ELSE 1 END),
              CONVERT(BIT, CASE WHEN i.locked_in = {LIFETIME} AND i.locked_in <> N'{HIDDEN}' THEN 1 ELSE 0 END),
-             CONVERT(BIT, APPLOCK_TEST(N'public', i.lock_name, N'Exclusive', N'Session')), i.comeback_ms
+             CONVERT(BIT, APPLOCK_TEST(N'public', i.lock_name, N'Exclusive', N'Session')), i.comeback_ms, i.expiry_ms
          FROM {schema}.instances AS i LEFT JOIN {schema}.fences AS f ON f.instance = i.instance
          WHERE i.namespace = {namespace} AND i.instance <> {me}"
     ));
@@ -87,8 +87,8 @@ pub(crate) fn peer(row: &Row, locks_are_real: bool) -> Result<Peer> {
         (false, _) => LockState::Unknown,
     };
     let instance = maybe_id(row, 0)?.map(InstanceId).ok_or_else(|| StorageError::schema("an instance has no id"))?;
-    let comeback = Duration::from_millis(u64::try_from(get::<i64>(row, 5)?).unwrap_or(0));
-    Ok(Peer { instance, heartbeat_at: time(row, 1)?, lock, fenced: get(row, 2)?, comeback })
+    let (comeback, expiry) = (Peer::millis(get(row, 5)?), Peer::millis(get(row, 6)?));
+    Ok(Peer { instance, heartbeat_at: time(row, 1)?, lock, fenced: get(row, 2)?, comeback, expiry })
 }
 
 pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
@@ -148,6 +148,7 @@ impl Life {
         let kinds = sql.text(serde_json::to_string(&new.kinds).map_err(StorageError::refused)?);
         let lock = sql.text(lock(&self.shared.schema, new.id.0));
         let comeback = sql.number(self.comeback_ms.load(Ordering::Relaxed));
+        let expiry = sql.number(new.expiry_ms());
         let (schema, locked_in) = (&self.shared.schema, self.locked_in(&mut sql));
         sql.push(format!("DECLARE @me BINARY(16) = {me}, @now DATETIME2(6) = SYSUTCDATETIME()"));
         sql.push("BEGIN TRANSACTION");
@@ -157,8 +158,8 @@ impl Life {
         ));
         sql.push(format!(
             "INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_name,
-                 locked_in, comeback_ms)
-             SELECT @me, {namespace}, {label}, {kinds}, @now, @now, {lock}, {locked_in}, {comeback}
+                 locked_in, comeback_ms, expiry_ms)
+             SELECT @me, {namespace}, {label}, {kinds}, @now, @now, {lock}, {locked_in}, {comeback}, {expiry}
              WHERE NOT EXISTS (SELECT 1 FROM {schema}.instances AS i WHERE i.instance = @me)"
         ));
         sql.push("COMMIT TRANSACTION");

@@ -99,16 +99,28 @@ pub(crate) async fn migrate(client: &mut Client, schema: &Schema) -> Result<()> 
     {
         return Ok(());
     }
-    execute(client, "BEGIN TRANSACTION").await.map_err(reading)?;
-    let result = apply(client, schema).await;
-    // An error has rolled it back already.
-    let end = match result {
-        Ok(()) => "COMMIT TRANSACTION",
-        Err(_) => "IF @@TRANCOUNT > 0 ROLLBACK TRANSACTION",
-    };
-    let ended = execute(client, end).await;
-    result?;
-    ended.map_err(|error| explain(schema, error))
+    // Programs that run lock tables as they are used, in their order: the server may choose this one to give way.
+    const TRIES: usize = 5;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        execute(client, "BEGIN TRANSACTION").await.map_err(reading)?;
+        let result = apply(client, schema).await;
+        // An error has rolled it back already.
+        let end = match result {
+            Ok(()) => "COMMIT TRANSACTION",
+            Err(_) => "IF @@TRANCOUNT > 0 ROLLBACK TRANSACTION",
+        };
+        let ended = execute(client, end).await;
+        match result {
+            Ok(()) => return ended.map_err(|error| explain(schema, error)),
+            // Over a lost connection it cannot even begin.
+            Err(StorageError::Blocked(why) | StorageError::Unavailable(why)) if tries < TRIES => {
+                tracing::info!("the migration of {schema} is made again: {why}");
+            }
+            Err(why) => return Err(why),
+        }
+    }
 }
 
 async fn execute(client: &mut Client, sql: impl Into<String>) -> tiberius::Result<()> {

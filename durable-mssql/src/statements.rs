@@ -152,10 +152,21 @@ async fn instances() {
     let shared = Mssql::offline().0;
     let schema = shared.schema.clone();
     let heartbeat_at = DateTime::from_timestamp(1_700_000_000, 0).unwrap();
-    let peer =
-        Peer { instance: instance(), heartbeat_at, lock: LockState::Held, fenced: false, comeback: Duration::ZERO };
-    let new =
-        NewInstance { id: instance(), namespace: "default".into(), label: "test".into(), kinds: vec!["kind".into()] };
+    let peer = Peer {
+        instance: instance(),
+        heartbeat_at,
+        lock: LockState::Held,
+        fenced: false,
+        comeback: Duration::ZERO,
+        expiry: std::time::Duration::ZERO,
+    };
+    let new = NewInstance {
+        id: instance(),
+        namespace: "default".into(),
+        label: "test".into(),
+        kinds: vec!["kind".into()],
+        expiry: std::time::Duration::from_secs(10),
+    };
     let life = Life { shared, instance: instance(), comeback_ms: AtomicI64::new(7) };
     insta::assert_snapshot!(snapshot([
         ("enter", life.enter(&new).unwrap()),

@@ -147,7 +147,9 @@ CREATE TABLE {schema}.instances (
     lock_key     bigint      NOT NULL,
     locked_in    text,
     -- how long its session took to be had at most: others give it some time to have one again
-    comeback_ms  integer     NOT NULL DEFAULT 0
+    comeback_ms  integer     NOT NULL DEFAULT 0,
+    -- after which silence it counts as dead
+    expiry_ms    bigint      NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 
 -- A row whose fence is set may write no more. Apart from the heartbeat: every batch locks its fence, and must not hold

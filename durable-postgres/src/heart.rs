@@ -71,10 +71,10 @@ pub(crate) fn peers_statement(schema: &Schema, namespace: &str, me: InstanceId) 
     let (namespace, me) = (sql.bind(namespace), sql.bind(me.0));
     let is_lock = is_lock("i.lock_key");
     sql.text = format!(
-        "SELECT NULL::uuid, clock_timestamp(), false, false, false, NULL::integer
+        "SELECT NULL::uuid, clock_timestamp(), false, false, false, NULL::integer, NULL::bigint
          UNION ALL
          SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL, coalesce(i.locked_in = {LIFETIME}, false),
-             EXISTS (SELECT 1 FROM pg_catalog.pg_locks l WHERE {is_lock}), i.comeback_ms
+             EXISTS (SELECT 1 FROM pg_catalog.pg_locks l WHERE {is_lock}), i.comeback_ms, i.expiry_ms
          FROM {schema}.instances i LEFT JOIN {schema}.fences f ON f.instance = i.instance
          WHERE i.namespace = {namespace} AND i.instance <> {me}"
     );
@@ -88,9 +88,9 @@ pub(crate) fn peer(row: &PgRow, locks_are_real: bool) -> Result<Peer> {
         (true, false) => LockState::Free,
         (false, _) => LockState::Unknown,
     };
-    let comeback = Duration::from_millis(u64::try_from(get::<i32>(row, 5)?).unwrap_or(0));
+    let (comeback, expiry) = (Peer::millis(get::<i32>(row, 5)?.into()), Peer::millis(get(row, 6)?));
     let (instance, heartbeat_at) = (InstanceId(get(row, 0)?), time(row, 1)?);
-    Ok(Peer { instance, heartbeat_at, lock, fenced: get(row, 2)?, comeback })
+    Ok(Peer { instance, heartbeat_at, lock, fenced: get(row, 2)?, comeback, expiry })
 }
 
 pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {
@@ -100,13 +100,14 @@ pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(B
     let (instance, key) = (sql.bind(new.id.0), sql.bind(key(new.id)));
     let (namespace, label) = (sql.bind(&*new.namespace), sql.bind(&*new.label));
     let kinds = sql.bind(new.kinds.iter().map(|kind| &**kind).collect::<Vec<&str>>());
-    let comeback = sql.bind(life.comeback_ms.load(Ordering::Relaxed));
+    let (comeback, expiry) = (sql.bind(life.comeback_ms.load(Ordering::Relaxed)), sql.bind(new.expiry_ms()));
     let schema = &shared.schema;
     sql.text = format!(
         "WITH fence AS (INSERT INTO {schema}.fences (instance, generation) VALUES ({instance}, 0) ON CONFLICT DO NOTHING),
          entry AS (INSERT INTO {schema}.instances (instance, namespace, label, kinds, started_at, heartbeat_at, lock_key,
-                 locked_in, comeback_ms)
-             VALUES ({instance}, {namespace}, {label}, {kinds}, clock_timestamp(), clock_timestamp(), {key}, {}, {comeback})
+                 locked_in, comeback_ms, expiry_ms)
+             VALUES ({instance}, {namespace}, {label}, {kinds}, clock_timestamp(), clock_timestamp(), {key}, {}, {comeback},
+                 {expiry})
              ON CONFLICT DO NOTHING)
          SELECT clock_timestamp()",
         holds(shared, "$2")

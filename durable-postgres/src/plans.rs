@@ -126,6 +126,7 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
         lock: durable_core::storage::LockState::Unknown,
         fenced: false,
         comeback: std::time::Duration::ZERO,
+        expiry: std::time::Duration::ZERO,
     };
     let key = RecordKey { scope: Scope::Process, name: "n".into(), key: "k".into() };
     let page = Filter { after: Some(run), limit: 10, ..Filter::default() };
@@ -277,6 +278,7 @@ async fn an_old_snapshot() {
         namespace: "default".into(),
         label: "test".into(),
         kinds: vec!["kind-1".into()],
+        expiry: std::time::Duration::from_secs(10),
     };
     let (_heart, _) = storage.enlist(&new).await.unwrap();
     let fence = || Fence { instance: new.id, generation: 0 };

@@ -105,7 +105,9 @@ CREATE TABLE durable_instances (
     -- the kinds that it has registered, a JSON array
     kinds        TEXT NOT NULL,
     started_at   TEXT NOT NULL,
-    heartbeat_at TEXT NOT NULL
+    heartbeat_at TEXT NOT NULL,
+    -- after which silence it counts as dead
+    expiry_ms    INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 
 CREATE TABLE durable_fences (

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use crate::Sqlite;
+use crate::breath::Breath;
 use crate::errors::{is_busy, named, reading};
 use crate::files::Files;
 use crate::lend::Single;
@@ -154,6 +155,7 @@ impl Open {
             browsers,
             watcher: Mutex::new(Watcher::new(watcher)),
             hearts_waiting: AtomicUsize::new(0),
+            breath: Breath::new(Instant::now()),
         })))
     }
 }

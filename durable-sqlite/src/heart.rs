@@ -32,10 +32,16 @@ pub(crate) async fn enlist(shared: &Arc<Shared>, instance: &NewInstance) -> Resu
         );
         script.add(
             &format!(
-                "INSERT INTO durable_instances (instance, namespace, label, kinds, started_at, heartbeat_at)
-                 VALUES (?, ?, ?, ?, {NOW}, {NOW}) ON CONFLICT DO NOTHING"
+                "INSERT INTO durable_instances (instance, namespace, label, kinds, expiry_ms, started_at, heartbeat_at)
+                 VALUES (?, ?, ?, ?, ?, {NOW}, {NOW}) ON CONFLICT DO NOTHING"
             ),
-            [of.as_str().into(), (&*instance.namespace).into(), (&*instance.label).into(), kinds.as_str().into()],
+            [
+                of.as_str().into(),
+                (&*instance.namespace).into(),
+                (&*instance.label).into(),
+                kinds.as_str().into(),
+                instance.expiry_ms().into(),
+            ],
         );
         script.add(&format!("SELECT {NOW}"), []);
         script.add("COMMIT", []);
@@ -49,7 +55,7 @@ pub(crate) async fn enlist(shared: &Arc<Shared>, instance: &NewInstance) -> Resu
 
 /// The others, and the time.
 pub(crate) async fn peers(shared: &Shared, namespace: &str, me: InstanceId) -> Result<Peers> {
-    let others = "SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL FROM durable_instances i
+    let others = "SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL, i.expiry_ms FROM durable_instances i
              LEFT JOIN durable_fences f ON f.instance = i.instance
          WHERE i.namespace = ? AND i.instance <> ?";
     let args = vec![namespace.into(), me.to_string().into()];
@@ -65,9 +71,12 @@ pub(crate) async fn peers(shared: &Shared, namespace: &str, me: InstanceId) -> R
             lock,
             fenced: get(row, 2)?,
             comeback: Duration::ZERO,
+            expiry: Peer::millis(get(row, 3)?),
         })
     };
-    let peers = answers.iter().skip(1).flat_map(|answer| &answer.rows).filter_map(|row| readable(peer(row))).collect();
+    let rows = answers.iter().skip(1).flat_map(|answer| &answer.rows);
+    let peers: Vec<Peer> = rows.filter_map(|row| readable(peer(row))).collect();
+    shared.breath.has_company(!peers.is_empty());
     Ok(Peers { now, peers })
 }
 

@@ -37,6 +37,7 @@
 //! asks is told.
 
 mod batch;
+mod breath;
 mod cells;
 mod connect;
 mod errors;

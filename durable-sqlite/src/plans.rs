@@ -72,7 +72,13 @@ async fn no_statement_goes_through_a_table() {
     let storage = Sqlite::open(path.to_str().unwrap()).await.unwrap();
     let everything = everything();
     let Fence { instance, .. } = everything.fence;
-    let new = NewInstance { id: instance, namespace: "n".into(), label: "l".into(), kinds: vec!["kind".into()] };
+    let new = NewInstance {
+        id: instance,
+        namespace: "n".into(),
+        label: "l".into(),
+        kinds: vec!["kind".into()],
+        expiry: std::time::Duration::from_secs(10),
+    };
     let (mut heart, _) = storage.enlist(&new).await.unwrap();
     RAN.take();
     storage.commit(&everything).await.unwrap();

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::Mutex;
 
 use crate::Sqlite;
+use crate::breath::Breath;
 use crate::errors::{is_busy, named, reading};
 use crate::files::Files;
 use crate::lend::Single;
@@ -40,6 +41,7 @@ pub(crate) struct Shared {
     /// How many heartbeats of this program wait for the write lock: batches let them pass. Shared because a heartbeat has a
     /// connection and a thread of its own.
     pub(crate) hearts_waiting: AtomicUsize,
+    pub(crate) breath: Breath,
 }
 
 /// Notices other connections' commits.
@@ -210,11 +212,17 @@ impl Storage for Sqlite {
     async fn commit(&self, batch: &Batch) -> Result<Vec<Outcome>> {
         let mut lent = self.0.writer.lend(&self.0.options, &self.0.files).await?;
         self.0.let_hearts_pass().await;
+        if let Some(pause) = self.0.breath.pause(Instant::now()) {
+            tokio::time::sleep(pause).await;
+        }
         let since = Instant::now();
         loop {
             match batch::commit(&mut lent.connection, batch).await {
                 Err(StorageError::Unavailable(why)) if is_busy(&*why) && since.elapsed() < PATIENCE => {}
-                answer => return lent.done(answer),
+                answer => {
+                    self.0.breath.wrote(Instant::now());
+                    return lent.done(answer);
+                }
             }
         }
     }

@@ -12,7 +12,13 @@ pub const KIND: &str = "it";
 /// Makes an instance known.
 pub async fn enlist(storage: &impl Storage) -> (InstanceId, Box<dyn Heart>) {
     let id = InstanceId::new();
-    let new = NewInstance { id, namespace: "default".into(), label: "test".into(), kinds: vec![KIND.into()] };
+    let new = NewInstance {
+        id,
+        namespace: "default".into(),
+        label: "test".into(),
+        kinds: vec![KIND.into()],
+        expiry: std::time::Duration::from_secs(10),
+    };
     (id, storage.enlist(&new).await.unwrap().0)
 }
 

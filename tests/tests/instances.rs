@@ -264,7 +264,13 @@ async fn an_instance_that_was_fenced_goes_on_as_a_new_one<B: Backend>() {
 
 async fn enlist(storage: &impl Storage) -> (InstanceId, Box<dyn storage::Heart>) {
     let id = InstanceId::new();
-    let new = NewInstance { id, namespace: "default".into(), label: "test".into(), kinds: vec![WORK.kind().into()] };
+    let new = NewInstance {
+        id,
+        namespace: "default".into(),
+        label: "test".into(),
+        kinds: vec![WORK.kind().into()],
+        expiry: std::time::Duration::from_secs(10),
+    };
     (id, storage.enlist(&new).await.unwrap().0)
 }
 

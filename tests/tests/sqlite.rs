@@ -214,7 +214,13 @@ fn dropped_calls_leave_nothing_open() {
         let backend = SqliteFile::new().await;
         let storage = backend.storage().await;
         let id = InstanceId::new();
-        let new = NewInstance { id, namespace: "default".into(), label: "test".into(), kinds: vec![] };
+        let new = NewInstance {
+            id,
+            namespace: "default".into(),
+            label: "test".into(),
+            kinds: vec![],
+            expiry: std::time::Duration::from_secs(10),
+        };
         let (_heart, _) = storage.enlist(&new).await.unwrap();
         let mut other = connect(&backend.path()).await;
         for n in 0..60_u64 {

@@ -1,6 +1,7 @@
 //! What the cases are made of.
 
 use chrono::{DateTime, Utc};
+use std::time::Duration;
 use uuid::Uuid;
 
 use crate::storage::{
@@ -117,7 +118,8 @@ pub async fn load(storage: &impl Storage, run: RunId) -> Option<RunState> {
 
 /// An instance to enlist.
 pub fn new_instance(id: InstanceId) -> NewInstance {
-    NewInstance { id, namespace: NAMESPACE.into(), label: "case".into(), kinds: vec![KIND.into()] }
+    let expiry = Duration::from_millis(12_345);
+    NewInstance { id, namespace: NAMESPACE.into(), label: "case".into(), kinds: vec![KIND.into()], expiry }
 }
 
 /// A start.

@@ -42,6 +42,7 @@ pub(super) async fn start(core: &Arc<Core>, epoch: &Arc<Epoch>) -> Result<HeartH
         namespace: core.namespace.clone(),
         label: core.settings.label.clone(),
         kinds: core.kind_names(),
+        expiry: core.settings.expiry,
     };
     let (ready, enlisted) = oneshot::channel();
     let (stopped_tx, stopped) = oneshot::channel::<()>();

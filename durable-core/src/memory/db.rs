@@ -26,6 +26,7 @@ pub(super) struct Db {
 struct Instance {
     namespace: Box<str>,
     kinds: Vec<Box<str>>,
+    expiry: std::time::Duration,
     heartbeat_at: DateTime<Utc>,
     alive: Weak<()>,
     generation: i64,
@@ -53,6 +54,7 @@ impl Db {
         let instance = self.instances.entry(new.id).or_insert_with(|| Instance {
             namespace: new.namespace.clone(),
             kinds: new.kinds.clone(),
+            expiry: new.expiry,
             heartbeat_at: now,
             alive: Weak::new(),
             generation: 0,
@@ -534,6 +536,7 @@ impl Db {
             lock: if instance.alive.strong_count() > 0 { LockState::Held } else { LockState::Free },
             fenced: instance.fenced,
             comeback: std::time::Duration::ZERO,
+            expiry: instance.expiry,
         };
         let mut peers: Vec<Peer> = others.map(peer).collect();
         peers.sort_by_key(|peer| peer.instance);

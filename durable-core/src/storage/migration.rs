@@ -40,8 +40,9 @@ impl Migration {
 /// [`StorageError::Schema`] if the database is too new for this code, or was changed by other hands.
 pub fn pending<'m>(known: &'m [Migration], applied: &[Applied]) -> Result<Vec<&'m Migration>> {
     let newest_known = known.iter().map(|migration| migration.version).max().unwrap_or(0);
-    if let Some(newest) = applied.iter().max_by_key(|applied| applied.version)
-        && newest.version > newest_known
+    // Each of those that this code does not know says who may live with it.
+    let unknown = applied.iter().filter(|applied| applied.version > newest_known);
+    if let Some(newest) = unknown.max_by_key(|applied| applied.oldest_code)
         && newest.oldest_code > newest_known
     {
         return Err(StorageError::schema(format!(
@@ -89,6 +90,9 @@ mod tests {
         assert!(versions(&[applied(ONE), applied(TWO), newer(2)]).unwrap().is_empty(), "an additive one");
         let error = versions(&[applied(ONE), applied(TWO), newer(3)]).unwrap_err().to_string();
         assert!(error.contains("version 3") && error.contains("knows version 2"), "{error}");
+        let newest = Applied { version: 4, checksum: "x".into(), oldest_code: 1 };
+        let error = versions(&[applied(ONE), applied(TWO), newer(3), newest]).unwrap_err().to_string();
+        assert!(error.contains("version 3"), "what came before the newest one counts, too: {error}");
         let error = versions(&[Applied { checksum: "other".into(), ..applied(ONE) }]).unwrap_err().to_string();
         assert!(error.contains("migration 1 (one)"), "{error}");
     }

@@ -271,6 +271,15 @@ pub struct NewInstance {
     pub label: Box<str>,
     /// The kinds that it has registered.
     pub kinds: Vec<Box<str>>,
+    /// After which silence it counts as dead.
+    pub expiry: Duration,
+}
+
+impl NewInstance {
+    /// The expiry in milliseconds, as it stands in a row.
+    pub fn expiry_ms(&self) -> i64 {
+        i64::try_from(self.expiry.as_millis()).unwrap_or(i64::MAX)
+    }
 }
 
 /// Whether an instance's proof of life is still there.
@@ -298,6 +307,15 @@ pub struct Peer {
     /// How long its proof of life took to come back when it was lost, or to be had at first: it may be gone for as long, and
     /// longer, of an instance that lives.
     pub comeback: Duration,
+    /// After which silence it wants to count as dead. An observer that is more patient waits longer.
+    pub expiry: Duration,
+}
+
+impl Peer {
+    /// A time that stands in a row in milliseconds.
+    pub fn millis(ms: i64) -> Duration {
+        Duration::from_millis(u64::try_from(ms).unwrap_or(0))
+    }
 }
 
 /// One look at the other instances.

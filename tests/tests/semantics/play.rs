@@ -166,7 +166,13 @@ impl Play {
             Call::Enlist(of) => {
                 let kinds = KINDS[..=of % 2].iter().map(|kind| (*kind).into()).collect();
                 let id = self.names.instances[*of];
-                let new = NewInstance { id, namespace: namespace.into(), label: "one".into(), kinds };
+                let new = NewInstance {
+                    id,
+                    namespace: namespace.into(),
+                    label: "one".into(),
+                    kinds,
+                    expiry: std::time::Duration::from_secs(10),
+                };
                 let mine = &mut self.sides[side];
                 // One instance has one heart.
                 mine.hearts.remove(of);
