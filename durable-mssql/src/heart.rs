@@ -72,7 +72,7 @@ pub(crate) fn peers(schema: &Schema, namespace: &str, me: InstanceId) -> Sql {
     sql.push(format!(
         "SELECT i.instance, i.heartbeat_at, CONVERT(BIT, CASE WHEN f.fenced_at IS NULL THEN 0 ELSE 1 END),
              CONVERT(BIT, CASE WHEN i.locked_in = {LIFETIME} AND i.locked_in <> N'{HIDDEN}' THEN 1 ELSE 0 END),
-             CONVERT(BIT, APPLOCK_TEST(N'public', i.lock_name, N'Exclusive', N'Session')), i.comeback_ms, i.expiry_ms
+             CONVERT(BIT, APPLOCK_TEST(N'public', i.lock_name, N'Exclusive', N'Session')), i.comeback_ms, i.expiry_ms, i.kinds
          FROM {schema}.instances AS i LEFT JOIN {schema}.fences AS f ON f.instance = i.instance
          WHERE i.namespace = {namespace} AND i.instance <> {me}"
     ));
@@ -88,7 +88,8 @@ pub(crate) fn peer(row: &Row, locks_are_real: bool) -> Result<Peer> {
     };
     let instance = maybe_id(row, 0)?.map(InstanceId).ok_or_else(|| StorageError::schema("an instance has no id"))?;
     let (comeback, expiry) = (Peer::millis(get(row, 5)?), Peer::millis(get(row, 6)?));
-    Ok(Peer { instance, heartbeat_at: time(row, 1)?, lock, fenced: get(row, 2)?, comeback, expiry })
+    let kinds = get::<&str>(row, 7).ok().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    Ok(Peer { instance, heartbeat_at: time(row, 1)?, lock, fenced: get(row, 2)?, comeback, expiry, kinds })
 }
 
 pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {

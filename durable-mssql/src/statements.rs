@@ -159,6 +159,7 @@ async fn instances() {
         fenced: false,
         comeback: Duration::ZERO,
         expiry: std::time::Duration::ZERO,
+        kinds: vec![],
     };
     let new = NewInstance {
         id: instance(),

@@ -71,10 +71,10 @@ pub(crate) fn peers_statement(schema: &Schema, namespace: &str, me: InstanceId) 
     let (namespace, me) = (sql.bind(namespace), sql.bind(me.0));
     let is_lock = is_lock("i.lock_key");
     sql.text = format!(
-        "SELECT NULL::uuid, clock_timestamp(), false, false, false, NULL::integer, NULL::bigint
+        "SELECT NULL::uuid, clock_timestamp(), false, false, false, NULL::integer, NULL::bigint, NULL::text[]
          UNION ALL
          SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL, coalesce(i.locked_in = {LIFETIME}, false),
-             EXISTS (SELECT 1 FROM pg_catalog.pg_locks l WHERE {is_lock}), i.comeback_ms, i.expiry_ms
+             EXISTS (SELECT 1 FROM pg_catalog.pg_locks l WHERE {is_lock}), i.comeback_ms, i.expiry_ms, i.kinds
          FROM {schema}.instances i LEFT JOIN {schema}.fences f ON f.instance = i.instance
          WHERE i.namespace = {namespace} AND i.instance <> {me}"
     );
@@ -90,7 +90,9 @@ pub(crate) fn peer(row: &PgRow, locks_are_real: bool) -> Result<Peer> {
     };
     let (comeback, expiry) = (Peer::millis(get::<i32>(row, 5)?.into()), Peer::millis(get(row, 6)?));
     let (instance, heartbeat_at) = (InstanceId(get(row, 0)?), time(row, 1)?);
-    Ok(Peer { instance, heartbeat_at, lock, fenced: get(row, 2)?, comeback, expiry })
+    let kinds: Vec<Option<String>> = get(row, 7).unwrap_or_default();
+    let kinds = kinds.into_iter().flatten().map(Box::from).collect();
+    Ok(Peer { instance, heartbeat_at, lock, fenced: get(row, 2)?, comeback, expiry, kinds })
 }
 
 pub(crate) async fn enlist(shared: &Arc<Shared>, new: &NewInstance) -> Result<(Box<dyn Heart>, DateTime<Utc>)> {

@@ -127,6 +127,7 @@ fn statements(schema: &Schema) -> Vec<(&'static str, Sql)> {
         fenced: false,
         comeback: std::time::Duration::ZERO,
         expiry: std::time::Duration::ZERO,
+        kinds: vec![],
     };
     let key = RecordKey { scope: Scope::Process, name: "n".into(), key: "k".into() };
     let page = Filter { after: Some(run), limit: 10, ..Filter::default() };

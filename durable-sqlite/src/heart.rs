@@ -55,7 +55,8 @@ pub(crate) async fn enlist(shared: &Arc<Shared>, instance: &NewInstance) -> Resu
 
 /// The others, and the time.
 pub(crate) async fn peers(shared: &Shared, namespace: &str, me: InstanceId) -> Result<Peers> {
-    let others = "SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL, i.expiry_ms FROM durable_instances i
+    let others =
+        "SELECT i.instance, i.heartbeat_at, f.fenced_at IS NOT NULL, i.expiry_ms, i.kinds FROM durable_instances i
              LEFT JOIN durable_fences f ON f.instance = i.instance
          WHERE i.namespace = ? AND i.instance <> ?";
     let args = vec![namespace.into(), me.to_string().into()];
@@ -72,6 +73,7 @@ pub(crate) async fn peers(shared: &Shared, namespace: &str, me: InstanceId) -> R
             fenced: get(row, 2)?,
             comeback: Duration::ZERO,
             expiry: Peer::millis(get(row, 3)?),
+            kinds: get::<&str>(row, 4).ok().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default(),
         })
     };
     let rows = answers.iter().skip(1).flat_map(|answer| &answer.rows);

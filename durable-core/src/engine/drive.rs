@@ -15,7 +15,7 @@ use super::operation::{Operation, Write};
 use super::queue::{Answer, From};
 use super::registry::Ended;
 use super::replay::Next;
-use super::run::{Cancel, End, Part, Run, WaitFor};
+use super::run::{Cancel, End, Part, Run, State, WaitFor};
 use super::wake::{Context, Inside};
 use crate::storage::{Finish, Op, OpKind, Outcome, Park, RecordKey};
 
@@ -82,6 +82,7 @@ async fn leave(
         Some(End::Gone) => tracing::info!(parent: &span, "the run is not ours any more; dropped"),
         Some(End::Stuck(reason)) => stuck(&run, reason).await,
         Some(End::Release) => give_back(&run).await,
+        Some(End::Unreadable(reason)) => unreadable(&run, reason).await,
     }
     run.core.left_memory(&run);
     if run.state().read_again {
@@ -101,7 +102,7 @@ fn start(run: &Arc<Run>, span: &tracing::Span, input: Box<str>) -> Option<UserFu
             run.root.wake_by_ref();
             return Some(future);
         }
-        Ok(Err(why)) => run.fault(format_args!("the input of process {:?} does not decode: {why}", run.id)),
+        Ok(Err(why)) => run.unreadable(format!("the input of process {:?} does not decode: {why}", run.id)),
         Err(panic) => run.fault(panic_message(&*panic)),
     }
     None
@@ -202,7 +203,7 @@ fn turn(
                 continue;
             }
             Next::Diverged(reason) => {
-                run.fault(reason);
+                run.unreadable(reason);
                 continue;
             }
         }
@@ -416,6 +417,40 @@ async fn give_back(run: &Arc<Run>) {
     let wake_at = Some(run.core.clock.now());
     let op = Park { run: run.run, claim: run.claim, wake_at, seen: None, waiting_for: None, deaths: 0 };
     let _ = run.submit(Op::Park(op), None).await;
+}
+
+/// Parks it for a moment, in which another instance may look at it. Nothing of it has happened here but its replay.
+async fn unreadable(run: &Arc<Run>, reason: String) {
+    const SHOWN: usize = 200;
+    let core = &run.core;
+    if core.foreign.is_alone_with(&run.kind)
+        && let Ok(peers) = core.storage.peers(&core.namespace, run.instance).await
+    {
+        // Others may have come since the last look.
+        core.foreign.looked(&peers);
+    }
+    let claim = |state: &State| state.names.iter().filter_map(|(_, name)| Some(name.record.as_ref()?.claim)).max();
+    let newest = claim(&run.state()).unwrap_or(0);
+    let Some(pause) = core.foreign.leave(&run.kind, run.run, newest, core.settings.unreadable_patience) else {
+        return stuck(run, reason).await;
+    };
+    tracing::warn!(id = %run.id, kind = %run.kind, run = %run.run, "left to an instance that can read it: {reason}");
+    let shown: String = reason.chars().filter(|c| c.is_ascii() && !c.is_control()).take(SHOWN).collect();
+    let mut seen = run.state().mail.seen;
+    loop {
+        let park = Park {
+            run: run.run,
+            claim: run.claim,
+            wake_at: Some(run.core.clock.now() + pause),
+            seen: Some(seen),
+            waiting_for: Some(format!("an instance that can read it: {shown}").into()),
+            deaths: 0,
+        };
+        match run.submit(Op::Park(park), None).await {
+            Ok(Ok(Outcome::Signalled(signals))) => seen = signals,
+            _ => return,
+        }
+    }
 }
 
 /// Drops the process's future within its context; it may run code, which may panic.

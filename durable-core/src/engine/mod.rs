@@ -5,6 +5,7 @@ pub(crate) mod clock;
 mod committer;
 mod drive;
 pub(crate) mod epoch;
+mod foreign;
 mod heart;
 pub(crate) mod held;
 mod load;
@@ -62,6 +63,7 @@ pub(crate) struct Settings {
     pub(crate) reconcile_every: Duration,
     pub(crate) stall_limit: Duration,
     pub(crate) max_loaded: usize,
+    pub(crate) unreadable_patience: Duration,
 }
 
 /// How far a host is.
@@ -88,6 +90,7 @@ pub(crate) struct Core {
     pub(crate) held: Arc<held::Held>,
     pub(crate) room: Arc<room::Room>,
     pub(crate) suspects: Arc<suspects::Suspects>,
+    pub(crate) foreign: foreign::Foreign,
     pub(crate) post: post::Post,
     pub(crate) watch: watch::Watch,
     pub(crate) phase: Ratchet<Phase>,
@@ -121,6 +124,7 @@ impl Core {
             held: Arc::default(),
             room: Arc::default(),
             suspects: Arc::default(),
+            foreign: foreign::Foreign::new(),
             post: post::Post::default(),
             watch: watch::Watch::default(),
             phase: Ratchet::new(Phase::Live),

@@ -233,9 +233,10 @@ impl Operation {
         pending()
     }
 
-    /// A record that does not decode makes the process stuck.
+    /// A record that does not decode: another instance may have code that it fits, else the process is stuck.
     pub(crate) fn undecodable<T>(&self, why: &str) -> Pending<T> {
-        self.stuck(format!("the record of {} {} does not decode: {why}", self.op, self.key))
+        self.run.unreadable(format!("the record of {} {} does not decode: {why}", self.op, self.key));
+        pending()
     }
 
     /// A value that JSON cannot bring back makes the process stuck.

@@ -154,6 +154,8 @@ pub(crate) enum End {
     Stuck(String),
     /// Give it back to whoever has room.
     Release,
+    /// This instance's code does not fit what is stored; why.
+    Unreadable(String),
     /// It is not ours any more: drop it and write nothing.
     Gone,
 }
@@ -275,6 +277,11 @@ impl Run {
     /// Makes the process stuck.
     pub(crate) fn fault(&self, reason: impl fmt::Display) {
         self.end(End::Stuck(reason.to_string()));
+    }
+
+    /// Ends it because this instance's code does not fit what is stored: another's may.
+    pub(crate) fn unreadable(&self, reason: String) {
+        self.end(End::Unreadable(reason));
     }
 
     /// Whether code of this run's own future is what polls; what is not is refused.

@@ -115,6 +115,7 @@ pub(super) async fn watch_peers(core: Arc<Core>, epoch: Arc<Epoch>) {
         }
         match core.storage.peers(&core.namespace, epoch.instance).await {
             Ok(peers) => {
+                core.foreign.looked(&peers);
                 let fresh = core.live.age() < core.settings.heartbeat * 2;
                 for dead in observer.look(&peers, Instant::now(), fresh, core.settings.expiry) {
                     if let Err(error) = take_over(&core, &epoch, &dead).await {
@@ -181,6 +182,7 @@ mod tests {
                 fenced: false,
                 comeback: Duration::ZERO,
                 expiry: EXPIRY,
+                kinds: vec![],
             };
             Self { observer: Observer::default(), peer, now, at: Instant::now() }
         }

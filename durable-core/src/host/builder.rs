@@ -68,6 +68,7 @@ impl HostBuilder {
             batch_bytes: 4 * 1024 * 1024,
             claim: 500,
             max_loaded: 256 << 20,
+            unreadable_patience: Duration::from_secs(300),
             stall_limit: Duration::from_secs(60),
             reconcile_every: Duration::from_secs(if storage.announces_everything() { 3600 } else { 60 }),
         };
@@ -152,6 +153,15 @@ impl HostBuilder {
     /// are there at once, or one process alone; the others wait.
     pub fn max_loaded(mut self, bytes: usize) -> Self {
         self.settings.max_loaded = bytes;
+        self
+    }
+
+    /// How long a process whose input or records this host's code cannot read, or does not ask for, is left to other instances
+    /// before it becomes stuck: five minutes by default. While a service is being deployed an older instance may take what a
+    /// newer one has started; nothing of it happens there. Where no other instance has registered
+    /// its kind it becomes stuck at once.
+    pub fn unreadable_patience(mut self, patience: Duration) -> Self {
+        self.settings.unreadable_patience = patience;
         self
     }
 

@@ -537,6 +537,7 @@ impl Db {
             fenced: instance.fenced,
             comeback: std::time::Duration::ZERO,
             expiry: instance.expiry,
+            kinds: instance.kinds.clone(),
         };
         let mut peers: Vec<Peer> = others.map(peer).collect();
         peers.sort_by_key(|peer| peer.instance);

@@ -307,6 +307,8 @@ pub struct Peer {
     /// How long its proof of life took to come back when it was lost, or to be had at first: it may be gone for as long, and
     /// longer, of an instance that lives.
     pub comeback: Duration,
+    /// The kinds that it has registered; none if they cannot be read.
+    pub kinds: Vec<Box<str>>,
     /// After which silence it wants to count as dead. An observer that is more patient waits longer.
     pub expiry: Duration,
 }

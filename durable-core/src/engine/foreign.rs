@@ -1,0 +1,94 @@
+//! Processes that this instance cannot read, and another one may: while a service is being deployed, older and newer code run
+//! side by side. They are left to the others for a while before they are stuck.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Mutex;
+use std::time::Duration;
+use tokio::time::Instant;
+
+use super::lock;
+use crate::storage::{Peers, RunId};
+
+/// So many are remembered at most; of the others it is as if they were met for the first time.
+const MOST: usize = 10_000;
+
+pub(crate) struct Foreign {
+    /// The kinds that other instances had registered at the last look; before the first one it may be any.
+    others: Mutex<Option<HashSet<Box<str>>>>,
+    met: Mutex<HashMap<RunId, Met>>,
+}
+
+struct Met {
+    since: Instant,
+    newest: i64,
+}
+
+impl Foreign {
+    pub(crate) fn new() -> Self {
+        Self { others: Mutex::new(None), met: Mutex::default() }
+    }
+
+    /// Takes a look at the others into account.
+    pub(crate) fn looked(&self, peers: &Peers) {
+        let living = peers.peers.iter().filter(|peer| !peer.fenced);
+        *lock(&self.others) = Some(living.flat_map(|peer| peer.kinds.iter().cloned()).collect());
+    }
+
+    /// Whether nobody else ran this kind at the last look.
+    pub(crate) fn is_alone_with(&self, kind: &str) -> bool {
+        lock(&self.others).as_ref().is_some_and(|kinds| !kinds.contains(kind))
+    }
+
+    /// For how long to leave a run to others, after an execution that could not read it; none if that is over, or if nobody else
+    /// runs its kind. `newest`: the execution that has recorded something last; another one since begins the time anew.
+    pub(crate) fn leave(&self, kind: &str, run: RunId, newest: i64, patience: Duration) -> Option<Duration> {
+        const SHORTEST: Duration = Duration::from_secs(1);
+        const LONGEST: Duration = Duration::from_secs(10);
+        if self.is_alone_with(kind) {
+            return None;
+        }
+        let now = Instant::now();
+        let mut met = lock(&self.met);
+        met.retain(|_, met| now - met.since <= patience.saturating_mul(2));
+        if met.len() >= MOST {
+            met.clear();
+        }
+        let this = met.entry(run).or_insert(Met { since: now, newest });
+        if newest != this.newest {
+            *this = Met { since: now, newest };
+        }
+        let passed = now - this.since;
+        (passed < patience).then(|| (passed / 2).clamp(SHORTEST, LONGEST))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{InstanceId, LockState, Peer};
+
+    #[tokio::test(start_paused = true)]
+    async fn not_for_ever_and_not_alone() {
+        const PATIENCE: Duration = Duration::from_secs(60);
+        let foreign = Foreign::new();
+        let run = RunId::new();
+        let run_by = |kind: &str| {
+            let now = chrono::DateTime::UNIX_EPOCH;
+            let (zero, kinds) = (Duration::ZERO, vec![kind.into()]);
+            let lock = LockState::Held;
+            let instance = InstanceId::new();
+            let peer = Peer { instance, heartbeat_at: now, lock, fenced: false, comeback: zero, kinds, expiry: zero };
+            foreign.looked(&Peers { now, peers: vec![peer] });
+        };
+        run_by("other");
+        assert_eq!(foreign.leave("kind", run, 1, PATIENCE), None);
+        run_by("kind");
+        let mut left = Duration::ZERO;
+        while let Some(pause) = foreign.leave("kind", run, 1, PATIENCE) {
+            tokio::time::advance(pause).await;
+            left += pause;
+        }
+        assert!((60..70).contains(&left.as_secs()), "{left:?}");
+        assert!(foreign.leave("kind", run, 3, PATIENCE).is_some(), "another one has gone on with it since");
+    }
+}

@@ -1,0 +1,118 @@
+//! Older and newer code of one service run side by side.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use durable_core::*;
+use durable_tests::*;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Old {
+    amount: u32,
+}
+#[derive(Serialize, Deserialize)]
+struct New {
+    amount: u32,
+    currency: String,
+}
+
+const OLD: Definition<Old, String> = Definition::new("order");
+const NEW: Definition<New, String> = Definition::new("order");
+const PAY: Event<()> = Event::new("Pay");
+
+on_each_backend!(what_only_newer_code_can_read, what_nobody_can_read, what_newer_code_has_recorded);
+
+async fn old<B: Backend>(backend: &B, patience: Duration) -> Host {
+    let order = async |proc: Process, order: Old| {
+        let paid = proc.step("pay", async || Ok::<_, Failure>(order.amount)).await?;
+        proc.event(PAY).await?;
+        Ok::<_, Failure>(format!("{paid} by old code"))
+    };
+    let builder = quick(backend).await.register(OLD, order).unreadable_patience(patience);
+    builder.start().await.unwrap()
+}
+
+async fn new<B: Backend>(backend: &B) -> Host {
+    let order = async |proc: Process, order: New| {
+        let paid = proc.step("pay", async || Ok::<_, Failure>(order.amount)).await?;
+        proc.step("audit", async || Ok::<_, Failure>(())).await?;
+        proc.event(PAY).await?;
+        Ok::<_, Failure>(format!("{paid} {}", order.currency))
+    };
+    quick(backend).await.register(NEW, order).start().await.unwrap()
+}
+
+/// It can read the input, and does not know of a step.
+async fn older<B: Backend>(backend: &B) -> Host {
+    let order = async |proc: Process, order: New| {
+        let paid = proc.step("pay", async || Ok::<_, Failure>(order.amount)).await?;
+        proc.event(PAY).await?;
+        Ok::<_, Failure>(format!("{paid} by older code"))
+    };
+    quick(backend).await.register(NEW, order).start().await.unwrap()
+}
+
+/// It would run orders, and has no room.
+async fn full<B: Backend>(backend: &B) -> Host {
+    let order = async |_, _: New| Ok::<_, Failure>(String::new());
+    quick(backend).await.register(NEW, order).max_processes(0).start().await.unwrap()
+}
+
+fn order(amount: u32) -> New {
+    New { amount, currency: "EUR".into() }
+}
+
+/// Whoever takes it first.
+async fn what_only_newer_code_can_read<B: Backend>() {
+    let backend = B::new().await;
+    let client = quick(&backend).await.start().await.unwrap();
+    let _new = new(&backend).await;
+    let _old = old(&backend, Duration::from_secs(300)).await;
+    let mut handles = Vec::new();
+    for n in 0..20 {
+        handles.push((n, client.spawn(NEW, format!("p-{n}"), &order(n)).await.unwrap()));
+    }
+    for (n, handle) in handles {
+        handle.raise(PAY, &()).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), format!("{n} EUR"));
+    }
+}
+
+/// Alone, or for longer than it is to be left to others, it is stuck.
+async fn what_nobody_can_read<B: Backend>() {
+    const TEXT: Definition<String, String> = Definition::new("order");
+    for company in [false, true] {
+        let backend = B::new().await;
+        let client = quick(&backend).await.start().await.unwrap();
+        client.spawn(TEXT, "broken", &"no order".to_owned()).await.unwrap();
+        let other = if company { Some(full(&backend).await) } else { None };
+        let old = old(&backend, Duration::from_secs(1)).await;
+        let broken = old.get("broken");
+        let info = until_status(&broken, Status::Stuck).await;
+        let reason = info.reason.unwrap();
+        assert!(reason.contains("the input of process \"broken\" does not decode"), "{reason}");
+        assert!(!company || info.execution > 1, "it was left to others first");
+        drop((client, other));
+    }
+}
+
+/// A step that older code does not know stands in the records: nothing happens there a second time.
+async fn what_newer_code_has_recorded<B: Backend>() {
+    let backend = B::new().await;
+    let first = new(&backend).await;
+    let handle = first.spawn(NEW, "p", &order(7)).await.unwrap();
+    until_status(&handle, Status::Waiting).await;
+    first.shutdown(Duration::from_secs(5)).await;
+    let client = quick(&backend).await.start().await.unwrap();
+    let _full = full(&backend).await;
+    let _older = older(&backend).await;
+    let handle = client.get("p").of(NEW);
+    handle.raise(PAY, &()).await.unwrap();
+    until("older code has left it", async || {
+        handle.status().await.unwrap().waiting_for.is_some_and(|what| what.starts_with("an instance that can read it"))
+    })
+    .await;
+    let _new = new(&backend).await;
+    assert_eq!(handle.output().await.unwrap(), "7 EUR");
+}
