@@ -2,7 +2,7 @@
 //! reach of the compensation. For a process that has not started, waits in memory, is parked, is stuck, is in a step.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use durable_core::storage::Op;
+use durable_core::storage::{Op, RecordKey, Scope, Storage};
 use durable_core::*;
 use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
@@ -106,7 +106,10 @@ async fn while_it_waits_in_memory<B: Backend>() {
     let (backend, effects) = (B::new().await, Effects::default());
     let host = start(&backend, &effects).await;
     let handle = host.spawn(ORDER, "o", &()).await.unwrap();
-    until("it has reserved", async || effects.all().len() == 1).await;
+    // Recorded, not just begun: a step that is cancelled before has not returned.
+    let (storage, run) = (backend.storage().await, handle.run().unwrap());
+    let key = RecordKey { scope: Scope::Process, name: "reserve".into(), key: "".into() };
+    until("it has reserved", async || storage.record(run, &key).await.unwrap().is_some()).await;
     handle.cancel().await.unwrap();
     handle.cancel().await.unwrap();
     ends_cancelled(&handle).await;

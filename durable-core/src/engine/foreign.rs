@@ -1,6 +1,7 @@
 //! Processes that this instance cannot read, and another one may: while a service is being deployed, older and newer code run
 //! side by side. They are left to the others for a while before they are stuck.
 
+use chrono::TimeDelta;
 use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -16,6 +17,8 @@ pub(crate) struct Foreign {
     /// The kinds that other instances had registered at the last look; before the first one it may be any.
     others: Mutex<Option<HashSet<Box<str>>>>,
     met: Mutex<HashMap<RunId, Met>>,
+    /// When one of this kind was left to others last.
+    left: Mutex<HashMap<Box<str>, Instant>>,
 }
 
 struct Met {
@@ -25,7 +28,7 @@ struct Met {
 
 impl Foreign {
     pub(crate) fn new() -> Self {
-        Self { others: Mutex::new(None), met: Mutex::default() }
+        Self { others: Mutex::new(None), met: Mutex::default(), left: Mutex::default() }
     }
 
     /// Takes a look at the others into account.
@@ -37,6 +40,14 @@ impl Foreign {
     /// Whether nobody else ran this kind at the last look.
     pub(crate) fn is_alone_with(&self, kind: &str) -> bool {
         lock(&self.others).as_ref().is_some_and(|kinds| !kinds.contains(kind))
+    }
+
+    /// How much later than others this instance takes what is due of a kind of which it has left some to them: else it would be
+    /// the first to know when that is due again.
+    pub(crate) fn head_start(&self, kind: &str, patience: Duration) -> TimeDelta {
+        const HEAD_START: TimeDelta = TimeDelta::milliseconds(1200);
+        let left = lock(&self.left).get(kind).is_some_and(|left| left.elapsed() < patience);
+        if left { HEAD_START } else { TimeDelta::zero() }
     }
 
     /// For how long to leave a run to others, after an execution that could not read it; none if that is over, or if nobody else
@@ -58,6 +69,9 @@ impl Foreign {
             *this = Met { since: now, newest };
         }
         let passed = now - this.since;
+        if passed < patience {
+            lock(&self.left).insert(kind.into(), now);
+        }
         (passed < patience).then(|| (passed / 2).clamp(SHORTEST, LONGEST))
     }
 }
@@ -89,6 +103,8 @@ mod tests {
             left += pause;
         }
         assert!((60..70).contains(&left.as_secs()), "{left:?}");
+        assert!(foreign.head_start("kind", PATIENCE) > TimeDelta::zero());
+        assert_eq!(foreign.head_start("other", PATIENCE), TimeDelta::zero());
         assert!(foreign.leave("kind", run, 3, PATIENCE).is_some(), "another one has gone on with it since");
     }
 }

@@ -34,7 +34,7 @@ pub(super) async fn poll(core: Arc<Core>, epoch: Arc<Epoch>) {
             watched: core.watch.some(WATCHED, turn),
         };
         turn += 1;
-        let polled = match core.storage.poll(&question).await {
+        let mut polled = match core.storage.poll(&question).await {
             Ok(polled) => polled,
             Err(error) => {
                 core.note_trouble(&error.to_string());
@@ -47,6 +47,9 @@ pub(super) async fn poll(core: Arc<Core>, epoch: Arc<Epoch>) {
         backoff = Backoff::new();
         core.pulse.looked.set();
         core.clock.sync(polled.now);
+        for (kind, at) in &mut polled.due {
+            *at += core.foreign.head_start(kind, core.settings.unreadable_patience);
+        }
         let worked = act(&core, &epoch, &polled, turn).await;
         if polled.more {
             tokio::task::yield_now().await;
