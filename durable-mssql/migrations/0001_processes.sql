@@ -99,7 +99,8 @@ CREATE INDEX waiters_untold ON {schema}.waiters (target) INCLUDE (told) WHERE to
 -- What is too much for one transaction, done a part at a time.
 CREATE TABLE {schema}.chores (
     run    BINARY(16)   NOT NULL,
-    -- wake: whoever awaits the run, which has ended; delete: that, and what the run has left in the other tables
+    -- wake: the run has ended, and the processes that await it are to be woken; delete: the run is deleted, so besides its
+    -- rows in the other tables are to be deleted
     what   NVARCHAR(16) COLLATE Latin1_General_BIN2 NOT NULL,
     due_at DATETIME2(6) NOT NULL,
     CONSTRAINT chores_key PRIMARY KEY CLUSTERED (run)

@@ -210,7 +210,7 @@ impl Connect {
         let locks = heart::locks_are_real(&mut session, &mut second, &schema).await?;
         if !locks {
             tracing::warn!(
-                "session locks exclude nobody here: whether an instance is dead is told by its heartbeat alone"
+                "session locks do not exclude each other here: a dead instance is noticed by its heartbeat alone"
             );
         }
         let transactions = Sessions::new(target, Whose::Service, self.max_transactions);

@@ -6,7 +6,7 @@
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use durable_core::storage::{Heart, InstanceId, LockState, NewInstance, Peer, Result, StorageError};
+use durable_core::storage::{Heart, InstanceId, LockState, NewInstance, Peer, Result, StorageError, millis};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
@@ -87,7 +87,7 @@ pub(crate) fn peer(row: &Row, locks_are_real: bool) -> Result<Peer> {
         (false, _) => LockState::Unknown,
     };
     let instance = maybe_id(row, 0)?.map(InstanceId).ok_or_else(|| StorageError::schema("an instance has no id"))?;
-    let (comeback, expiry) = (Peer::millis(get(row, 5)?), Peer::millis(get(row, 6)?));
+    let (comeback, expiry) = (millis(get(row, 5)?), millis(get(row, 6)?));
     let kinds = get::<&str>(row, 7).ok().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
     Ok(Peer { instance, heartbeat_at: time(row, 1)?, lock, fenced: get(row, 2)?, comeback, expiry, kinds })
 }

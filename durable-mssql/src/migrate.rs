@@ -116,7 +116,7 @@ pub(crate) async fn migrate(client: &mut Client, schema: &Schema) -> Result<()> 
             Ok(()) => return ended.map_err(|error| explain(schema, error)),
             // Over a lost connection it cannot even begin.
             Err(StorageError::Blocked(why) | StorageError::Unavailable(why)) if tries < TRIES => {
-                tracing::info!("the migration of {schema} is made again: {why}");
+                tracing::info!("the migration of {schema} is tried again: {why}");
             }
             Err(why) => return Err(why),
         }

@@ -1,5 +1,6 @@
 //! What only reads.
 
+use durable_core::storage::housekeeping::Todo;
 use durable_core::storage::{
     Counted, EventRow, Filter, InstanceId, Load, Loaded, Poll, Polled, Record, RecordKey, Result, RunId, RunState,
     Scales, StorageError, Target,
@@ -189,8 +190,8 @@ pub(crate) fn poll_script(schema: &Schema, poll: &Poll) -> Sql {
     sql
 }
 
-/// What there is to do; besides, whether something waits in the inbox, and whether there are chores.
-pub(crate) fn polled(parts: &[Vec<Row>]) -> Result<(Polled, [bool; 2])> {
+/// What there is to do.
+pub(crate) fn polled(parts: &[Vec<Row>]) -> Result<(Polled, Todo)> {
     let [first, due, signalled, ended] = parts else { return Err(StorageError::schema("a look has no answer")) };
     let first = first.first().ok_or_else(|| StorageError::schema("the database did not tell its time"))?;
     let now = rows::time(first, 0)?;
@@ -203,7 +204,7 @@ pub(crate) fn polled(parts: &[Vec<Row>]) -> Result<(Polled, [bool; 2])> {
         ended: ended.iter().map(|row| run(row, 0)).collect::<Result<_>>()?,
         more: false,
     };
-    Ok((polled, [get(first, 1)?, get(first, 2)?]))
+    Ok((polled, Todo { inbox: get(first, 1)?, chores: get(first, 2)? }))
 }
 
 pub(crate) fn find_script(schema: &Schema, namespace: &str, id: &str, which: Option<RunId>) -> Sql {

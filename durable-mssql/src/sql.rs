@@ -87,8 +87,8 @@ impl Sql {
         self.fetch(client).await.map_err(|error| sort(error, commits))
     }
 
-    /// Runs one that reads, as long as its rows are welcome, of which it is told with the place of their query; none if they were
-    /// not to the end. Then the rest of the answer is still to come.
+    /// Runs one that only reads, while `welcome` says yes to each row, which it gets with the place of the row's query.
+    /// [`None`] if it has said no; then the rest of the answer is still to come.
     pub(crate) async fn run_while(
         self,
         client: &mut Client,

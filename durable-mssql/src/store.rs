@@ -1,8 +1,9 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use durable_core::storage::housekeeping::{self, Housekeeping, Todo};
 use durable_core::storage::{
     Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
-    ProcessRow, Record, RecordKey, Result, RunId, Sorted, Storage, StorageError, leaves_more,
+    ProcessRow, Record, RecordKey, Result, RunId, Sorted, Storage, StorageError,
 };
 use durable_core::storage::{chores, inbox};
 use std::time::Duration;
@@ -55,13 +56,6 @@ impl Mssql {
         usize::try_from(get::<i32>(row, 1)?).map_err(StorageError::schema)
     }
 
-    /// Does a part of the chores, and says whether there may be more.
-    async fn do_chores(&self) -> Result<bool> {
-        let mut lent = self.0.sessions.lend().await?;
-        let more = chores::work(&mut batch::All { client: &mut lent, schema: &self.0.schema }).await;
-        lent.done(more)
-    }
-
     /// Moves on what waits in the inbox, all of it or the rows for `ids`, in at most `parts` parts; and says whether
     /// that was all.
     async fn sweep(&self, sessions: &Sessions, namespace: &str, ids: Option<&[&str]>, parts: usize) -> Result<bool> {
@@ -84,6 +78,23 @@ impl Mssql {
         let result = batch::commit(&mut lent, &self.0.schema, batch, swept).await;
         // One that was given another patience keeps it.
         if batch.patience.is_some() { result } else { lent.done(result) }
+    }
+}
+
+#[async_trait]
+impl Housekeeping for Mssql {
+    async fn look(&self, poll: &Poll) -> Result<(Polled, Todo)> {
+        read::polled(&self.run(read::poll_script(&self.0.schema, poll)).await?)
+    }
+
+    async fn move_on(&self, namespace: &str) -> Result<bool> {
+        self.sweep(&self.0.sessions, namespace, None, SWEPT).await.map(|all| !all)
+    }
+
+    async fn work(&self) -> Result<bool> {
+        let mut lent = self.0.sessions.lend().await?;
+        let more = chores::work(&mut batch::All { client: &mut lent, schema: &self.0.schema }).await;
+        lent.done(more)
     }
 }
 
@@ -138,21 +149,7 @@ impl Storage for Mssql {
     }
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
-        let look = async || read::polled(&self.run(read::poll_script(&self.0.schema, poll)).await?);
-        let (polled, [inbox, chores]) = look().await?;
-        let mut more = false;
-        if inbox {
-            let swept = self.sweep(&self.0.sessions, &poll.namespace, None, SWEPT).await;
-            more |= leaves_more("a part of the inbox", swept.map(|all| !all));
-        }
-        if chores {
-            more |= leaves_more("a chore", self.do_chores().await);
-        }
-        if !inbox && !chores {
-            return Ok(polled);
-        }
-        let (polled, _) = look().await?;
-        Ok(Polled { more, ..polled })
+        housekeeping::poll(self, poll).await
     }
 
     /// There is nothing to hear: the caller's looks, which come more often while there is work, are spread a little, so

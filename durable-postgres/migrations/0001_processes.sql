@@ -100,7 +100,8 @@ CREATE INDEX waiters_untold ON {schema}.waiters (target) WHERE NOT told;
 -- What is too much for one transaction, done a part at a time.
 CREATE TABLE {schema}.chores (
     run    uuid        NOT NULL PRIMARY KEY,
-    -- wake: whoever awaits the run, which has ended; delete: that, and what the run has left in the other tables
+    -- wake: the run has ended, and the processes that await it are to be woken; delete: the run is deleted, so besides its
+    -- rows in the other tables are to be deleted
     what   text        COLLATE "C" NOT NULL,
     due_at timestamptz NOT NULL
 );

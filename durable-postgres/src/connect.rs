@@ -153,8 +153,12 @@ impl Connect {
         let options = Options { options, bounds, whose: Whose::Engine, prepares: None };
         let locks = !lent && heart::locks_are_real(&mut connection, &mut second).await.map_err(reading)?;
         if !locks {
-            let why = if lent { "a pooler lends sessions by the transaction" } else { "session locks exclude nobody" };
-            tracing::warn!("{why} here: whether an instance is dead is told by its heartbeat alone");
+            let why = if lent {
+                "a pooler lends sessions by the transaction"
+            } else {
+                "session locks do not exclude each other"
+            };
+            tracing::warn!("{why} here: a dead instance is noticed by its heartbeat alone");
         }
         // A transactional step's record stands in the text of the statement that writes it: that text is never logged.
         let silent = options.options.clone().disable_statement_logging();

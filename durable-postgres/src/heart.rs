@@ -6,7 +6,7 @@
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use durable_core::storage::{Heart, InstanceId, LockState, NewInstance, Peer, Result, StorageError};
+use durable_core::storage::{Heart, InstanceId, LockState, NewInstance, Peer, Result, StorageError, millis};
 use sqlx::postgres::{PgConnection, PgListener, PgPoolOptions, PgRow};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -88,7 +88,7 @@ pub(crate) fn peer(row: &PgRow, locks_are_real: bool) -> Result<Peer> {
         (true, false) => LockState::Free,
         (false, _) => LockState::Unknown,
     };
-    let (comeback, expiry) = (Peer::millis(get::<i32>(row, 5)?.into()), Peer::millis(get(row, 6)?));
+    let (comeback, expiry) = (millis(get::<i32>(row, 5)?.into()), millis(get(row, 6)?));
     let (instance, heartbeat_at) = (InstanceId(get(row, 0)?), time(row, 1)?);
     let kinds: Vec<Option<String>> = get(row, 7).unwrap_or_default();
     let kinds = kinds.into_iter().flatten().map(Box::from).collect();

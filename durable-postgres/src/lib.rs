@@ -43,11 +43,15 @@
 //! ([`Connect::idle_in_transaction_timeout`]).
 //!
 //! # Poolers
-//! Better let this crate connect directly: a host uses few connections. Through a pooler that lends out sessions by the
-//! transaction, whoever connects is told what is missing. The engine sets nothing there, since others would meet it: it needs
-//! a role of its own, which has its settings by `ALTER ROLE … SET`; and the pooler must handle prepared statements (PgBouncer
-//! 1.21 and later does, with `max_prepared_statements`). Locks prove nothing and notifications are not heard; heartbeats and
-//! polling do instead, so a dead instance is taken over after its expiry.
+//! Let this crate connect to the server directly: a host uses few connections. It also works through a pooler that lends
+//! sessions by the transaction (PgBouncer's `pool_mode = transaction`), on two conditions, which [`Connect`] checks:
+//!
+//! - The engine has a role of its own, with its settings by `ALTER ROLE … SET`. It sets nothing in a session that is lent to
+//!   other clients next. The error names each statement that is missing.
+//! - The pooler handles prepared statements. PgBouncer does from 1.21 on, with `max_prepared_statements`.
+//!
+//! Behind such a pooler the engine uses neither session locks nor notifications. So another instance takes over from a dead
+//! one after the expiry of its heartbeat, and instances hear of each other's work by polling.
 //!
 //! # Databases that speak PostgreSQL
 //! The statements keep to what the distributed ones have: `unnest`, `ON CONFLICT`, `FOR SHARE`, `FOR NO KEY UPDATE`, `SKIP

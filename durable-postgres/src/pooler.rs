@@ -1,5 +1,5 @@
-//! Whether sessions are the engine's own. A pooler may lend them by the transaction: then what is set in one of them, or
-//! locked, is met by whoever is lent it next.
+//! Whether sessions are the engine's own. A pooler may lend them by the transaction: then the next client that is lent a
+//! session meets what another one has set or locked in it.
 //!
 //! All of this is asked by the simple protocol, which needs no prepared statement.
 

@@ -1,5 +1,6 @@
 //! What only reads.
 
+use durable_core::storage::housekeeping::Todo;
 use durable_core::storage::{
     Counted, EventRow, Filter, InstanceId, Load, Loaded, Poll, Polled, ProcessRow, Record, RecordKey, Result, RunId,
     RunState, Scales, StorageError, Target,
@@ -184,10 +185,10 @@ pub(crate) fn poll_statement(schema: &Schema, poll: &Poll) -> Sql {
     sql
 }
 
-/// What there is to do; besides, whether something waits in the inbox, and whether there are chores.
-pub(crate) fn polled(rows: &[PgRow]) -> Result<(Polled, [bool; 2])> {
+/// What there is to do.
+pub(crate) fn polled(rows: &[PgRow]) -> Result<(Polled, Todo)> {
     let mut polled = Polled::default();
-    let (mut inbox, mut chores) = (false, false);
+    let mut todo = Todo::default();
     for row in rows {
         match get::<&str>(row, 0)? {
             "now" => polled.now = rows::time(row, 2)?,
@@ -196,13 +197,13 @@ pub(crate) fn polled(rows: &[PgRow]) -> Result<(Polled, [bool; 2])> {
                 let at = maybe_time(row, 2).ok().flatten().unwrap_or(polled.now);
                 polled.due.push((boxed(get(row, 1)?), at));
             }
-            "inbox" => inbox = true,
-            "chores" => chores = true,
+            "inbox" => todo.inbox = true,
+            "chores" => todo.chores = true,
             "signalled" => polled.signalled.push((run(row, 3)?, get(row, 4)?)),
             _ => polled.ended.push(run(row, 3)?),
         }
     }
-    Ok((polled, [inbox, chores]))
+    Ok((polled, todo))
 }
 
 pub(crate) fn find_statement(schema: &Schema, namespace: &str, id: &str, run: Option<RunId>) -> Sql {

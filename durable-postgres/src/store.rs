@@ -1,8 +1,9 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use durable_core::storage::housekeeping::{self, Housekeeping, Todo};
 use durable_core::storage::{
     Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
-    ProcessRow, Record, RecordKey, Result, RunId, Sorted, Storage, StorageError, leaves_more,
+    ProcessRow, Record, RecordKey, Result, RunId, Sorted, Storage, StorageError,
 };
 use durable_core::storage::{chores, inbox};
 use sqlx::postgres::PgRow;
@@ -45,16 +46,6 @@ impl Postgres {
         self.0.asking.run(sql).await
     }
 
-    /// Does a part of the chores, and says whether there may be more.
-    async fn do_chores(&self) -> Result<bool> {
-        let mut lent = self.0.connections.lend().await?;
-        let mut chores = batch::All { connection: &mut lent.connection, schema: &self.0.schema };
-        let more = within(self.0.connections.bounds().answers(), unavailable, chores::work(&mut chores)).await;
-        let more = lent.done(more)?;
-        Hints::tell(&self.0);
-        Ok(more)
-    }
-
     /// Moves on what waits in the inbox, all of it or the rows for `ids`, in at most `parts` parts; and says whether
     /// that was all.
     async fn sweep(
@@ -78,6 +69,26 @@ impl Postgres {
             Hints::tell(&self.0);
         }
         Ok(false)
+    }
+}
+
+#[async_trait]
+impl Housekeeping for Postgres {
+    async fn look(&self, poll: &Poll) -> Result<(Polled, Todo)> {
+        read::polled(&self.run(read::poll_statement(&self.0.schema, poll)).await?)
+    }
+
+    async fn move_on(&self, namespace: &str) -> Result<bool> {
+        self.sweep(&self.0.connections, namespace, None, SWEPT).await.map(|all| !all)
+    }
+
+    async fn work(&self) -> Result<bool> {
+        let mut lent = self.0.connections.lend().await?;
+        let mut chores = batch::All { connection: &mut lent.connection, schema: &self.0.schema };
+        let more = within(self.0.connections.bounds().answers(), unavailable, chores::work(&mut chores)).await;
+        let more = lent.done(more)?;
+        Hints::tell(&self.0);
+        Ok(more)
     }
 }
 
@@ -145,21 +156,7 @@ impl Storage for Postgres {
     }
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
-        let look = async || read::polled(&self.run(read::poll_statement(&self.0.schema, poll)).await?);
-        let (polled, [inbox, chores]) = look().await?;
-        let mut more = false;
-        if inbox {
-            let swept = self.sweep(&self.0.connections, &poll.namespace, None, SWEPT).await;
-            more |= leaves_more("a part of the inbox", swept.map(|all| !all));
-        }
-        if chores {
-            more |= leaves_more("a chore", self.do_chores().await);
-        }
-        if !inbox && !chores {
-            return Ok(polled);
-        }
-        let (polled, _) = look().await?;
-        Ok(Polled { more, ..polled })
+        housekeeping::poll(self, poll).await
     }
 
     async fn changed(&self, cursor: &mut u64, at_most: Duration) {

@@ -90,7 +90,8 @@ CREATE INDEX durable_waiters_untold ON durable_waiters (target) WHERE told = 0;
 -- What is too much for one transaction, done a part at a time.
 CREATE TABLE durable_chores (
     run    TEXT NOT NULL PRIMARY KEY,
-    -- wake: whoever awaits the run, which has ended; delete: that, and what the run has left in the other tables
+    -- wake: the run has ended, and the processes that await it are to be woken; delete: the run is deleted, so besides its
+    -- rows in the other tables are to be deleted
     what   TEXT NOT NULL,
     due_at TEXT NOT NULL
 ) WITHOUT ROWID;

@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use durable_core::storage::{Heart, InstanceId, NewInstance, Peer, Peers, Result, StorageError};
+use durable_core::storage::{Heart, InstanceId, NewInstance, Peer, Peers, Result, StorageError, millis};
 use serde_json::json;
 use sqlx::sqlite::SqliteRow;
 use std::sync::Arc;
@@ -72,7 +72,7 @@ pub(crate) async fn peers(shared: &Shared, namespace: &str, me: InstanceId) -> R
             lock,
             fenced: get(row, 2)?,
             comeback: Duration::ZERO,
-            expiry: Peer::millis(get(row, 3)?),
+            expiry: millis(get(row, 3)?),
             kinds: get::<&str>(row, 4).ok().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default(),
         })
     };

@@ -112,8 +112,8 @@ impl Script {
         Ok(self.run_while(connection, |_, _| true).await?.unwrap_or_default())
     }
 
-    /// The same, as long as its rows are welcome, of which it is told with the place of their statement; none if they were not to
-    /// the end, and then nothing of it is left either.
+    /// The same, while `welcome` says yes to each row, which it gets with the place of the row's statement. [`None`] if it has
+    /// said no; then nothing of the script is left either.
     pub(crate) async fn run_while(
         self,
         connection: &mut SqliteConnection,

@@ -1,9 +1,10 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use durable_core::storage::chores;
+use durable_core::storage::housekeeping::{self, Housekeeping, Todo};
 use durable_core::storage::{
     Batch, Counted, Filter, Heart, InstanceId, Load, Loaded, NewInstance, Outcome, Peer, Peers, Poll, Polled,
-    ProcessRow, Record, RecordKey, Result, RunId, Scales, Storage, StorageError, leaves_more,
+    ProcessRow, Record, RecordKey, Result, RunId, Scales, Storage, StorageError,
 };
 use serde_json::json;
 use sqlx::SqlitePool;
@@ -187,6 +188,64 @@ pub(crate) async fn patiently(script: impl Fn() -> Script, connection: &mut Sqli
 }
 
 #[async_trait]
+impl Housekeeping for Sqlite {
+    async fn look(&self, poll: &Poll) -> Result<(Polled, Todo)> {
+        let watched: Vec<String> = poll.watched.iter().map(ToString::to_string).collect();
+        let answers = self
+            .0
+            .read([(
+                format!(
+                    "SELECT 'now', NULL, {NOW}, NULL
+                     UNION ALL
+                     SELECT 'due', k.value, (SELECT min(p.wake_at) FROM durable_processes p WHERE p.namespace = ?
+                         AND p.kind = k.value AND p.status = 'waiting' AND p.wake_at IS NOT NULL), NULL
+                     FROM json_each(?) k
+                     UNION ALL
+                     SELECT 'chores', NULL, NULL, NULL WHERE EXISTS (SELECT 1 FROM durable_chores WHERE due_at <= {NOW})
+                     UNION ALL
+                     SELECT 'signalled', run, NULL, signals FROM durable_processes WHERE owner = ? AND signalled = 1
+                     UNION ALL
+                     SELECT 'ended', w.value, NULL, NULL FROM json_each(?) w LEFT JOIN durable_processes p
+                         ON p.run = w.value WHERE p.status IS NULL OR p.status IN ('completed', 'failed', 'cancelled')"
+                ),
+                vec![
+                    (&*poll.namespace).into(),
+                    json!(poll.kinds).to_string().into(),
+                    poll.instance.to_string().into(),
+                    json!(watched).to_string().into(),
+                ],
+            )])
+            .await?;
+        let mut polled = Polled::default();
+        let mut todo = Todo::default();
+        for row in all(&answers) {
+            match get::<&str>(row, 0)? {
+                "now" => polled.now = time("now", get(row, 2)?)?,
+                "chores" => todo.chores = true,
+                "due" => {
+                    // A time that somebody has written in another form is due: the claim clears it away.
+                    if let Some(at) = get::<Option<&str>>(row, 2)? {
+                        polled.due.push((boxed(get(row, 1)?), time("wake_at", at).unwrap_or(polled.now)));
+                    }
+                }
+                "signalled" => polled.signalled.extend(readable(rows::run(row, 1)).zip(get(row, 3).ok())),
+                _ => polled.ended.extend(readable(rows::run(row, 1))),
+            }
+        }
+        Ok((polled, todo))
+    }
+
+    /// There is no inbox: a service's transaction writes its starts and messages itself.
+    async fn move_on(&self, _: &str) -> Result<bool> {
+        Ok(false)
+    }
+
+    async fn work(&self) -> Result<bool> {
+        chores::work(&mut batch::All(&self.0)).await
+    }
+}
+
+#[async_trait]
 impl Storage for Sqlite {
     fn name(&self) -> &'static str {
         "sqlite"
@@ -247,51 +306,7 @@ impl Storage for Sqlite {
     }
 
     async fn poll(&self, poll: &Poll) -> Result<Polled> {
-        let watched: Vec<String> = poll.watched.iter().map(ToString::to_string).collect();
-        let answers = self
-            .0
-            .read([(
-                format!(
-                    "SELECT 'now', NULL, {NOW}, NULL
-                     UNION ALL
-                     SELECT 'due', k.value, (SELECT min(p.wake_at) FROM durable_processes p WHERE p.namespace = ?
-                         AND p.kind = k.value AND p.status = 'waiting' AND p.wake_at IS NOT NULL), NULL
-                     FROM json_each(?) k
-                     UNION ALL
-                     SELECT 'chores', NULL, NULL, NULL WHERE EXISTS (SELECT 1 FROM durable_chores WHERE due_at <= {NOW})
-                     UNION ALL
-                     SELECT 'signalled', run, NULL, signals FROM durable_processes WHERE owner = ? AND signalled = 1
-                     UNION ALL
-                     SELECT 'ended', w.value, NULL, NULL FROM json_each(?) w LEFT JOIN durable_processes p
-                         ON p.run = w.value WHERE p.status IS NULL OR p.status IN ('completed', 'failed', 'cancelled')"
-                ),
-                vec![
-                    (&*poll.namespace).into(),
-                    json!(poll.kinds).to_string().into(),
-                    poll.instance.to_string().into(),
-                    json!(watched).to_string().into(),
-                ],
-            )])
-            .await?;
-        let mut polled = Polled::default();
-        let mut chores = false;
-        for row in all(&answers) {
-            match get::<&str>(row, 0)? {
-                "now" => polled.now = time("now", get(row, 2)?)?,
-                "chores" => chores = true,
-                "due" => {
-                    // A time that somebody has written in another form is due: the claim clears it away.
-                    if let Some(at) = get::<Option<&str>>(row, 2)? {
-                        polled.due.push((boxed(get(row, 1)?), time("wake_at", at).unwrap_or(polled.now)));
-                    }
-                }
-                "signalled" => polled.signalled.extend(readable(rows::run(row, 1)).zip(get(row, 3).ok())),
-                _ => polled.ended.extend(readable(rows::run(row, 1))),
-            }
-        }
-        // Whom they wake is seen by the next look.
-        polled.more = chores && leaves_more("a chore", chores::work(&mut batch::All(&self.0)).await);
-        Ok(polled)
+        housekeeping::poll(self, poll).await
     }
 
     async fn changed(&self, cursor: &mut u64, at_most: Duration) {

@@ -1,10 +1,10 @@
-//! What is too much for one transaction is done a part at a time, and holds up nobody.
+//! What is too much for one transaction is done a part at a time, while other processes go on.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use durable_core::storage::{InstanceId, Op, RunId, Storage};
 use durable_core::*;
 use durable_postgres::Postgres;
-use durable_tests::ops::{commit, enlist, finish, record, spawn, start};
+use durable_tests::ops::{batch, commit, enlist, finish, in_background, record, spawn, start};
 use durable_tests::*;
 use sqlx::Executor;
 use std::time::Duration;
@@ -37,7 +37,7 @@ async fn neighbour(host: &Host, id: &str) {
     assert_eq!(host.spawn(WORK, id, &3).await.unwrap().output().await.unwrap(), 3);
 }
 
-/// Processes of a kind that nobody runs, all of which await the run.
+/// Processes of a kind that no instance runs, all of which await the run.
 async fn crowd(storage: &impl Storage, me: InstanceId, target: RunId) {
     for part in 0..MANY / 500 {
         let starts = (0..500).map(|n| spawn(&format!("crowd-{part}-{n}"), false));
@@ -158,7 +158,33 @@ mod postgres {
         });
     }
 
-    /// One chore that cannot be done is told, and tried again later; others are done.
+    /// A part of the chore is under way when the failed process is resumed: those that it has woken count as not woken.
+    #[test]
+    fn resumed_while_a_part_is_done() {
+        PostgresSchema::run(async {
+            let schema = PostgresSchema::new().await;
+            let storage = schema.storage().await;
+            let (me, _heart) = enlist(&storage).await;
+            let target = start(&storage, me, "target").await;
+            crowd(&storage, me, target).await;
+            let Op::Finish(end) = finish(target) else { panic!() };
+            commit(&storage, me, vec![Op::Finish(storage::Finish { status: Status::Failed, ..end })]).await;
+            let mut psql = schema.connect().await;
+            psql.execute("BEGIN").await.unwrap();
+            psql.execute(schema.sql("SELECT 1 FROM {s}.chores FOR UPDATE")).await.unwrap();
+            psql.execute(schema.sql("UPDATE {s}.waiters SET told = true")).await.unwrap();
+            let resumed = in_background(&storage, batch(me, 0, vec![Op::resume("target".into(), vec![])]));
+            let waits =
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%{s}%chores%'";
+            until("it waits", async || schema.number(&waits.replace("{s}", schema.name())).await == 1).await;
+            psql.execute("COMMIT").await.unwrap();
+            resumed.await.unwrap().unwrap();
+            assert_eq!(schema.number("SELECT count(*) FROM {s}.waiters WHERE told").await, 0);
+            assert_eq!(left(&schema, "chores").await, 0);
+        });
+    }
+
+    /// A chore that cannot be done is logged and put off; others are done meanwhile.
     #[test]
     fn a_chore_that_fails() {
         PostgresSchema::run(async {
@@ -180,7 +206,7 @@ mod postgres {
                 host.get(id).delete().await.unwrap();
             }
             until("the other is done", async || left(&schema, "steps").await == 1).await;
-            until("it is told", async || logged(&["a chore is put off for a minute", "it may not go"])).await;
+            until("an error is logged", async || logged(&["a chore is put off for a minute", "it may not go"])).await;
             neighbour(&host, "neighbour").await;
             schema.execute("DROP TRIGGER fails ON {s}.steps; UPDATE {s}.chores SET due_at = now()").await;
             until("nothing is left to do", async || left(&schema, "chores").await == 0).await;

@@ -4,6 +4,8 @@
 use durable_core::*;
 use durable_tests::*;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 #[derive(Serialize, Deserialize)]
@@ -21,7 +23,12 @@ const OLD: Definition<Old, String> = Definition::new("order");
 const NEW: Definition<New, String> = Definition::new("order");
 const PAY: Event<()> = Event::new("Pay");
 
-on_each_backend!(what_only_newer_code_can_read, what_nobody_can_read, what_newer_code_has_recorded);
+on_each_backend!(
+    what_only_newer_code_can_read,
+    what_no_instance_can_read,
+    what_newer_code_has_recorded,
+    what_cannot_be_read_beside_a_step,
+);
 
 async fn old<B: Backend>(backend: &B, patience: Duration) -> Host {
     let order = async |proc: Process, order: Old| {
@@ -63,7 +70,7 @@ fn order(amount: u32) -> New {
     New { amount, currency: "EUR".into() }
 }
 
-/// Whoever takes it first.
+/// Whichever instance claims it first.
 async fn what_only_newer_code_can_read<B: Backend>() {
     let backend = B::new().await;
     let client = quick(&backend).await.start().await.unwrap();
@@ -80,7 +87,7 @@ async fn what_only_newer_code_can_read<B: Backend>() {
 }
 
 /// Alone, or for longer than it is to be left to others, it is stuck.
-async fn what_nobody_can_read<B: Backend>() {
+async fn what_no_instance_can_read<B: Backend>() {
     const TEXT: Definition<String, String> = Definition::new("order");
     for company in [false, true] {
         let backend = B::new().await;
@@ -115,4 +122,35 @@ async fn what_newer_code_has_recorded<B: Backend>() {
     .await;
     let _new = new(&backend).await;
     assert_eq!(handle.output().await.unwrap(), "7 EUR");
+}
+
+/// A step is under way when a message comes that this code cannot read: the step is not begun again and again.
+async fn what_cannot_be_read_beside_a_step<B: Backend>() {
+    const BOTH: Definition<(), u32> = Definition::new("both");
+    const NUMBER: Event<u32> = Event::new("Number");
+    const TEXT: Event<String> = Event::new("Number");
+    let backend = B::new().await;
+    let begun = Arc::new(AtomicU32::new(0));
+    let count = begun.clone();
+    let both = move |proc: Process, ()| {
+        let count = count.clone();
+        async move {
+            let step = proc.step("never ends", || async {
+                count.fetch_add(1, Ordering::SeqCst);
+                std::future::pending::<Result<u32, Failure>>().await
+            });
+            let number = proc.event(NUMBER).into_future();
+            let (step, number) = tokio::join!(biased; step.into_future(), number);
+            Ok::<_, Failure>(number? + step?)
+        }
+    };
+    let other = async |_: Process, ()| Ok::<_, Failure>(0);
+    let _full = quick(&backend).await.register(BOTH, other).max_processes(0).start().await.unwrap();
+    let host = quick(&backend).await.register(BOTH, both).start().await.unwrap();
+    let handle = host.spawn(BOTH, "b", &()).await.unwrap();
+    until("the step has begun", async || begun.load(Ordering::SeqCst) == 1).await;
+    handle.raise(TEXT, &"no number".to_owned()).await.unwrap();
+    let reason = until_status(&handle, Status::Stuck).await.reason.unwrap();
+    assert!(reason.contains("does not decode"), "{reason}");
+    assert_eq!(begun.load(Ordering::SeqCst), 1);
 }

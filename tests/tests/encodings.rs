@@ -1,4 +1,5 @@
-//! A database whose encoding lacks characters: what it cannot hold is told, and no process runs again and again for it.
+//! A database whose encoding lacks characters: what it cannot hold is an error for the caller, or makes the process stuck, and
+//! no process runs again and again for it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use durable_core::*;

@@ -13,7 +13,11 @@ const CHILD: Definition<u32, u32> = Definition::new("child");
 const PARENT: Definition<u32, u32> = Definition::new("parent");
 const GO: Event<()> = Event::new("Go");
 
-on_each_backend!(what_is_awaited_is_said_once, one_that_was_restarted_is_awaited_anew);
+on_each_backend!(
+    what_is_awaited_is_said_once,
+    one_that_was_restarted_is_awaited_anew,
+    one_that_was_restarted_is_awaited_anew_in_a_compensation,
+);
 
 async fn child(proc: Process, n: u32) -> Result<u32, Failure> {
     proc.event(GO).await?;
@@ -83,4 +87,36 @@ async fn one_that_was_restarted_is_awaited_anew<B: Backend>() {
     handle.raise(GO, &()).await.unwrap();
     second.raise(GO, &()).await.unwrap();
     assert_eq!(handle.output().await.unwrap(), 2);
+}
+
+/// The process awaited the first run when it left memory, and again, in its compensation, when that has ended.
+async fn one_that_was_restarted_is_awaited_anew_in_a_compensation<B: Backend>() {
+    const TWICE: Definition<(), u32> = Definition::new("twice");
+    const AGAIN: Event<()> = Event::new("Again");
+    let backend = B::new().await;
+    let twice = async |proc: Process, ()| {
+        let first = proc.output(CHILD, "child").await.map_err(Failure::from)?;
+        proc.event(AGAIN).await?;
+        let second = proc.compensation().output(CHILD, "child").await.map_err(Failure::from)?;
+        Ok::<_, Failure>(first * 10 + second)
+    };
+    // It leaves memory once, while it awaits the first run, and not later.
+    let builder = Host::builder(backend.storage().await).quiet_time(Duration::from_millis(5));
+    let first = builder.register(TWICE, twice).start().await.unwrap();
+    let elsewhere = Host::builder(backend.storage().await).register(CHILD, child).start().await.unwrap();
+    let one = elsewhere.spawn(CHILD, "child", &1).await.unwrap();
+    let handle = first.spawn(TWICE, "t", &()).await.unwrap();
+    until_status(&handle, Status::Waiting).await;
+    first.shutdown(Duration::from_secs(1)).await;
+    let builder = Host::builder(backend.storage().await).register(TWICE, twice);
+    let second = builder.quiet_time(Duration::from_secs(3600)).start().await.unwrap();
+    // It awaits no such event, and is resumed all the same.
+    second.get("t").raise(GO, &()).await.unwrap();
+    until("it awaits in memory", async || second.get("t").status().await.unwrap().status == Status::Running).await;
+    one.raise(GO, &()).await.unwrap();
+    assert_eq!(one.output().await.unwrap(), 1);
+    let two = elsewhere.spawn(CHILD, "child", &2).restart_finished().await.unwrap();
+    two.raise(GO, &()).await.unwrap();
+    second.get("t").raise(AGAIN, &()).await.unwrap();
+    assert_eq!(second.get("t").of(TWICE).output().await.unwrap(), 12);
 }

@@ -1,4 +1,4 @@
-//! Which of several things was first is told by the database's clock, however late a process looks.
+//! The database's clock decides which of several things was first, however late a process looks.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use durable_core::memory::Memory;
@@ -32,7 +32,7 @@ async fn host(memory: &Memory) -> Host {
     registered(Host::builder(memory.clone())).start().await.unwrap()
 }
 
-/// All of it happens while nobody runs them: `what`, so long after they began to wait; then two hours are over.
+/// All of it happens while no instance runs them: `what`, so long after they began to wait; then two hours are over.
 async fn after_an_outage(what: impl AsyncFn(&Host), when: Duration) -> (Vec<String>, Option<u32>) {
     let memory = Memory::new();
     let elsewhere = Host::builder(memory.clone());

@@ -6,7 +6,9 @@ use durable_tests::crash::shared::Shared;
 use durable_tests::heavy::{CULPRIT, GO, INNOCENT, LARGE, large};
 use durable_tests::*;
 use std::process::Stdio;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::time::Instant;
 
 const RESUMER: &str = env!("CARGO_BIN_EXE_resumer");
 
@@ -100,4 +102,50 @@ async fn one_that_kills_programs<B: Shared>() {
     assert_eq!(stuck.iter().map(|info| &*info.id).collect::<Vec<_>>(), ["culprit"]);
     let all = client.processes().status(Status::Completed).count().await.unwrap();
     assert_eq!(all.iter().map(|counted| counted.count).sum::<u64>(), OTHERS);
+}
+
+/// A process comes due while loads wait for room: the instance claims it once they have it, and not at its next look by time.
+#[tokio::test(start_paused = true)]
+async fn claims_that_wait_for_room() {
+    const BIG: Definition<(), usize> = Definition::new("big");
+    const SMALL: Definition<(), ()> = Definition::new("small");
+    const MINUTE: Duration = Duration::from_secs(60);
+    let begun = Arc::new(Mutex::new(Instant::now()));
+    let builder = |memory: &Memory, held: Duration| {
+        let begun = begun.clone();
+        let big = move |proc: Process, ()| {
+            *begun.lock().unwrap() = Instant::now();
+            async move {
+                // It is not durable: meanwhile the process keeps its records in memory, and writes nothing.
+                tokio::time::sleep(held).await;
+                let text = async || Ok::<_, Failure>("x".repeat(8_000_000));
+                let bytes = proc.step("text", text).await?.len();
+                proc.event(GO).await?;
+                Ok::<_, Failure>(bytes)
+            }
+        };
+        let small = async |proc: Process, ()| Ok::<_, Failure>(_ = proc.delay("minute", MINUTE).await?);
+        let builder = Host::builder(memory.clone()).max_payload(16 << 20).quiet_time(Duration::from_millis(10));
+        builder.register(BIG, big).register(SMALL, small)
+    };
+    let memory = Memory::new();
+    let first = builder(&memory, Duration::ZERO).start().await.unwrap();
+    let due = Instant::now() + MINUTE;
+    let small = first.spawn(SMALL, "small", &()).await.unwrap();
+    for n in 0..12 {
+        let big = first.spawn(BIG, format!("big-{n}"), &()).await.unwrap();
+        until_status(&big, Status::Waiting).await;
+    }
+    until_status(&small, Status::Waiting).await;
+    first.shutdown(Duration::from_secs(1)).await;
+    let client = Host::builder(memory.clone()).start().await.unwrap();
+    for n in 0..12 {
+        client.get(format!("big-{n}")).raise(GO, &()).await.unwrap();
+    }
+    tokio::time::sleep_until(due - Duration::from_secs(2)).await;
+    let second = builder(&memory, MINUTE * 60).start().await.unwrap();
+    second.get("small").of(SMALL).output().await.unwrap();
+    let (done, last) = (Instant::now(), *begun.lock().unwrap());
+    // Five seconds, for its own load waits as well.
+    assert!(last > due && done - last < Duration::from_secs(6), "{:?} {:?}", last - due, done - due);
 }

@@ -42,7 +42,7 @@ on_each_backend!(
     a_renamed_step,
     a_race_has_one_winner,
     a_handle_of_an_earlier_run,
-    what_nobody_can_run_is_terminated,
+    what_no_instance_can_run_is_terminated,
     what_does_not_heed_a_cancellation_is_terminated,
     a_failed_process_goes_on_where_it_failed,
     what_was_compensated_is_not_resumed,
@@ -502,7 +502,7 @@ async fn a_handle_of_an_earlier_run<B: Backend>() {
 }
 
 /// Of a kind whose code is gone.
-async fn what_nobody_can_run_is_terminated<B: Backend>() {
+async fn what_no_instance_can_run_is_terminated<B: Backend>() {
     const PARENT: Definition<(), bool> = Definition::new("parent");
     let backend = B::new().await;
     let old = quick(&backend).await.register(WAIT, wait).start().await.unwrap();

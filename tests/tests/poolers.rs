@@ -1,5 +1,5 @@
-//! A pooler between the engine and PostgreSQL, that lends sessions by the transaction: what the engine sets in one meets nobody
-//! else. Where there is none on this machine, that is said.
+//! A pooler between the engine and PostgreSQL that lends sessions by the transaction: no other client meets what the engine
+//! sets in one. Without a pooler on the machine a test says so.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use durable_core::*;
@@ -7,6 +7,8 @@ use durable_postgres::Postgres;
 use durable_tests::*;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{Connection, Executor};
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
@@ -21,7 +23,7 @@ struct Bouncer {
 }
 
 impl Bouncer {
-    /// In this mode, with so many sessions for each role.
+    /// In this mode, with this many `sessions` for each role.
     async fn before(server: &Server, mode: &str, sessions: usize) -> Self {
         let to = PgConnectOptions::from_str(server.url()).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -41,8 +43,8 @@ impl Bouncer {
         let mut command = Command::new("pgbouncer");
         command.arg(&config).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // It does not run as root.
-        if std::fs::metadata("/proc/self").unwrap().uid_is_root() {
-            std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        if std::fs::metadata("/proc/self").unwrap().uid() == 0 {
+            std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
             command.uid(65534).gid(65534);
         }
         let bouncer = Self { program: command.spawn().unwrap(), port: free, _folder: folder };
@@ -60,15 +62,6 @@ impl Drop for Bouncer {
     fn drop(&mut self) {
         let _ = self.program.kill();
         let _ = self.program.wait();
-    }
-}
-
-trait Root {
-    fn uid_is_root(&self) -> bool;
-}
-impl Root for std::fs::Metadata {
-    fn uid_is_root(&self) -> bool {
-        std::os::unix::fs::MetadataExt::uid(self) == 0
     }
 }
 

@@ -1,5 +1,5 @@
-//! Processes that this instance cannot read, and another one may: while a service is being deployed, older and newer code run
-//! side by side. They are left to the others for a while before they are stuck.
+//! Processes whose input or records this instance's code cannot read. While a service is being deployed, older and newer code
+//! run side by side: so the instance leaves such a process to the others for a while before it marks it as stuck.
 
 use chrono::TimeDelta;
 use std::collections::{HashMap, HashSet};
@@ -10,19 +10,20 @@ use tokio::time::Instant;
 use super::lock;
 use crate::storage::{Peers, RunId};
 
-/// So many are remembered at most; of the others it is as if they were met for the first time.
+/// How many processes are remembered. Beyond that all are forgotten, so their patience begins anew.
 const MOST: usize = 10_000;
 
 pub(crate) struct Foreign {
     /// The kinds that other instances had registered at the last look; before the first one it may be any.
     others: Mutex<Option<HashSet<Box<str>>>>,
     met: Mutex<HashMap<RunId, Met>>,
-    /// When one of this kind was left to others last.
+    /// When this instance last left a process of this kind to the others.
     left: Mutex<HashMap<Box<str>, Instant>>,
 }
 
 struct Met {
     since: Instant,
+    /// The execution that had recorded something last.
     newest: i64,
 }
 
@@ -31,27 +32,29 @@ impl Foreign {
         Self { others: Mutex::new(None), met: Mutex::default(), left: Mutex::default() }
     }
 
-    /// Takes a look at the others into account.
+    /// Notes which kinds the other instances have registered.
     pub(crate) fn looked(&self, peers: &Peers) {
         let living = peers.peers.iter().filter(|peer| !peer.fenced);
         *lock(&self.others) = Some(living.flat_map(|peer| peer.kinds.iter().cloned()).collect());
     }
 
-    /// Whether nobody else ran this kind at the last look.
+    /// Whether no other instance had registered this kind at the last look.
     pub(crate) fn is_alone_with(&self, kind: &str) -> bool {
         lock(&self.others).as_ref().is_some_and(|kinds| !kinds.contains(kind))
     }
 
-    /// How much later than others this instance takes what is due of a kind of which it has left some to them: else it would be
-    /// the first to know when that is due again.
+    /// How much later than the others this instance claims due processes of a kind, if it has left one of that kind to them.
+    /// Without that it would claim the same process again: no other instance knows as early when it is due.
     pub(crate) fn head_start(&self, kind: &str, patience: Duration) -> TimeDelta {
         const HEAD_START: TimeDelta = TimeDelta::milliseconds(1200);
         let left = lock(&self.left).get(kind).is_some_and(|left| left.elapsed() < patience);
         if left { HEAD_START } else { TimeDelta::zero() }
     }
 
-    /// For how long to leave a run to others, after an execution that could not read it; none if that is over, or if nobody else
-    /// runs its kind. `newest`: the execution that has recorded something last; another one since begins the time anew.
+    /// How long to leave a run to the others after an execution could not read it: half of the time since it was first met,
+    /// from one to ten seconds. [`None`] once the patience is over, or if no other instance runs the kind: then it is stuck.
+    ///
+    /// `newest` is the execution that recorded something last. If another one has since, the patience begins anew.
     pub(crate) fn leave(&self, kind: &str, run: RunId, newest: i64, patience: Duration) -> Option<Duration> {
         const SHORTEST: Duration = Duration::from_secs(1);
         const LONGEST: Duration = Duration::from_secs(10);

@@ -102,6 +102,7 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
                 continue;
             }
         };
+        let mut given_back = 0;
         for loaded in loaded {
             let Some(claim) = claims.remove(&loaded.run) else { continue };
             match loaded.state {
@@ -117,6 +118,7 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
                     }
                     let Admitted::Yes(suspect) = core.suspects.admit(deaths, most) else {
                         give_back(&core, &epoch, &state.process, claim, deaths);
+                        given_back += 1;
                         continue;
                     };
                     let room = room.as_mut().map(|room| room.split(state.weight()));
@@ -126,6 +128,11 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
                 Ok(None) => core.held.remove(loaded.run, claim),
                 Err(why) => stuck(&core, &epoch, loaded.run, claim, format!("what is stored cannot be read: {why}")),
             }
+        }
+        if given_back > 0 {
+            tracing::warn!(
+                "{given_back} processes wait their turn: programs have died while they ran, and fewer of them run together now"
+            );
         }
     }
     // Other instances own them by now.
@@ -146,15 +153,15 @@ fn crashes(state: &RunState, claim: i64) -> i64 {
     claim - 1 - newest.max(state.process.calm_claim)
 }
 
-/// Leaves a process to another time, without an execution of it: the deaths go on counting.
+/// Parks a process for a moment without executing it: its deaths go on counting.
 fn give_back(core: &Arc<Core>, epoch: &Arc<Epoch>, process: &ProcessRow, claim: i64, deaths: i64) {
     const PAUSE: Duration = Duration::from_secs(1);
     let (core, instance, run, mut seen) = (core.clone(), epoch.instance, process.run, process.signals);
-    tracing::warn!(id = %process.id, run = %run, deaths, "the program died while it ran; it waits until fewer such processes run");
+    tracing::debug!(id = %process.id, run = %run, deaths, "given back unexecuted");
     tokio::spawn(async move {
         loop {
             let wake_at = Some(core.clock.now() + PAUSE);
-            let waiting_for = Some("its turn, apart from others during which the program died".into());
+            let waiting_for = Some("its turn: programs have died while it ran among others".into());
             let park = Park { run, claim, wake_at, seen: Some(seen), waiting_for, deaths };
             let (reply, answer) = oneshot::channel();
             core.queue.push(Job::new(Op::Park(park), From::Epoch(instance), Some(reply)));

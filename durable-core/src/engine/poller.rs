@@ -48,7 +48,8 @@ pub(super) async fn poll(core: Arc<Core>, epoch: Arc<Epoch>) {
         core.pulse.looked.set();
         core.clock.sync(polled.now);
         for (kind, at) in &mut polled.due {
-            *at += core.foreign.head_start(kind, core.settings.unreadable_patience);
+            let head_start = core.foreign.head_start(kind, core.settings.unreadable_patience);
+            *at = at.checked_add_signed(head_start).unwrap_or(*at);
         }
         let worked = act(&core, &epoch, &polled, turn).await;
         if polled.more {

@@ -85,6 +85,9 @@ impl Reading {
                     room = core.room.take(bytes) => Some(room),
                 },
             };
+            if core.room.refused() {
+                core.poke();
+            }
             let load = Load { runs: part.runs.clone(), records: self.records, most: bytes };
             let error = match core.storage.load(&load).await {
                 Ok(Some(loaded)) => {

@@ -1,5 +1,7 @@
-//! Room for what processes have recorded: so many bytes at most are in memory while they are read and replayed.
+//! A budget for what processes have recorded, in bytes: loads wait while the records that are being read and replayed take
+//! all of it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -15,8 +17,10 @@ pub(super) const AT_ONCE: usize = 16 << 20;
 pub(crate) struct Room {
     taken: Mutex<usize>,
     freed: Notify,
-    /// Whoever waits for room, one after the other.
+    /// Loads wait for room one after the other.
     turn: tokio::sync::Mutex<()>,
+    /// The poller was refused since a load last took room.
+    refused: AtomicBool,
 }
 
 /// Room that is taken; given back when dropped.
@@ -26,11 +30,13 @@ pub(crate) struct Taken {
 }
 
 impl Room {
-    /// Waits until there is room for so many bytes. Replays end by themselves, unless a function awaits in its replay what is
-    /// not durable, another process perhaps: if nothing is given back for a while, it is not waited for.
+    /// Waits until there is room for this many bytes. A replay gives its room back when it ends, which it does by itself unless
+    /// its function awaits something that is not durable. So after five seconds without a return the load goes ahead.
+    ///
+    /// Dropped while it waits, it has taken nothing.
     pub(crate) async fn take(self: &Arc<Self>, bytes: usize) -> Taken {
         const PATIENCE: Duration = Duration::from_secs(5);
-        let _turn = self.turn.lock().await;
+        let turn = self.turn.lock().await;
         loop {
             let mut freed = std::pin::pin!(self.freed.notified());
             freed.as_mut().enable();
@@ -46,17 +52,30 @@ impl Room {
                 break;
             }
         }
+        drop(turn);
         Taken { room: self.clone(), bytes }
     }
 
-    /// Somebody waits for room: nothing more should be claimed.
+    /// Whether a load waits for room, in which case nothing more should be claimed. The poller learns from
+    /// [`refused`](Self::refused) when to ask again.
     pub(crate) fn is_wanted(&self) -> bool {
-        self.turn.try_lock().is_err()
+        // Before the look: a load that takes room between the two finds it.
+        self.refused.store(true, Ordering::SeqCst);
+        let wanted = self.turn.try_lock().is_err();
+        if !wanted {
+            self.refused.store(false, Ordering::SeqCst);
+        }
+        wanted
+    }
+
+    /// Whether the poller was refused, since the last call.
+    pub(crate) fn refused(&self) -> bool {
+        self.refused.swap(false, Ordering::SeqCst)
     }
 }
 
 impl Taken {
-    /// A part of it, for whoever keeps that longer.
+    /// A part of it, which is given back on its own.
     pub(crate) fn split(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
@@ -82,11 +101,12 @@ mod tests {
     async fn room_is_waited_for() {
         let room = Arc::new(Room::default());
         let mut first = room.take(ALL - 10).await;
-        assert!(!room.is_wanted());
+        assert!(!room.is_wanted() && !room.refused());
         let other = room.clone();
         let second = tokio::spawn(async move { other.take(20).await });
         tokio::task::yield_now().await;
         assert!(room.is_wanted() && !second.is_finished());
+        assert!(room.refused());
         drop(first.split(10));
         let _second = second.await.unwrap();
         drop(first);

@@ -279,9 +279,11 @@ impl Run {
         self.end(End::Stuck(reason.to_string()));
     }
 
-    /// Ends it because this instance's code does not fit what is stored: another's may.
+    /// Ends this execution because this instance's code does not fit what is stored; another instance's code may. While a
+    /// step is under way the process is stuck instead: each further execution would begin that step again.
     pub(crate) fn unreadable(&self, reason: String) {
-        self.end(End::Unreadable(reason));
+        let effects = self.state().steps > 0;
+        self.end(if effects { End::Stuck(reason) } else { End::Unreadable(reason) });
     }
 
     /// Whether code of this run's own future is what polls; what is not is refused.

@@ -1,15 +1,15 @@
-//! Processes while which programs died, several times in a row. One of those that ran together is to blame, so with each death
-//! fewer of them run together: the culprit is found, and the others are not marked with it.
+//! Processes that were running when their program died, several times in a row. One of those that ran together may have killed
+//! it. So with each death an instance runs fewer of them together, until the culprit is alone and is stuck without the others.
 
 use std::sync::{Arc, Mutex};
 
 use super::lock;
 
-/// Those that are in memory: how often programs died.
+/// The suspects that are in memory: for each, how often its program died.
 #[derive(Default)]
 pub(crate) struct Suspects(Mutex<Vec<i64>>);
 
-/// One of them, while it is in memory.
+/// A suspect, while it is in memory.
 pub(crate) struct Suspect {
     all: Arc<Suspects>,
     deaths: i64,
@@ -18,12 +18,12 @@ pub(crate) struct Suspect {
 /// Whether a process may run now.
 pub(crate) enum Admitted {
     Yes(Option<Suspect>),
-    /// It is another's turn.
+    /// Too many suspects are in memory.
     No,
 }
 
 impl Suspects {
-    /// Asks for a process during which programs died so often; at `most` deaths it would be stuck.
+    /// Whether a process may run whose program died `deaths` times in a row. At `most` deaths it would be stuck.
     pub(crate) fn admit(self: &Arc<Self>, deaths: i64, most: i64) -> Admitted {
         // A deploy that goes wrong kills programs, too.
         const COINCIDENCE: i64 = 3;
@@ -49,7 +49,8 @@ impl Drop for Suspect {
     }
 }
 
-/// How many run together after so many deaths: from some hundreds down to one, twice before the last death.
+/// How many suspects run together, by the deaths of the worst of them: from 256 down to one, which is reached two deaths
+/// before `most`.
 fn together(deaths: i64, most: i64) -> usize {
     let halvings = if most > 4 { 9 * (deaths - 2) / (most - 4) } else { 9 };
     512_usize.checked_shr(u32::try_from(halvings).unwrap_or(0)).unwrap_or(0).max(1)

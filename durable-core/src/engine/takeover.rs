@@ -44,7 +44,7 @@ impl Observer {
             Some((then, instant)) if fresh => {
                 let by_database = (seen.now - then).to_std().unwrap_or(Duration::ZERO);
                 // Either clock may have jumped; neither may make anybody older than both say.
-                // And what both were frozen for together is nobody's silence: a look counts for no more than looks take.
+                // Nor does a pause in which both stood still count as the peer's silence: hence the bound for one look.
                 by_database.min(at.saturating_duration_since(instant)).min(expiry / 3)
             }
             _ => Duration::ZERO,

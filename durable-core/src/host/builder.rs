@@ -114,13 +114,13 @@ impl HostBuilder {
         self
     }
 
-    /// At most so many processes in memory; 10,000 by default. Further ones wait in the database until there is room.
+    /// How many processes may be in memory; 10,000 by default. Further ones wait in the database until there is room.
     pub fn max_processes(mut self, max: usize) -> Self {
         self.settings.max_processes = max;
         self
     }
 
-    /// At most so many bytes of JSON for an input, a result, a message; 1 MiB by default.
+    /// How many bytes of JSON an input, a result or a message may have; 1 MiB by default.
     pub fn max_payload(mut self, bytes: usize) -> Self {
         self.settings.max_payload = bytes;
         self
@@ -148,18 +148,25 @@ impl HostBuilder {
         self
     }
 
-    /// At most so many bytes of one process's records and messages are read into memory when it resumes; 256 MiB by default.
-    /// A larger one becomes stuck, and may be resumed with another limit. Of all that resume at the same time no more than 64 MiB
-    /// are there at once, or one process alone; the others wait.
+    /// How many bytes of records and messages one process may have when it resumes; 256 MiB by default. A larger process
+    /// becomes stuck; resume it on a host with a higher limit.
+    ///
+    /// All processes that resume at the same time share 64 MiB: the others wait in the database meanwhile. A process that is
+    /// larger than that resumes alone.
     pub fn max_loaded(mut self, bytes: usize) -> Self {
         self.settings.max_loaded = bytes;
         self
     }
 
-    /// How long a process whose input or records this host's code cannot read, or does not ask for, is left to other instances
-    /// before it becomes stuck: five minutes by default. While a service is being deployed an older instance may take what a
-    /// newer one has started; nothing of it happens there. Where no other instance has registered
-    /// its kind it becomes stuck at once.
+    /// How long this host leaves a process to other instances if its own code cannot read the process's input or records, or
+    /// does not ask for some of them; five minutes by default. After that the process becomes stuck.
+    ///
+    /// While a service is being deployed, an instance with the older code may claim a process that newer code has started. It
+    /// runs no step of it, and gives it back. As long as it does so, it claims the due processes of that kind about a second
+    /// later than the other instances.
+    ///
+    /// The process becomes stuck at once if no other instance has registered its kind, or if one of its steps is under way:
+    /// each further execution would begin that step again.
     pub fn unreadable_patience(mut self, patience: Duration) -> Self {
         self.settings.unreadable_patience = patience;
         self
@@ -192,9 +199,9 @@ impl HostBuilder {
         self
     }
 
-    /// How long code may block the runtime's threads, so that none of the engine's tasks runs, before the host gives up what
-    /// it owns to other instances; 60 s by default, and never less than the expiry. Blocked for less it keeps its lease: the heartbeat has a thread of its own.
-    /// Once the runtime runs again, the host goes on as a new instance.
+    /// How long code may block the runtime's threads, so that none of the engine's tasks runs, before other instances take
+    /// over what this host owns; 60 s by default, and never less than the expiry. If it blocks them for less, the host keeps
+    /// its processes: the heartbeat has a thread of its own. Once the runtime runs again, the host goes on as a new instance.
     pub fn stall_limit(mut self, limit: Duration) -> Self {
         self.settings.stall_limit = limit;
         self

@@ -275,8 +275,8 @@ impl<O, E> Handle<O, E> {
         Resume { handle: Handle::new(self.core.clone(), self.id.clone(), self.run, self.kind), forget: Vec::new() }
     }
 
-    /// Deletes the process with all its runs, records and messages; a handle of a run that was followed by another one, that
-    /// run alone. Whoever awaits it gets a not-found.
+    /// Deletes the process with all its runs, records and messages. The handle of an earlier run deletes that run alone.
+    /// Processes and callers that await the process get a not-found error.
     ///
     /// # Errors
     /// It does not exist, has neither ended nor is stuck, or there was no answer.

@@ -270,14 +270,16 @@ impl<O, E> AwaitOutput<'_, O, E> {
         limits::check("process id", &self.id, limits::MAX_ID).is_err()
     }
 
-    /// The run that an earlier execution has awaited, where there is nothing to ask: of a run that is given it is known how it
-    /// ended; of an id, if its run had not ended when this execution began, so that it is the current one still.
+    /// The awaited run, if the database need not be asked for it: the waiter row of an earlier execution stands, and the run has
+    /// not ended since, so it is still the current run of its id; or the caller has given the run, and its end is known.
     fn stands(&self) -> Option<RunId> {
         let state = self.run.state();
         if let Some(target) = self.target.filter(|target| state.mail.targets.contains_key(target)) {
             return Some(target);
         }
-        let is_it = |(id, run): &&(Box<str>, RunId)| self.target.map_or(**id == *self.id, |target| target == *run);
+        let is_it = |(id, run): &&(Box<str>, RunId)| {
+            self.target.map_or(**id == *self.id, |target| target == *run) && !state.mail.targets.contains_key(run)
+        };
         state.mail.awaits.iter().find(is_it).map(|(_, run)| *run)
     }
 
@@ -293,7 +295,7 @@ impl<O, E> AwaitOutput<'_, O, E> {
                 let answer = self.run.submit(Op::Await { run: self.run.run, id, target }, None);
                 match self.run.outcome(answer).await {
                     Outcome::Awaits(Some((target, ended))) => {
-                        // How an earlier process of this id ended is nobody's business any more.
+                        // The end of an earlier run of this id must not decide a race between its members.
                         let is_it = |run: &RunId, of: &mut Target| *run == target || *of.id != *self.id;
                         self.run.state().mail.targets.retain(is_it);
                         (target, ended)

@@ -1,41 +1,41 @@
-//! What is too much for one transaction: waking very many that await one process, and clearing away what a deleted process
-//! has left. A batch leaves a *chore* for it, in the same transaction; whichever instance looks next does a part of it. A
-//! storage brings the transactions.
+//! What is too much for one transaction: waking very many processes that await one, and deleting the rows that a deleted
+//! process has left. The batch writes a *chore* for it, in its own transaction; whichever instance looks next does a part of
+//! it. A storage brings the transactions.
 
 use async_trait::async_trait;
 
 use super::Result;
 
-/// So many processes at most are woken within a batch; where more await what has ended, all of them are woken by a chore.
+/// How many waiting processes the end of one may wake within its batch. If more await it, a chore wakes all of them.
 pub const WOKEN: usize = 1000;
-/// So many runs of one id at most go with one deletion; it is ordered again until none is left.
+/// How many runs of one id a single deletion takes. The engine orders it again until none is left.
 pub const DELETED: usize = 1000;
-/// So many rows at most of what an ended process still awaits go with its end. What is left wakes nobody, and goes with the
-/// process.
+/// How many of its own waiter rows a process's end deletes in its batch. Those that stay wake no process, and go when the
+/// process is deleted.
 pub const UNAWAITED: usize = 10_000;
 
 /// The chores of a database, of whatever namespace.
 #[async_trait]
 pub trait Chores: Send {
-    /// Does a part of the `most` oldest chores that are due and that nobody else does at the moment: one transaction, which
-    /// changes at most so many `rows` of each table. What another session has locked is passed over. Says whether anything
-    /// came of it. A chore of which nothing is left goes; the others wait for their next turn.
+    /// Does a part of the `most` oldest chores that are due, in one transaction that changes at most `rows` rows of each
+    /// table. It passes over chores and rows that another session has locked, deletes the chores of which nothing is left, and
+    /// says whether it has changed anything.
     ///
-    /// Idempotent: a lost answer is no worse than none.
+    /// The engine may call it again after a lost answer: a part that is done is not done twice.
     async fn part(&mut self, most: usize, rows: usize) -> Result<bool>;
 
-    /// Puts the oldest chore that is due off for a minute.
+    /// Moves the oldest due chore a minute into the future.
     async fn put_off(&mut self) -> Result<()>;
 }
 
-/// Does a part of what is due, and says whether there may be more. A chore that fails while the database answers otherwise (a
-/// damaged page, say) is put off, and told.
+/// Does a part of the chores that are due, and says whether there may be more. If a part fails even with one row (a damaged
+/// page, say), its chore is put off for a minute, and an error is logged.
 ///
 /// # Errors
-/// The database is away.
+/// The database is away: the chore could not even be put off.
 pub async fn work(chores: &mut dyn Chores) -> Result<bool> {
     let mut failed = None;
-    // Where many take too long, or one of them is at fault, fewer do not.
+    // With fewer rows a part is faster, and meets fewer that may be damaged.
     for (most, rows) in [(200, 1000), (1, 50), (1, 1)] {
         match chores.part(most, rows).await {
             Ok(did) => return Ok(did || most == 1),

@@ -15,7 +15,7 @@ pub struct Load {
     /// With their records, and with the processes that they await and that have not ended. Else only their rows, the messages
     /// and those of the awaited processes that have ended.
     pub records: bool,
-    /// If it is more than so many bytes, as [`RunState::weight`] counts them, nothing of it is read.
+    /// The most bytes that may be read, as [`RunState::weight`] counts them. If it is more, nothing of it is read.
     pub most: usize,
 }
 

@@ -8,6 +8,7 @@
 mod batch;
 pub mod chores;
 mod error;
+pub mod housekeeping;
 pub mod inbox;
 mod load;
 pub mod migration;
@@ -24,7 +25,7 @@ pub use error::StorageError;
 pub use load::{Ended, EventRow, Fate, Load, Loaded, RunState, Scales, Target, Wanted};
 pub use rows::{
     Counted, Filter, InstanceId, LockState, NewInstance, OpKind, Peer, Peers, Poll, Polled, ProcessRow, Record,
-    RecordKey, RecordState, RunId, Scope, Status,
+    RecordKey, RecordState, RunId, Scope, Status, millis,
 };
 
 pub use sorted::{Letter, Sorted, Start};
@@ -43,14 +44,6 @@ pub fn shares(connections: usize) -> [usize; 3] {
     let writing = connections / 4 + 1;
     let others = connections.saturating_sub(writing).max(2);
     [writing, others.div_ceil(2), others / 2]
-}
-
-/// Whether more is left of what a look has done a part of by the way. An error is told, and keeps the look from nothing else.
-pub fn leaves_more(what: &str, more: Result<bool>) -> bool {
-    more.unwrap_or_else(|error| {
-        tracing::warn!("{what} is left for now: {error}");
-        false
-    })
 }
 
 /// A database that keeps processes.

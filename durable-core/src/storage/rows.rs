@@ -313,11 +313,9 @@ pub struct Peer {
     pub expiry: Duration,
 }
 
-impl Peer {
-    /// A time that stands in a row in milliseconds.
-    pub fn millis(ms: i64) -> Duration {
-        Duration::from_millis(u64::try_from(ms).unwrap_or(0))
-    }
+/// A time that stands in a row in milliseconds; zero for a negative one.
+pub fn millis(ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(ms).unwrap_or(0))
 }
 
 /// One look at the other instances.

@@ -74,7 +74,7 @@ const FINISHES: &[(&str, Column)] = &[
     ("ended", Column::Bit),
 ];
 
-/// Ends, and whom they wake. What those that end still await is nobody's any more.
+/// Ends, and which processes they wake.
 fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     if sorted.finishes.is_empty() {
         return;
@@ -105,7 +105,7 @@ fn finish(sql: &mut Sql, of: &Of<'_>, sorted: &Sorted<'_>) {
     wake(sql, of, &ended, answers::WOKEN);
 }
 
-/// What the runs that `ended` selects still await is nobody's any more.
+/// Deletes waiter rows of the runs that `ended` selects, which await nothing any more.
 pub(super) fn unwait(sql: &mut Sql, of: &Of<'_>, ended: &str) {
     sql.push(format!("DELETE TOP ({UNAWAITED}) FROM {of}.waiters WHERE waiter IN ({ended})"));
 }

@@ -58,7 +58,7 @@ impl All<'_> {
     }
 }
 
-/// Those that are due and that nobody else does.
+/// Those that are due, without those whose row another session has locked.
 fn taken(schema: &Schema, most: usize) -> Sql {
     let mut sql = Sql::default();
     let most = sql.bind(i64::try_from(most).unwrap_or(i64::MAX));
@@ -72,8 +72,8 @@ fn taken(schema: &Schema, most: usize) -> Sql {
 /// Signals those that await the runs and have not been told. It waits for no lock, and so in no circle.
 fn told(schema: &Schema, runs: &[Uuid], rows: usize) -> Sql {
     let mut sql = Sql::default();
-    let (runs, nobody) = (sql.bind(runs.to_vec()), sql.bind(Uuid::nil()));
-    let (rows, wake) = (sql.bind(i64::try_from(rows).unwrap_or(i64::MAX)), wake(&nobody));
+    let (runs, no_instance) = (sql.bind(runs.to_vec()), sql.bind(Uuid::nil()));
+    let (rows, wake) = (sql.bind(i64::try_from(rows).unwrap_or(i64::MAX)), wake(&no_instance));
     sql.text = format!(
         "WITH untold AS MATERIALIZED (SELECT w.target, w.waiter FROM {schema}.waiters w
              WHERE w.target = ANY ({runs}) AND NOT w.told LIMIT {rows} FOR UPDATE SKIP LOCKED),

@@ -142,17 +142,24 @@ fn terminated(of: &Of<'_>, order: &Order, reason: &str) -> [(Sql, bool); 3] {
 }
 
 fn resumed(of: &Of<'_>, order: &Order, forget: &[Forget]) -> Vec<Sql> {
-    // Those that have been told that it failed may await it again.
-    let told = about(of, order, |_, meant| {
-        let current = meant.current();
-        format!(
-            "WITH done AS (DELETE FROM {of}.chores c USING {of}.processes p WHERE c.run = p.run AND {current} AND c.what = 'wake'
-                 AND p.status = 'failed')
-             UPDATE {of}.waiters w SET told = false FROM {of}.processes p WHERE w.target = p.run AND {current}
-                 AND p.status = 'failed' AND w.told"
-        )
-    });
-    let mut statements = vec![told];
+    // Processes that were woken by its failure may await it again. The chore goes first, by a statement of its own: an instance
+    // that is doing a part of it holds its row, and the next statement sees whom that part has woken.
+    let mut statements = vec![
+        about(of, order, |_, meant| {
+            let current = meant.current();
+            format!(
+                "DELETE FROM {of}.chores c USING {of}.processes p
+                 WHERE c.run = p.run AND {current} AND c.what = 'wake' AND p.status = 'failed'"
+            )
+        }),
+        about(of, order, |_, meant| {
+            let current = meant.current();
+            format!(
+                "UPDATE {of}.waiters w SET told = false FROM {of}.processes p
+                 WHERE w.target = p.run AND {current} AND p.status = 'failed' AND w.told"
+            )
+        }),
+    ];
     if !forget.is_empty() {
         statements.push(about(of, order, |sql, meant| {
             let (j, current) = (forgotten(sql, forget), meant.current());

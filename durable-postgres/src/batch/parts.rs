@@ -274,7 +274,7 @@ pub(super) fn finished(sql: &mut Sql, of: &Of<'_>, finishes: &[(usize, &Finish)]
     )
 }
 
-/// What those that end still await is nobody's any more.
+/// Deletes waiter rows of the runs that end, which await nothing any more.
 pub(super) fn unwaiting(of: &Of<'_>, ended: &str, gate: &str) -> String {
     format!(
         "DELETE FROM {of}.waiters WHERE ctid = ANY (ARRAY (SELECT w.ctid FROM {of}.waiters w WHERE w.waiter IN ({ended})

@@ -122,7 +122,7 @@ impl Plan<'_> {
         }
     }
 
-    /// What the selected runs, which have ended, still await is nobody's any more.
+    /// Deletes waiter rows of the selected runs, which have ended, and so await nothing any more.
     pub(super) fn unwait(&mut self, ended: &str, ended_args: Vec<Arg>) {
         let [instance, generation] = self.fence_args();
         self.script.add(
