@@ -137,6 +137,7 @@ mod tests {
                 StorageError::Unknown(_) => "unknown",
                 StorageError::Refused(_) => "refused",
                 StorageError::Schema(_) => "schema",
+                StorageError::Damaged(_) => "damaged",
                 _ => "other",
             };
             (of(true), of(false))

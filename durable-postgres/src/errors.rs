@@ -113,6 +113,7 @@ mod tests {
             StorageError::Unknown(_) => "unknown",
             StorageError::Refused(_) => "refused",
             StorageError::Schema(_) => "schema",
+            StorageError::Damaged(_) => "damaged",
             _ => "other",
         };
         for code in

@@ -32,11 +32,11 @@ pub(crate) fn sort(error: Error, committing: bool) -> StorageError {
     match code & 0xff {
         // It ends where there should be more of it.
         _ if code == SHORT_READ && committing => StorageError::unknown(damaged(&error)),
-        _ if code == SHORT_READ => StorageError::unavailable(damaged(&error)),
+        _ if code == SHORT_READ => StorageError::damaged(damaged(&error)),
         BUSY | LOCKED | FULL | READ_ONLY | CANT_OPEN => StorageError::unavailable(error),
         CONSTRAINT | TOO_BIG | MISMATCH => StorageError::refused(error),
-        CORRUPT => StorageError::unavailable(damaged(&error)),
-        NOT_A_DB => StorageError::schema(format!(
+        CORRUPT => StorageError::damaged(damaged(&error)),
+        NOT_A_DB => StorageError::damaged(format!(
             "the file is not a SQLite database ({error}); if it was one, it is damaged: stop the service and restore a \
              backup"
         )),
@@ -66,6 +66,7 @@ pub(crate) fn named(file: &Path, error: StorageError) -> StorageError {
         StorageError::Unavailable(why) if !is_busy(&*why) => StorageError::unavailable(name(&why)),
         StorageError::Unknown(why) => StorageError::unknown(name(&why)),
         StorageError::Schema(why) => StorageError::schema(name(&why)),
+        StorageError::Damaged(why) => StorageError::damaged(name(&why)),
         other => other,
     }
 }

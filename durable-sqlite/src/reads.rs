@@ -5,9 +5,10 @@ use durable_core::storage::{
 };
 use serde_json::json;
 use sqlx::sqlite::SqliteRow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::batch::FINISHED;
+use crate::errors::damaged;
 use crate::rows::{self, boxed, get};
 use crate::script::{Answer, Arg};
 use crate::store::{all, readable};
@@ -95,10 +96,17 @@ pub(crate) fn loaded(load: &Load, answers: &[Answer]) -> Result<Vec<Loaded>> {
     let [processes, events, targets, rest @ ..] = answers else {
         return Err(StorageError::schema("a load has too few answers"));
     };
+    let asked: HashSet<RunId> = load.ids().collect();
+    // Every row was found by its run.
+    let run = |row| match rows::run(row, 0) {
+        Ok(run) if asked.contains(&run) => Ok(run),
+        Ok(run) => Err(StorageError::damaged(damaged(&format!("rows of {run} stand where others should")))),
+        Err(why) => Err(StorageError::damaged(damaged(&why))),
+    };
     let mut states: HashMap<RunId, RunState> = HashMap::new();
     let mut broken: HashMap<RunId, String> = HashMap::new();
     for row in &processes.rows {
-        let run = rows::run(row, 0)?;
+        let run = run(row)?;
         match rows::process(row) {
             Ok(process) => {
                 states.insert(run, RunState::of(process));
@@ -109,7 +117,7 @@ pub(crate) fn loaded(load: &Load, answers: &[Answer]) -> Result<Vec<Loaded>> {
         }
     }
     let mut sort = |row, result: Result<Part>| -> Result<()> {
-        let run = rows::run(row, 0)?;
+        let run = run(row)?;
         match (states.get_mut(&run), result) {
             (Some(state), Ok(Part::Event(event))) => state.events.push(event),
             (Some(state), Ok(Part::Target(Some(target)))) => state.targets.push(target),

@@ -290,7 +290,8 @@ impl Storage for Sqlite {
         let mut scales = Scales::of(load);
         let welcome = move |statement: usize, row: &SqliteRow| scales.add(reads::weight(statement, row));
         let answers = self.0.read_while(reads::load(load), welcome).await?;
-        answers.map(|answers| reads::loaded(load, &answers)).transpose()
+        let loaded = answers.map(|answers| reads::loaded(load, &answers)).transpose();
+        loaded.map_err(|error| self.0.named(error))
     }
 
     async fn weigh(&self, load: &Load) -> Result<Vec<(RunId, usize)>> {

@@ -26,6 +26,8 @@ pub enum Fault {
     Blocked,
     /// Nothing can be written: a right was taken away, say.
     Schema,
+    /// Nothing can be relied on.
+    Damaged,
 }
 
 type Choose = Box<dyn FnMut(&Batch) -> Option<Fault> + Send>;
@@ -129,6 +131,7 @@ impl<S: Storage> Storage for Faulty<S> {
             }
             Some(Fault::Blocked) => Err(StorageError::blocked("somebody holds the row")),
             Some(Fault::Schema) => Err(StorageError::schema("permission denied")),
+            Some(Fault::Damaged) => Err(StorageError::damaged("the file is damaged")),
             Some(Fault::Refused) => Err(StorageError::refused("the database does not like it")),
         }
     }

@@ -46,7 +46,7 @@ fn places_where_there_is_no_database() {
         std::fs::write(path("text.db"), "this is not a database, though it is long enough to be one".repeat(100))
             .unwrap();
         let error = open_error(&path("text.db")).await;
-        assert!(matches!(error, StorageError::Schema(_)), "{error:?}");
+        assert!(matches!(error, StorageError::Damaged(_)), "{error:?}");
         assert!(error.to_string().contains("text.db") && error.to_string().contains("not a"), "{error}");
         let error = open_error("postgres://user:secret@host/db").await.to_string();
         assert!(error.contains("\"postgres\" is not SQLite's") && !error.contains("secret"), "{error}");

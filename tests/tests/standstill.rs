@@ -3,13 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use durable_core::memory::Memory;
-use durable_core::storage::{Op, OpKind, RecordState, Status, StorageError};
+use durable_core::storage::{Op, OpKind, RecordState, RunId, Status, StorageError};
 use durable_core::*;
 use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
+use std::collections::BTreeSet;
 use std::future::{IntoFuture, poll_fn};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -155,6 +156,95 @@ async fn one_whose_messages_cannot_be_read<B: Backend>() {
             }
         }
     }
+}
+
+/// What met the damage, and what of it was tried apart, which would run or write what stands beside the damage.
+#[derive(Default)]
+struct Damage {
+    whole: AtomicBool,
+    tries: AtomicUsize,
+    met: Mutex<BTreeSet<RunId>>,
+    apart: Mutex<Vec<RunId>>,
+}
+
+impl Damage {
+    /// So often a part is tried together before it is split, where the fault may be in one of it.
+    const OFTEN: usize = 8;
+
+    fn meets(&self, runs: &[RunId], bad: RunId) -> bool {
+        let mut met = self.met.lock().unwrap();
+        if self.whole.load(Ordering::SeqCst) {
+            false
+        } else if runs.contains(&bad) {
+            self.tries.fetch_add(1, Ordering::SeqCst);
+            met.extend(runs);
+            true
+        } else {
+            self.apart.lock().unwrap().extend(runs.iter().filter(|run| met.contains(run)));
+            false
+        }
+    }
+
+    async fn is_met_often(&self) {
+        until("it was met often", async || self.tries.load(Ordering::SeqCst) > Self::OFTEN).await;
+        assert!(self.met.lock().unwrap().len() > 1);
+        assert_eq!(*self.apart.lock().unwrap(), []);
+        self.whole.store(true, Ordering::SeqCst);
+    }
+}
+
+/// What is read beside the damage may be what is left of more: a record that is missing is a step that runs again.
+#[test]
+fn a_damaged_database_is_not_read_in_parts() {
+    run(async {
+        let memory = Memory::new();
+        let client = Host::builder(memory.clone()).start().await.unwrap();
+        let mut handles = Vec::new();
+        for n in 0..MANY {
+            handles.push(client.spawn(IT, format!("p-{n}"), &()).await.unwrap());
+        }
+        let (damage, bad) = (Arc::new(Damage::default()), handles[MANY / 3].run().unwrap());
+        let met = damage.clone();
+        let storage = Faulty::reading(memory, move |runs| {
+            met.meets(runs, bad).then(|| StorageError::damaged("the file is damaged"))
+        });
+        let _host = Host::builder(storage).register(IT, waits).start().await.unwrap();
+        damage.is_met_often().await;
+        for handle in &handles {
+            handle.raise(GO, &1).await.unwrap();
+            assert_eq!(handle.output().await.unwrap(), 1);
+        }
+    });
+}
+
+/// What is written beside the damage may destroy what was still whole.
+#[test]
+fn a_damaged_database_is_not_written_in_parts() {
+    run(async {
+        let damage = Arc::new(Damage::default());
+        let (met, mut bad, mut first) = (damage.clone(), None, true);
+        let storage = Faulty::new(Memory::new(), move |batch| {
+            // Behind one that is made again, all others come together.
+            if std::mem::take(&mut first) {
+                return Some(Fault::Before);
+            }
+            let finishes = |op: &Op| if let Op::Finish(finish) = op { Some(finish.run) } else { None };
+            let runs: Vec<RunId> = batch.ops.iter().filter_map(finishes).collect();
+            bad = bad.or_else(|| (runs.len() > 1).then(|| runs[0]));
+            met.meets(&runs, bad?).then_some(Fault::Damaged)
+        });
+        let host =
+            Host::builder(storage).register(IT, async |_: Process, ()| Ok::<_, Failure>(1)).start().await.unwrap();
+        let start = |n| {
+            let host = host.clone();
+            tokio::spawn(async move { host.spawn(IT, format!("p-{n}"), &()).await.unwrap().output().await.unwrap() })
+        };
+        let started: Vec<_> = (0..MANY).map(start).collect();
+        damage.is_met_often().await;
+        for output in started {
+            assert_eq!(output.await.unwrap(), 1);
+        }
+    });
 }
 
 /// A standby that was behind, a restored backup: it knows less than the processes in memory.

@@ -144,6 +144,7 @@ impl Committer {
                 StorageError::Refused(why) => return Fate::Refused(why.to_string()),
                 _ => self.core.note_trouble(&error.to_string()),
             }
+            let is_damaged = matches!(error, StorageError::Damaged(_));
             match error {
                 StorageError::Blocked(why) => {
                     ready.drop_claims();
@@ -151,12 +152,13 @@ impl Committer {
                 }
                 // A right that was taken away, a table that somebody is changing: what is not written yet waits until that
                 // is mended. Another instance, or another epoch, would meet the same, and begin steps again to do so.
-                StorageError::Schema(why) => {
+                StorageError::Schema(why) | StorageError::Damaged(why) => {
                     if wrong == 0 {
                         tracing::error!("the storage cannot be written: {why}");
                     }
                     wrong += 1;
-                    if wrong == TRIES {
+                    // Of a damaged database no part is written either: that may destroy what was still whole.
+                    if wrong == TRIES && !is_damaged {
                         ready.drop_claims();
                         return Fate::HeldUp(why);
                     }

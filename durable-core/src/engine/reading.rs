@@ -108,8 +108,10 @@ impl Reading {
             self.failures += 1;
             let many = load.runs.len() > 1;
             let too_slow = many && matches!(error, StorageError::Blocked(_));
-            // As long as the database answers nothing else, the fault is not in what is read.
-            if too_slow || self.failures > TRIES && self.others_are_read(core, epoch).await {
+            // Where it is damaged, what can be read may be what is left of more; and as long as the database answers nothing
+            // else, the fault is not in what is read.
+            let apart = self.failures > TRIES && !matches!(error, StorageError::Damaged(_));
+            if too_slow || apart && self.others_are_read(core, epoch).await {
                 if many {
                     self.halve();
                 } else {

@@ -26,6 +26,12 @@ pub enum StorageError {
     /// Nothing was written. It may be mended, so the engine tries a batch again, and tells what is wrong meanwhile.
     #[error("{0}")]
     Schema(String),
+    /// The database is damaged, and what is read of it may not be what was written: a SQLite file that was cut short or
+    /// written over. Nothing was written. A database that knows which of its pages are damaged answers the others, and says
+    /// [`Schema`](Self::Schema) of those. Here the engine leaves out nothing, writes nothing beside the damage, runs nothing
+    /// that it has not read, and tells of it until a backup is restored.
+    #[error("{0}")]
+    Damaged(String),
 }
 
 impl StorageError {
@@ -44,6 +50,10 @@ impl StorageError {
     /// The content is refused for good.
     pub fn refused(source: impl Into<Source>) -> Self {
         Self::Refused(source.into())
+    }
+    /// Nothing that is read can be relied on.
+    pub fn damaged(message: impl fmt::Display) -> Self {
+        Self::Damaged(message.to_string())
     }
     /// The stored form is not one that this code understands.
     pub fn schema(message: impl fmt::Display) -> Self {
@@ -67,6 +77,6 @@ impl StorageError {
     }
     /// Whether trying again can help.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Unavailable(_) | Self::Blocked(_) | Self::Unknown(_))
+        matches!(self, Self::Unavailable(_) | Self::Blocked(_) | Self::Unknown(_) | Self::Damaged(_))
     }
 }
