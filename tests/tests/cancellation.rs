@@ -8,9 +8,9 @@ use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
 use serde::{Deserialize, Serialize};
 use std::future::{IntoFuture, poll_fn};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 const GO: Event<u32> = Event::new("Go");
 
@@ -286,19 +286,23 @@ async fn a_race_a_timer_and_a_spawn_are_cancelled<B: Backend>() {
 /// and again.
 async fn a_timer_that_comes_due_while_it_is_being_recorded<B: Backend>() {
     const TIMER: Definition<(), ()> = Definition::new("timer");
+    const SOON: Duration = Duration::from_secs(1);
+    const PAUSE: Duration = Duration::from_millis(500);
     let backend = B::new().await;
-    let mut refusals = 7;
+    // Until it has long been due, by this program's clock.
+    let begun = Arc::new(OnceLock::<Instant>::new());
+    let since = begun.clone();
     let storage = Faulty::new(backend.storage().await, move |batch| {
-        let records = batch.ops.iter().any(|op| matches!(op, Op::AcceptCancel { .. })) && refusals > 0;
-        refusals -= i32::from(records);
-        records.then_some(Fault::Before)
+        let records = batch.ops.iter().any(|op| matches!(op, Op::AcceptCancel { .. }));
+        (records && since.get().is_none_or(|since| since.elapsed() < SOON + PAUSE)).then_some(Fault::Before)
     });
     let polls = Arc::new(AtomicU32::new(0));
     let counted = polls.clone();
     let timer = move |proc: Process, ()| {
-        let polls = counted.clone();
+        let (polls, begun) = (counted.clone(), begun.clone());
         async move {
-            let mut delay = proc.delay("soon", Duration::from_millis(300)).into_future();
+            let mut delay = proc.delay("soon", SOON).into_future();
+            begun.get_or_init(Instant::now);
             poll_fn(|cx| {
                 polls.fetch_add(1, Ordering::Relaxed);
                 delay.as_mut().poll(cx)
