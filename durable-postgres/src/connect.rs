@@ -78,11 +78,12 @@ impl Connect {
         self
     }
 
-    /// How long a statement may take, and how long it may wait for a lock, before it is given up and tried again; 30 s
-    /// and 2 s by default. The server sees to both. A server that is gone without a word cannot: an answer is waited for as
-    /// long as both together, four times that for what takes several statements, an hour for a deletion, which may take as
-    /// long as it takes; and that to a heartbeat for 3 s longer than a lock.
-    pub fn statement_timeout(mut self, statement: Duration, lock: Duration) -> Self {
+    /// How long a statement of the engine may take, and how long it may wait for a lock, before the server gives it up and
+    /// the engine tries it again; 30 s and 2 s by default. The second should be below half of the hosts' expiry.
+    ///
+    /// For a server that has vanished the client itself gives up: after both times together, after four times that for what
+    /// takes several statements, and for a heartbeat after 3 s more than the second.
+    pub fn timeouts(mut self, statement: Duration, lock: Duration) -> Self {
         (self.bounds.statement, self.bounds.lock) = (statement, lock);
         self
     }

@@ -108,7 +108,7 @@ mod postgres {
 
     async fn bounded(schema: &PostgresSchema) -> Postgres {
         let bound = Duration::from_millis(300);
-        Postgres::connect(schema.url()).schema(schema.name()).statement_timeout(bound, bound).await.unwrap()
+        Postgres::connect(schema.url()).schema(schema.name()).timeouts(bound, bound).await.unwrap()
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use durable_core::storage::{Op, Status};
 use durable_core::*;
+use durable_mssql::Mssql;
 use durable_postgres::{Outbox, Postgres};
 use durable_tests::faulty::{Fault, Faulty};
 use durable_tests::*;
@@ -10,6 +11,7 @@ use sqlx::Executor;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::task::JoinHandle;
 
 const SUM: Definition<u32, u32> = Definition::new("sum");
 const ADD: Event<u32> = Event::new("Add");
@@ -121,13 +123,32 @@ async fn many_that_wait_go_on_together<B: Backend>() {
     sent.await.unwrap();
 }
 
-/// With a real server.
-mod postgres {
+/// With real servers.
+mod servers {
     use super::*;
+
+    async fn waiting(host: &Host) -> Handle<u32, Failure> {
+        let a = host.spawn(SUM, "a", &1).await.unwrap();
+        until_status(&a, Status::Waiting).await;
+        a
+    }
+
+    /// A message to `a` waits, and nothing else does.
+    async fn alone(host: &Host, a: &Handle<u32, Failure>, why: &str) -> JoinHandle<()> {
+        let to = a.clone();
+        let sent = tokio::spawn(async move {
+            to.raise(ADD, &3).await.unwrap();
+            assert_eq!(to.output().await.unwrap(), 3);
+        });
+        until("it waits", async || host.health().held_up == 1).await;
+        neighbour(host).await;
+        until("it is told", async || logged(&["a message to a waits alone", why])).await;
+        sent
+    }
 
     async fn host(schema: &PostgresSchema) -> Host {
         let bound = Duration::from_millis(300);
-        let storage = Postgres::connect(schema.url()).schema(schema.name()).statement_timeout(bound, bound);
+        let storage = Postgres::connect(schema.url()).schema(schema.name()).timeouts(bound, bound);
         summing(Host::builder(storage.await.unwrap())).start().await.unwrap()
     }
 
@@ -143,19 +164,31 @@ mod postgres {
         PostgresSchema::run(async {
             let schema = PostgresSchema::new().await;
             let host = host(&schema).await;
-            let a = host.spawn(SUM, "a", &1).await.unwrap();
-            until_status(&a, Status::Waiting).await;
+            let a = waiting(&host).await;
             let mut psql = schema.connect().await;
             psql.execute("BEGIN").await.unwrap();
             psql.execute(schema.sql("SELECT 1 FROM {s}.processes WHERE id = 'a' FOR UPDATE")).await.unwrap();
-            let to = a.clone();
-            let sent = tokio::spawn(async move { to.raise(ADD, &3).await });
-            until("it waits", async || host.health().held_up == 1).await;
-            neighbour(&host).await;
-            until("it is told", async || logged(&["a message to a waits alone", "lock timeout"])).await;
+            let sent = alone(&host, &a, "lock timeout").await;
             psql.execute("ROLLBACK").await.unwrap();
-            sent.await.unwrap().unwrap();
-            assert_eq!(a.output().await.unwrap(), 3);
+            sent.await.unwrap();
+        });
+    }
+
+    #[test]
+    fn a_row_that_is_locked_by_hand_in_sql_server() {
+        MssqlSchema::run(async {
+            let schema = MssqlSchema::new().await;
+            let mssql = Mssql::connect(schema.address()).schema(schema.name());
+            let mssql = mssql.timeouts(Duration::from_secs(2), Duration::from_millis(300));
+            let host = summing(Host::builder(mssql.await.unwrap())).start().await.unwrap();
+            let a = waiting(&host).await;
+            let mut sqlcmd = schema.connect().await;
+            for sql in ["BEGIN TRANSACTION", "UPDATE processes SET kind = kind WHERE id = 'a'"] {
+                sqlcmd.simple_query(sql).await.unwrap().into_results().await.unwrap();
+            }
+            let sent = alone(&host, &a, "").await;
+            sqlcmd.simple_query("ROLLBACK").await.unwrap().into_results().await.unwrap();
+            sent.await.unwrap();
         });
     }
 
@@ -192,7 +225,7 @@ mod postgres {
         PostgresSchema::run(async {
             let schema = PostgresSchema::new().await;
             let bound = Duration::from_millis(300);
-            let storage = Postgres::connect(schema.url()).schema(schema.name()).statement_timeout(bound, bound);
+            let storage = Postgres::connect(schema.url()).schema(schema.name()).timeouts(bound, bound);
             let builder = Host::builder(storage.await.unwrap()).call_timeout(Duration::from_secs(2));
             let host = summing(builder).start().await.unwrap();
             let a = host.spawn(SUM, "a", &1).await.unwrap();
@@ -242,7 +275,7 @@ mod postgres {
         PostgresSchema::run(async {
             const LONG: Duration = Duration::from_secs(3600);
             let schema = PostgresSchema::new().await;
-            let storage = Postgres::connect(schema.url()).schema(schema.name()).statement_timeout(LONG, LONG);
+            let storage = Postgres::connect(schema.url()).schema(schema.name()).timeouts(LONG, LONG);
             let builder = Host::builder(storage.await.unwrap()).heartbeat(LONG, LONG * 3);
             let host = summing(builder).start().await.unwrap();
             let handle = host.spawn(SUM, "a", &1).await.unwrap();

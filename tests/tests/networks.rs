@@ -221,9 +221,8 @@ fn connections_that_fall_silent() {
         let scene = Scene::<PostgresSchema>::new(WORKER, 60, Duration::from_millis(50)).await;
         let proxy = Proxy::before(scene.backend.url()).await;
         let bound = Duration::from_millis(500);
-        let connect = durable_postgres::Postgres::connect(&*proxy.url)
-            .schema(scene.backend.name())
-            .statement_timeout(bound, bound);
+        let connect =
+            durable_postgres::Postgres::connect(&*proxy.url).schema(scene.backend.name()).timeouts(bound, bound);
         let host = scene.start_here(connect.await.unwrap(), 1);
         for begun in [20, 60, 100] {
             scene.until_begun(begun).await;

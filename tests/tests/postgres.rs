@@ -750,7 +750,7 @@ fn statements_that_take_too_long() {
             let schema = PostgresSchema::new().await;
             let mut session = schema.connect().await;
             let connect = Postgres::connect(schema.url()).schema(schema.name());
-            let connect = connect.statement_timeout(Duration::from_millis(statement), Duration::from_millis(lock));
+            let connect = connect.timeouts(Duration::from_millis(statement), Duration::from_millis(lock));
             disturbed(connect, async || {
                 for table in ["processes", "steps", "fences", "instances", "events"] {
                     let mut transaction = session.begin().await.unwrap();
@@ -772,8 +772,7 @@ fn a_deletion_that_takes_long() {
     test(async {
         let schema = PostgresSchema::new().await;
         let bound = Duration::from_millis(100);
-        let storage =
-            Postgres::connect(schema.url()).schema(schema.name()).statement_timeout(bound, bound).await.unwrap();
+        let storage = Postgres::connect(schema.url()).schema(schema.name()).timeouts(bound, bound).await.unwrap();
         let (me, _heart) = enlist(&storage).await;
         let run = start(&storage, me, "p").await;
         commit(&storage, me, (0..30).map(|n| record(run, &format!("step-{n}"))).collect()).await;

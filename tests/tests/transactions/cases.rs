@@ -80,6 +80,7 @@ tests!(cases:
     a_start_in_the_services_transaction,
     a_message_in_the_services_transaction,
     starts_and_messages_in_a_transactional_step,
+    a_row_that_nobody_can_read_holds_up_nobody,
 );
 
 mod cases {
@@ -774,5 +775,39 @@ mod cases {
         host.spawn(PARENT, "p", &()).await.unwrap().output().await.unwrap();
         assert_eq!(host.get("child").of(ADD).output().await.unwrap(), 3);
         assert_eq!(cents(&backend, 1).await, 900);
+    }
+
+    pub(super) async fn a_row_that_nobody_can_read_holds_up_nobody() {
+        if !B::INBOX {
+            return;
+        }
+        let backend = bank().await;
+        let host = adding(&backend).await;
+        let inbox = B::PROCESSES.replace("processes", "inbox");
+        let put = |what: &str, token: &str| {
+            format!(
+                "INSERT INTO {inbox} (namespace, what, id, name, token, payload, digest, restart, put_at)
+                 VALUES ('default', '{what}', 'bad', 'add', '{token}', '1', '', {}, CURRENT_TIMESTAMP)",
+                B::FALSE
+            )
+        };
+        backend.execute(&put("start", "not a uuid")).await;
+        backend.execute(&put("something else", "x")).await;
+        let mut own = backend.connection().await;
+        run(&mut own, B::BEGIN).await;
+        let handle = host.spawn_in(&mut own, ADD, "good", &1).await.unwrap();
+        run(&mut own, "COMMIT").await;
+        handle.raise(NUMBER, &1).await.unwrap();
+        assert_eq!(handle.output().await.unwrap(), 2);
+        let refused = format!("SELECT count(*) FROM {inbox} WHERE refused IS NOT NULL");
+        assert_eq!(backend.number(&refused).await, 2);
+        // They go with the process, once there is one of that id.
+        let bad = host.spawn(ADD, "bad", &1).await.unwrap();
+        bad.raise(NUMBER, &1).await.unwrap();
+        bad.output().await.unwrap();
+        handle.delete().await.unwrap();
+        assert_eq!(backend.number(&refused).await, 2);
+        bad.delete().await.unwrap();
+        assert_eq!(backend.number(&refused).await, 0);
     }
 }

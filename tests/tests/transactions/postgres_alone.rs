@@ -104,7 +104,6 @@ tests!(
     a_transaction_that_stays_open_holds_up_nobody,
     what_comes_too_late_is_dropped,
     two_that_put_in_the_same,
-    a_row_that_nobody_can_read_holds_up_nobody,
     a_flood_of_starts_holds_up_nobody,
 );
 
@@ -341,8 +340,7 @@ mod cases {
             let backend = bank().await;
             let proxy = Arc::new(Proxy::before(backend.url()).await);
             let ms = Duration::from_millis;
-            let storage =
-                Postgres::connect(&proxy.url).schema(backend.name()).statement_timeout(ms(500), ms(500)).await;
+            let storage = Postgres::connect(&proxy.url).schema(backend.name()).timeouts(ms(500), ms(500)).await;
             let calls = Effects::default();
             let debit = {
                 let (calls, proxy) = (calls.clone(), proxy.clone());
@@ -476,35 +474,6 @@ mod cases {
         until("both are moved on", async || backend.number("SELECT count(*) FROM inbox").await == 0).await;
         assert_eq!(backend.number("SELECT count(*) FROM processes").await, 1);
         assert_eq!(backend.number("SELECT count(*) FROM events").await, 1);
-    }
-
-    pub(super) async fn a_row_that_nobody_can_read_holds_up_nobody() {
-        let backend = bank().await;
-        let host = adding(&backend).await;
-        let put = |what: &str, token: &str| {
-            format!(
-                "INSERT INTO inbox (namespace, what, id, name, token, payload, digest, restart, put_at)
-                 VALUES ('default', '{what}', 'bad', 'add', '{token}', '1', '', false, now())"
-            )
-        };
-        backend.execute(&put("start", "not a uuid")).await;
-        backend.execute(&put("something else", "x")).await;
-        let mut open = backend.connect().await;
-        open.execute("BEGIN").await.unwrap();
-        let handle = host.spawn_in(&mut open, ADD, "good", &1).await.unwrap();
-        open.execute("COMMIT").await.unwrap();
-        handle.raise(NUMBER, &1).await.unwrap();
-        assert_eq!(handle.output().await.unwrap(), 2);
-        let refused = "SELECT count(*) FROM inbox WHERE refused IS NOT NULL";
-        assert_eq!(backend.number(refused).await, 2);
-        // They go with the process, once there is one of that id.
-        let bad = host.spawn(ADD, "bad", &1).await.unwrap();
-        bad.raise(NUMBER, &1).await.unwrap();
-        bad.output().await.unwrap();
-        handle.delete().await.unwrap();
-        assert_eq!(backend.number(refused).await, 2);
-        bad.delete().await.unwrap();
-        assert_eq!(backend.number(refused).await, 0);
     }
 
     pub(super) async fn a_flood_of_starts_holds_up_nobody() {
