@@ -1,11 +1,14 @@
 //! What is loaded is bounded in bytes; and a process that programs die of is found without marking others.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use durable_core::storage::StorageError;
 use durable_core::*;
 use durable_tests::crash::shared::Shared;
+use durable_tests::faulty::Faulty;
 use durable_tests::heavy::{CULPRIT, GO, INNOCENT, LARGE, large};
 use durable_tests::*;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -13,7 +16,7 @@ use tokio::time::Instant;
 const RESUMER: &str = env!("CARGO_BIN_EXE_resumer");
 
 on_each_backend!(one_that_is_too_large);
-on_each_database!(many_that_are_large, one_that_kills_programs);
+on_each_database!(many_that_are_large, one_that_kills_programs, one_that_another_has_claimed_since);
 
 async fn host<B: Backend>(backend: &B) -> HostBuilder {
     Host::builder(backend.storage().await).quiet_time(Duration::from_millis(20))
@@ -53,6 +56,46 @@ async fn one_that_is_too_large<B: Backend>() {
     let largest = third.get("largest").of(LARGE);
     largest.resume().await.unwrap();
     assert_eq!(largest.output().await.unwrap() / 1_000_000, 5);
+}
+
+/// What is read by then are the records of an execution that goes on elsewhere.
+async fn one_that_another_has_claimed_since<B: Shared>() {
+    const IT: Definition<(), ()> = Definition::new("it");
+    let backend = B::new().await;
+    let (ran, reads) = (Effects::default(), Arc::new(AtomicUsize::new(0)));
+    let function = |name: &'static str| {
+        let ran = ran.clone();
+        move |proc: Process, ()| {
+            let ran = ran.clone();
+            async move {
+                ran.add(name);
+                proc.step("step", async || Ok::<_, Failure>(())).await?;
+                Ok::<_, Failure>(())
+            }
+        }
+    };
+    let client = host(&backend).await.start().await.unwrap();
+    let handle = client.spawn(IT, "it", &()).await.unwrap();
+    let held = Arc::new(AtomicBool::new(true));
+    let (set, counted) = (held.clone(), reads.clone());
+    let storage = Faulty::reading(backend.storage().await, move |_| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        set.load(Ordering::SeqCst).then(|| StorageError::unavailable("a slow network"))
+    });
+    let slow = Host::builder(storage).reconcile_every(Duration::from_secs(3600)).register(IT, function("slow"));
+    let slow = slow.start().await.unwrap();
+    until("it is claimed", async || reads.load(Ordering::SeqCst) > 0).await;
+    let take_away = format!(
+        "UPDATE {} SET owner = NULL, status = 'waiting', calm_claim = claim, wake_at = {} WHERE status = 'running'",
+        B::PROCESSES,
+        B::NOW
+    );
+    backend.execute(&take_away).await;
+    let _other = host(&backend).await.register(IT, function("other")).start().await.unwrap();
+    handle.output().await.unwrap();
+    held.store(false, Ordering::SeqCst);
+    until("it is read", async || slow.in_memory() == 0).await;
+    assert_eq!(ran.all(), ["other"]);
 }
 
 /// They take far more than the program may have.

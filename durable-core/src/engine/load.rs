@@ -106,6 +106,10 @@ async fn load(core: Arc<Core>, epoch: Arc<Epoch>, mut claims: BTreeMap<RunId, i6
         for loaded in loaded {
             let Some(claim) = claims.remove(&loaded.run) else { continue };
             match loaded.state {
+                // Another has claimed it since: its records are of an execution that goes on elsewhere.
+                Ok(Some(state)) if state.process.owner != Some(epoch.instance) || state.process.claim != claim => {
+                    core.held.remove(loaded.run, claim);
+                }
                 Ok(Some(mut state)) => {
                     let (deaths, most) = (crashes(&state, claim), core.settings.max_crashes);
                     if deaths >= most {
