@@ -82,8 +82,9 @@ async fn one_that_another_has_claimed_since<B: Shared>() {
         counted.fetch_add(1, Ordering::SeqCst);
         set.load(Ordering::SeqCst).then(|| StorageError::unavailable("a slow network"))
     });
-    let slow = Host::builder(storage).reconcile_every(Duration::from_secs(3600)).register(IT, function("slow"));
-    let slow = slow.start().await.unwrap();
+    let slow = Host::builder(storage).reconcile_every(Duration::from_secs(3600));
+    // It has no room to claim it anew.
+    let slow = slow.max_processes(1).register(IT, function("slow")).start().await.unwrap();
     until("it is claimed", async || reads.load(Ordering::SeqCst) > 0).await;
     let take_away = format!(
         "UPDATE {} SET owner = NULL, status = 'waiting', calm_claim = claim, wake_at = {} WHERE status = 'running'",
