@@ -2,7 +2,7 @@
 //!
 //! Kill it at any time and start it again: it goes on where it was.
 //!
-//! `cargo run --example user_registration -- ann@example.org`
+//! `cargo run -p durable-examples --example user_registration -- ann@example.org`
 
 use clap::Parser;
 use durable_sqlite::{Definition, Event, Failure, Host, Process, Retry, Sqlite, with};

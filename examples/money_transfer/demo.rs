@@ -49,8 +49,10 @@ pub async fn run(args: &Args, address: &str, place: &Place, storage: impl Storag
     let blows_due = (args.kills + pauses) as usize;
     let parts = args.kills + pauses + 1;
     let mut shared = vec![files::journal(&args.folder), files::bank(&args.folder)];
-    if let Place::Sqlite(path) = place {
-        shared.push(path.clone());
+    match place {
+        Place::Sqlite(path) => shared.push(path.clone()),
+        #[cfg(feature = "postgres")]
+        Place::Postgres { .. } => {}
     }
     println!("{place}");
     let accounts = match args.accounts {

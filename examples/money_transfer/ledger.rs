@@ -108,6 +108,7 @@ macro_rules! saga {
 }
 
 saga!(durable_sqlite);
+#[cfg(feature = "postgres")]
 saga!(durable_postgres);
 
 /// The books as an auditor sees them.

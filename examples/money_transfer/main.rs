@@ -1,8 +1,8 @@
 //! Money moves between accounts, by a saga that takes it back when something fails, while the workers that run it are
 //! killed with `kill -9` again and again. At the end everything is checked.
 //!
-//! `cargo run --release --example money_transfer`: one worker, processes in a SQLite file, accounts in a bank elsewhere.
-//! `-- --storage postgres://user:password@host/database`: three workers share a PostgreSQL database; one of them is also
+//! `cargo run -p durable-examples --example money_transfer`: one worker, processes in a SQLite file, accounts in a bank elsewhere.
+//! `--features postgres -- --storage postgres://user:password@host/database`: three workers share a PostgreSQL database; one of them is also
 //! stopped for longer than its heartbeat may be silent. `--accounts database`: the accounts are tables beside the
 //! processes, and the steps are transactions.
 
@@ -76,7 +76,7 @@ impl fmt::Display for Accounts {
 async fn main() -> Result<(), Error> {
     let args = Args::parse();
     let storage = args.storage.clone().unwrap_or_else(|| args.folder.join("processes.db").display().to_string());
-    let place = Place::new(storage.clone(), args.schema.clone());
+    let place = Place::new(storage.clone(), args.schema.clone())?;
     if let Some(room) = args.worker {
         return worker::run(&args, place, room).await;
     }
@@ -87,12 +87,14 @@ async fn main() -> Result<(), Error> {
             std::fs::remove_file(path)?;
         }
     }
+    #[cfg(feature = "postgres")]
     place.clear().await?;
     match &place {
         Place::Sqlite(path) => {
             let opened = durable_sqlite::Sqlite::open(path.display().to_string()).await?;
             run(&args, &storage, &place, opened).await
         }
+        #[cfg(feature = "postgres")]
         Place::Postgres { url, schema } => {
             let opened = durable_postgres::Postgres::connect(url).schema(schema).await?;
             run(&args, &storage, &place, opened).await

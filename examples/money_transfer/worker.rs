@@ -28,6 +28,7 @@ pub async fn run(args: &Args, place: Place, room: usize) -> Result<(), Error> {
                 }
             }
         }
+        #[cfg(feature = "postgres")]
         Place::Postgres { url, schema } => {
             let storage = durable_postgres::Postgres::connect(url).schema(schema).await?;
             match args.accounts {

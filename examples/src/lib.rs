@@ -1,1 +1,1 @@
-//! The examples are beside this file: `cargo run --release --example money_transfer`.
+//! The examples are beside this file: `cargo run -p durable-examples --example money_transfer`.

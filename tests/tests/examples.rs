@@ -23,7 +23,7 @@ impl Running {
     fn start(name: &str, args: &[&str]) -> Self {
         // This test is in `target/…/deps`, the examples are beside that.
         let program = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("examples").join(name);
-        assert!(program.exists(), "{} is built by `cargo test`", program.display());
+        assert!(program.exists(), "{} is built by `cargo build --examples --all-features`", program.display());
         let mut child = Command::new(program).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (sender, lines) = channel();
         let out = BufReader::new(child.stdout.take().unwrap());
