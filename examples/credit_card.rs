@@ -72,7 +72,6 @@ async fn credit_card(inactive: Duration, proc: Process, assigned: Assigned) -> R
             let text = text.clone();
             async move {
                 println!("to {email}: {text}");
-                Ok::<_, Failure>(())
             }
         }
     };

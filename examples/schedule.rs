@@ -25,10 +25,7 @@ const GREETINGS: Definition<String, ()> = Definition::new("greetings");
 async fn greetings(month: Duration, proc: Process, email: String) -> Result<(), Failure> {
     let send = |text: &'static str| {
         let email = &email;
-        move || async move {
-            println!("to {email}: {text}");
-            Ok::<_, Failure>(())
-        }
+        move || async move { println!("to {email}: {text}") }
     };
     proc.step("Welcome", send("Welcome!")).await?;
     proc.delay("Wait1m", month).await?;

@@ -69,7 +69,6 @@ macro_rules! transactions {
                         let update = sqlx::query(sqlx::AssertSqlSafe(sql.as_str())).bind(account);
                         update.execute(&mut *tx).await.map(|_| 12345)
                     })
-                    .failure()
                     .await?;
                 }
                 Ok(steps)

@@ -10,26 +10,82 @@ use std::time::Duration;
 
 /// The process was asked to cancel: every operation that is not recorded yet fails with this, until the process
 /// enters its [compensation](crate::Process::compensation).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("the process was cancelled")]
+///
+/// It is found in whatever it is wrapped in, however deep, as long as each layer tells its
+/// [source](Error::source): a `thiserror` enum with `#[from]`, `#[error(transparent)]` too, or `anyhow`'s `context`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Cancelled;
 
-/// Any error, in a form that can be recorded: its type's name, its message and its sources' messages.
+impl fmt::Display for Cancelled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the process was cancelled")
+    }
+}
+impl Error for Cancelled {
+    // A transparent wrapper shows the source of what it wraps, and not that itself.
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&OnRequest)
+    }
+}
+
+/// The source of [`Cancelled`].
+#[derive(Debug)]
+struct OnRequest;
+
+impl fmt::Display for OnRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("on request")
+    }
+}
+impl Error for OnRequest {}
+
+/// An error and its sources.
+fn chain<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |error: &&'e (dyn Error + 'static)| (*error).source())
+}
+
+/// The failure that a step or another process has recorded, if that is what this is.
+fn recorded<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e Failure> {
+    match error.downcast_ref::<StepError<Failure>>() {
+        Some(StepError::Failed(failure)) => return Some(failure),
+        Some(_) => return None,
+        None => {}
+    }
+    match error.downcast_ref::<OutputError<Failure>>() {
+        Some(OutputError::Failed(failure)) => Some(failure),
+        _ => None,
+    }
+}
+
+fn is_cancellation(error: &(dyn Error + 'static)) -> bool {
+    chain(error).any(|error| {
+        error.is::<Cancelled>() || error.is::<OnRequest>() || recorded(error).is_some_and(|failure| failure.cancelled)
+    })
+}
+
+/// Any error, in a form that can be recorded: its type's name, its message, its sources' messages, and a code if the program
+/// gives it one.
 ///
-/// Like `anyhow::Error` it is made from any error by `?`, and is itself no [`Error`].
+/// Like `anyhow::Error` it is made by `?` from any error, and is itself no [`Error`]: also from `anyhow::Error`,
+/// `Box<dyn Error + Send + Sync>`, and texts.
 ///
 /// ```
 /// # use durable_core::Failure;
 /// fn parse(text: &str) -> Result<u32, Failure> {
+///     if text.is_empty() {
+///         return Err(Failure::new("there is nothing").with_code("empty"));
+///     }
 ///     Ok(text.parse::<u32>()?)
 /// }
-/// let failure = parse("x").unwrap_err();
-/// assert!(failure.is::<std::num::ParseIntError>());
-/// assert_eq!(failure.message(), "invalid digit found in string");
+/// assert_eq!(parse("x").unwrap_err().message(), "invalid digit found in string");
+/// // What a program decides by is a name that it has given itself: it is the same in each version of the code.
+/// assert_eq!(parse("").unwrap_err().code(), Some("empty"));
 /// ```
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    code: Option<Box<str>>,
     #[serde(rename = "type")]
     type_name: Box<str>,
     message: Box<str>,
@@ -42,13 +98,29 @@ pub struct Failure {
 impl Failure {
     /// A failure of the program's own, with this message.
     pub fn new(message: impl fmt::Display) -> Self {
-        Self { type_name: "".into(), message: message.to_string().into(), sources: Vec::new(), cancelled: false }
+        let message = message.to_string().into();
+        Self { code: None, type_name: "".into(), message, sources: Vec::new(), cancelled: false }
+    }
+    /// What a step returns that cannot fail but has a result: `async || Failure::ok(5)`.
+    pub fn ok<T>(value: T) -> Result<T, Self> {
+        Ok(value)
+    }
+    /// Gives it a name by which later code tells it from others.
+    #[must_use]
+    pub fn with_code(mut self, code: impl Into<Box<str>>) -> Self {
+        self.code = Some(code.into());
+        self
+    }
+    /// The name that the program has given it. One that was wrapped in other errors has kept it.
+    pub fn code(&self) -> Option<&str> {
+        self.code.as_deref()
     }
     /// The message of the error that it was made from.
     pub fn message(&self) -> &str {
         &self.message
     }
-    /// The full name of the type that it was made from; empty for [`Failure::new`].
+    /// The full name of the type that it was made from, for people: another version of the compiler may write it otherwise.
+    /// Empty for what was made from a text.
     pub fn type_name(&self) -> &str {
         &self.type_name
     }
@@ -56,36 +128,88 @@ impl Failure {
     pub fn sources(&self) -> impl Iterator<Item = &str> {
         self.sources.iter().map(|s| &**s)
     }
-    /// Whether it was made from a `T`. Compared by name: a type that a later version of the program moved to another
-    /// module is another type.
-    pub fn is<T: ?Sized>(&self) -> bool {
-        *self.type_name == *std::any::type_name::<T>()
-    }
     /// Whether it was made from this process's own cancellation.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled
     }
 }
 
-impl<E: Error + 'static> From<E> for Failure {
+pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
+
+impl<E: Into<BoxError>> From<E> for Failure {
     fn from(error: E) -> Self {
-        let dynamic: &(dyn Error + 'static) = &error;
+        Caught::new(error).into_failure()
+    }
+}
+
+/// An error that can be recorded as a [`Failure`]: what is an [`Error`], `anyhow::Error`, `Box<dyn Error + Send + Sync>`, a
+/// text, and a [`Failure`] itself.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be recorded as a `Failure`",
+    note = "an error is recorded that is `std::error::Error + Send + Sync + 'static`, `anyhow::Error`, \
+            `Box<dyn Error + Send + Sync>`, a text, or `Failure` itself",
+    note = "chain `.typed()` before `.await` for an error that is `Serialize` and `Deserialize`, to get it back as it was"
+)]
+pub trait IntoFailure: Send {
+    #[doc(hidden)]
+    fn caught(self) -> Caught;
+}
+impl<E: Into<BoxError> + Send> IntoFailure for E {
+    fn caught(self) -> Caught {
+        Caught::new(self)
+    }
+}
+impl IntoFailure for Failure {
+    fn caught(self) -> Caught {
+        Caught(Either::Failure(self))
+    }
+}
+
+/// An error before it is recorded: it can still be asked for what it is made of.
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct Caught(Either);
+
+#[derive(Debug)]
+enum Either {
+    Error(BoxError, &'static str),
+    Failure(Failure),
+}
+
+impl Caught {
+    fn new<E: Into<BoxError>>(error: E) -> Self {
+        Self(Either::Error(error.into(), std::any::type_name::<E>()))
+    }
+
+    pub(crate) fn error(&self) -> Option<&(dyn Error + 'static)> {
+        match &self.0 {
+            Either::Error(error, _) => Some(&**error),
+            Either::Failure(_) => None,
+        }
+    }
+
+    pub(crate) fn into_failure(self) -> Failure {
+        let (error, type_name) = match self.0 {
+            Either::Error(error, type_name) => (error, type_name),
+            Either::Failure(failure) => return failure,
+        };
         // A step's error that is a failure already stays the failure that it was.
-        if let Some(StepError::Failed(inner)) = dynamic.downcast_ref::<StepError<Failure>>() {
-            return inner.clone();
+        if let Some(failure) = recorded(&*error) {
+            return failure.clone();
         }
-        if let Some(OutputError::Failed(inner)) = dynamic.downcast_ref::<OutputError<Failure>>() {
-            return inner.clone();
+        let mut failure = Failure::new(&error);
+        failure.cancelled = is_cancellation(&*error);
+        for source in chain(&*error).skip(1).filter(|source| !source.is::<OnRequest>()) {
+            failure.sources.push(source.to_string().into());
+            if let Some(inner) = recorded(source) {
+                failure.code = inner.code.clone();
+                failure.sources.extend(inner.sources.iter().cloned());
+            }
         }
-        let mut cancelled = dynamic.is::<Cancelled>();
-        let mut sources = Vec::new();
-        let mut next = error.source();
-        while let Some(source) = next {
-            cancelled |= source.is::<Cancelled>();
-            sources.push(source.to_string().into());
-            next = source.source();
+        if !matches!(type_name, "&str" | "alloc::string::String") {
+            failure.type_name = type_name.into();
         }
-        Self { type_name: std::any::type_name::<E>().into(), message: error.to_string().into(), sources, cancelled }
+        failure
     }
 }
 
@@ -106,34 +230,33 @@ impl fmt::Debug for Failure {
     }
 }
 
-/// What a process's function may return as its error: a type that can be recorded, shown to a person, and asked
-/// whether it stands for the process's own cancellation.
+/// What a process's error is recorded as: a [`Failure`], or an [`Error`] of the program's own that is `Serialize` and
+/// `Deserialize`.
+///
+/// A process whose error is its own [cancellation](Cancelled), or has it among its sources, has ended as `cancelled`, not as
+/// `failed`.
 ///
 /// ```
-/// # use durable_core::{Cancelled, ProcessError, StepError};
+/// # use durable_core::{Cancelled, Definition, Failure, StepError};
 /// #[derive(Debug, thiserror::Error, serde::Serialize, serde::Deserialize)]
 /// enum TransferError {
 ///     #[error("account {0} is closed")]
 ///     Closed(u64),
 ///     #[error(transparent)]
+///     Step(#[from] StepError<Failure>),
+///     #[error(transparent)]
 ///     Cancelled(#[from] Cancelled),
 /// }
-/// impl ProcessError for TransferError {
-///     fn is_cancelled(&self) -> bool {
-///         matches!(self, Self::Cancelled(_))
-///     }
-/// }
+/// const TRANSFER: Definition<u64, (), TransferError> = Definition::new("transfer");
 /// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be a process's error",
-    note = "implement `ProcessError` for it (it needs `Serialize`, `Deserialize` and `Display`), or return `Failure`, \
-            which `?` makes from any error"
+    note = "it needs `std::error::Error`, `Serialize` and `Deserialize`; or let the definition's error be `Failure`, which is \
+            made from any error, `anyhow::Error` too"
 )]
 pub trait ProcessError: Serialize + DeserializeOwned + fmt::Display + Send + 'static {
-    /// Whether the process ended because it was cancelled: it is `cancelled` then, not `failed`.
-    fn is_cancelled(&self) -> bool {
-        false
-    }
+    /// Whether the process ended because it was cancelled.
+    fn is_cancelled(&self) -> bool;
 }
 
 impl ProcessError for Failure {
@@ -141,18 +264,9 @@ impl ProcessError for Failure {
         self.cancelled
     }
 }
-impl ProcessError for Cancelled {
+impl<E: Error + Serialize + DeserializeOwned + Send + 'static> ProcessError for E {
     fn is_cancelled(&self) -> bool {
-        true
-    }
-}
-impl<E: ProcessError> ProcessError for StepError<E> {
-    fn is_cancelled(&self) -> bool {
-        match self {
-            Self::Failed(error) => error.is_cancelled(),
-            Self::TimedOut(_) | Self::Refused(_) => false,
-            Self::Cancelled(_) => true,
-        }
+        is_cancellation(self)
     }
 }
 

@@ -34,8 +34,8 @@ pub use engine::surroundings::Surroundings;
 
 pub use definition::{Definition, Event};
 pub use error::{
-    Cancelled, Failure, HandleError, OutputError, ProcessError, RaiseError, SpawnError, StartError, StepError,
-    Unavailable,
+    Cancelled, Caught, Failure, HandleError, IntoFailure, OutputError, ProcessError, RaiseError, SpawnError,
+    StartError, StepError, Unavailable,
 };
 pub use host::{
     Handle, Health, Host, HostBuilder, Info, Json, OutboxError, Processes, RaiseIn, Resume, Send as SendMessage,
@@ -46,7 +46,7 @@ pub use name::Name;
 pub use payload::EncodeError;
 pub use process::{
     All, AsFailure, Attempt, Attempts, AwaitOutput, CancelToken, Child, Delay, Delayed, Get, Process, Race, RaceMember,
-    RaiseFrom, Receive, Set, SpawnChild, Statements, Step, Transaction, Typed,
+    RaiseFrom, Receive, Set, SpawnChild, Statements, Step, StepOutput, Transaction, Typed,
 };
 pub use retry::Retry;
 pub use storage::{Counted, InstanceId, RunId, Status};

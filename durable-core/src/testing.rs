@@ -22,7 +22,7 @@ use crate::storage::Status;
 /// use durable_core::{Failure, testing::run_process};
 /// let sum = run_process(|proc| async move {
 ///     let a = proc.get("a", || 1).await?;
-///     let b = proc.step("b", || async { Ok::<_, Failure>(2) }).await?;
+///     let b = proc.step("b", || async { Failure::ok(2) }).await?;
 ///     Ok(a + b)
 /// });
 /// assert_eq!(sum.unwrap(), 3);

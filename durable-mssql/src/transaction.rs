@@ -3,7 +3,7 @@ use durable_core::storage::{
     Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, Result, RolledBack, RunId, Slot, StorageError,
     Transactional, source,
 };
-use durable_core::{Name, Process, Transaction, Typed};
+use durable_core::{AsFailure, IntoFailure, Name, Process, Transaction};
 use std::error::Error;
 use std::future::Future;
 use std::time::Duration;
@@ -37,28 +37,27 @@ pub trait Transactions {
     ///             let left = row.and_then(|row| row.get::<i64, _>(0)).unwrap_or_default();
     ///             Ok::<_, durable_mssql::tiberius::error::Error>(left)
     ///         })
-    ///         .failure()
     ///         .await?;
     ///     Ok(left)
     /// }
     /// ```
     #[track_caller]
-    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Mssql, F, Typed>
+    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Mssql, F, AsFailure>
     where
         F: FnMut(Tx) -> Fut + Send,
         Fut: Future<Output = Result<T, E>> + Send,
         T: Send,
-        E: Send;
+        E: IntoFailure;
 }
 
 impl Transactions for Process {
     #[track_caller]
-    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Mssql, F, Typed>
+    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Mssql, F, AsFailure>
     where
         F: FnMut(Tx) -> Fut + Send,
         Fut: Future<Output = Result<T, E>> + Send,
         T: Send,
-        E: Send,
+        E: IntoFailure,
     {
         Transaction::new(self, name, statements)
     }

@@ -3,7 +3,7 @@ use durable_core::storage::{
     Committed, Ending, InstanceId, Open, Record, RecordKey, RecordOp, RecordState, Result, RolledBack, RunId, Slot,
     Storage, StorageError, Transactional, source,
 };
-use durable_core::{Name, Process, Transaction, Typed};
+use durable_core::{AsFailure, IntoFailure, Name, Process, Transaction};
 use sqlx::Connection;
 use sqlx::sqlite::SqliteConnection;
 use std::error::Error;
@@ -40,28 +40,27 @@ pub trait Transactions {
     ///                 .await?;
     ///             sqlx::query_scalar("SELECT cents FROM accounts WHERE id = ?").bind(account).fetch_one(&mut *tx).await
     ///         })
-    ///         .failure()
     ///         .await?;
     ///     Ok(left)
     /// }
     /// ```
     #[track_caller]
-    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Sqlite, F, Typed>
+    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Sqlite, F, AsFailure>
     where
         F: FnMut(Tx) -> Fut + Send,
         Fut: Future<Output = Result<T, E>> + Send,
         T: Send,
-        E: Send;
+        E: IntoFailure;
 }
 
 impl Transactions for Process {
     #[track_caller]
-    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Sqlite, F, Typed>
+    fn transaction<F, Fut, T, E>(&self, name: impl Into<Name>, statements: F) -> Transaction<'_, Sqlite, F, AsFailure>
     where
         F: FnMut(Tx) -> Fut + Send,
         Fut: Future<Output = Result<T, E>> + Send,
         T: Send,
-        E: Send,
+        E: IntoFailure,
     {
         Transaction::new(self, name, statements)
     }

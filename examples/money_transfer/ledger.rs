@@ -100,7 +100,6 @@ macro_rules! saga {
                 // A stopped program may hold an account's lock for as long as this one may wait: not a reason to give up.
                 .retry(Retry::exponential(Duration::from_millis(100)).max_attempts(10))
                 .retry_if(|error| !matches!(error, LedgerError::Refused(..)))
-                .failure()
                 .await
             }
         }

@@ -1,9 +1,9 @@
-use durable_core::{Attempt, Cancelled, Definition, Failure, Process, ProcessError, StepError};
+use durable_core::{Attempt, Cancelled, Definition, Failure, Process, StepError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::bank::{Bank, BankError};
+use crate::bank::Bank;
 use crate::journal::Call;
 
 /// How many accounts there are; the last one is closed.
@@ -47,17 +47,9 @@ impl Transfer {
 #[derive(Clone, Debug, Serialize, Deserialize, thiserror::Error)]
 pub enum TransferError {
     #[error(transparent)]
-    Bank(#[from] StepError<BankError>),
-    #[error(transparent)]
-    Ledger(#[from] StepError<Failure>),
+    Step(#[from] StepError<Failure>),
     #[error(transparent)]
     Cancelled(#[from] Cancelled),
-}
-
-impl ProcessError for TransferError {
-    fn is_cancelled(&self) -> bool {
-        matches!(self, Self::Cancelled(_) | Self::Bank(StepError::Cancelled(_)) | Self::Ledger(StepError::Cancelled(_)))
-    }
 }
 
 pub const TRANSFER: Definition<Transfer, (), TransferError> = Definition::new("transfer");

@@ -279,8 +279,8 @@ impl Player {
                 key = was;
             }
         }
-        let mut made =
-            self.proc.step(named, |attempt: Attempt| self.body(step, key.clone(), attempt, false)).retry(retry(step));
+        let mut made = self.proc.step(named, |attempt: Attempt| self.body(step, key.clone(), attempt, false)).typed();
+        made = made.retry(retry(step));
         if let Some(was) = was {
             made = made.was(was);
         }
@@ -310,8 +310,8 @@ impl Player {
                 if call <= fails { Err(FAILED.to_owned()) } else { Ok(self.value_of(&key)) }
             }
         };
-        let made =
-            Transaction::<Link, _, _>::new(&self.proc, name, statements).retry(retry(step)).timeout(ms(TRANSACTION_MS));
+        let made = Transaction::<Link, _, _>::new(&self.proc, name, statements).typed().retry(retry(step));
+        let made = made.timeout(ms(TRANSACTION_MS));
         let result = made.await;
         self.judge(OpKind::Transaction, step, key.clone(), result)
     }
@@ -466,7 +466,7 @@ impl Player {
                     let of = key.clone();
                     let made =
                         self.proc.step(name, move |attempt: Attempt| self.body(step, key.clone(), attempt, true));
-                    race.on(made.retry(retry(step)), move |result| {
+                    race.on(made.typed().retry(retry(step)), move |result| {
                         // Its attempts have no time-out there.
                         self.fits(OpKind::Step, &Step { timeout: None, ..step.clone() }, &of, &result);
                         Ok((None, format!("{result:?}")))

@@ -24,12 +24,6 @@ enum OrderError {
     Step(#[from] StepError<Failure>),
 }
 
-impl ProcessError for OrderError {
-    fn is_cancelled(&self) -> bool {
-        matches!(self, Self::Cancelled(_) | Self::Step(StepError::Cancelled(_)))
-    }
-}
-
 const ORDER: Definition<(), u32, OrderError> = Definition::new("order");
 
 /// Reserves, waits, ships; whatever comes in between, it releases what it reserved.
@@ -160,8 +154,8 @@ async fn inside_a_step<B: Backend>() {
 async fn while_it_is_stuck<B: Backend>() {
     const FAULTY: Definition<(), u32, OrderError> = ORDER;
     let (backend, effects) = (B::new().await, Effects::default());
-    let faulty = async |proc: Process, ()| {
-        proc.step("reserve", || async { Ok::<_, Failure>(()) }).await?;
+    let faulty = async |proc: Process, ()| -> Result<u32, OrderError> {
+        proc.step("reserve", async || {}).await?;
         panic!("a fault");
     };
     let host = quick(&backend).await.register(FAULTY, faulty).start().await.unwrap();

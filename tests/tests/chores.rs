@@ -27,7 +27,7 @@ async fn host(storage: impl Storage) -> Host {
         for n in 0..rounds {
             proc.step(("work", n), async || Ok::<_, Failure>(n)).await?;
         }
-        Ok(rounds)
+        Failure::ok(rounds)
     });
     let asking = async |proc: Process, of: String| proc.output(WAIT, of).await.map_err(Failure::from);
     builder.register(ASK, asking).start().await.unwrap()

@@ -272,7 +272,7 @@ async fn an_input_of_another_type<B: Backend>() {
     let backend = B::new().await;
     let host = quick(&backend).await.start().await.unwrap();
     host.spawn(OLD, "k", &"text".to_owned()).await.unwrap();
-    let host = quick(&backend).await.register(NEW, async |_, _| Ok(())).start().await.unwrap();
+    let host = quick(&backend).await.register(NEW, async |_, _| Failure::ok(())).start().await.unwrap();
     let reason = until_status(&host.get("k"), Status::Stuck).await.reason.unwrap();
     assert_eq!(
         reason.split(": invalid").next().unwrap(),

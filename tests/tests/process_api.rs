@@ -44,7 +44,7 @@ async fn child(proc: Process, input: u64) -> Result<u64, Failure> {
 async fn everything(app: Arc<App>, proc: Process, email: String) -> Result<Vec<String>, Failure> {
     let mut log = Vec::new();
     // A step that borrows locals and shared state, its error not serialisable.
-    let user = proc.step("register", || app.register(&email)).failure().await?;
+    let user = proc.step("register", || app.register(&email)).await?;
     log.push(format!("user {user}"));
 
     // Values and variables.

@@ -41,14 +41,13 @@ mod readme {
 
     async fn register_user(app: Arc<App>, proc: Process, email: String) -> Result<UserId, Failure> {
         let App { users, mail } = &*app;              // the service's own clients
-        let user_id = proc.step("RegisterUser", || users.register(&email)).failure().await?;
+        let user_id = proc.step("RegisterUser", || users.register(&email)).await?;
         let secret = proc.get("secret", Uuid::new_v4).await?;
         proc.step("VerifyEmail", || mail.verify(&email, secret))
-            .failure()
             .retry(Retry::exponential(Duration::from_secs(1)).max_attempts(5))
             .await?;
         proc.event(EMAIL_VERIFIED).await?;            // takes days; costs a row, not memory
-        proc.step("ActivateUser", || users.activate(user_id)).failure().await?;
+        proc.step("ActivateUser", || users.activate(user_id)).await?;
         Ok(user_id)
     }
 

@@ -23,7 +23,7 @@ impl Rightful for PostgresSchema {
     async fn transact(proc: &Process) -> Result<u32, Failure> {
         use durable_postgres::Transactions;
         let select = async |mut tx: durable_postgres::Tx| sqlx::query_scalar("SELECT 7").fetch_one(&mut *tx).await;
-        let seven: i32 = proc.transaction("transaction", select).failure().await?;
+        let seven: i32 = proc.transaction("transaction", select).await?;
         Ok(seven as u32)
     }
     async fn start_in(connection: &mut Self::Connection, host: &Host, id: &str) {

@@ -121,7 +121,7 @@ macro_rules! by_sqlx {
                     let query = sqlx::query_scalar("SELECT 'result: ' || $1").bind("hidden in a transaction");
                     query.fetch_one(&mut *tx).await
                 });
-                Ok(transaction.failure().await?)
+                Ok(transaction.await?)
             }
             async fn start_in(&self, host: &Host, id: &str) {
                 use $storage::Outbox;

@@ -342,7 +342,7 @@ fn somebody_else_holds_the_write_lock() {
                         }
                         Ok::<_, sqlx::Error>(())
                     });
-                    put.failure().await?;
+                    put.await?;
                     let went = proc.event(GO).await?;
                     Ok::<_, Failure>(n + went)
                 }

@@ -22,15 +22,16 @@ pub(crate) trait Entry: Send + Sync {
     fn start(&self, run: Arc<Run>, input: &str) -> Result<Pin<Box<dyn Future<Output = Ended> + Send>>, String>;
 }
 
-pub(crate) struct Typed<F, I, O, E> {
+pub(crate) struct Typed<F, I, O, E, R> {
     pub(crate) function: F,
-    pub(crate) types: std::marker::PhantomData<fn(I) -> Result<O, E>>,
+    pub(crate) types: std::marker::PhantomData<fn(I, R) -> Result<O, E>>,
 }
 
-impl<F, Fut, I, O, E> Entry for Typed<F, I, O, E>
+impl<F, Fut, I, O, E, R> Entry for Typed<F, I, O, E, R>
 where
     F: Fn(Process, I) -> Fut + Send + Sync + 'static,
-    Fut: Future<Output = Result<O, E>> + Send + 'static,
+    Fut: Future<Output = Result<O, R>> + Send + 'static,
+    R: Into<E> + 'static,
     I: DeserializeOwned + Send + 'static,
     O: Serialize + DeserializeOwned + Send + 'static,
     E: ProcessError,
@@ -42,6 +43,7 @@ where
             match future.await {
                 Ok(output) => encoded(Status::Completed, output, None),
                 Err(error) => {
+                    let error: E = error.into();
                     let status = if error.is_cancelled() { Status::Cancelled } else { Status::Failed };
                     let reason = error.to_string().chars().take(4000).filter(|c| *c != '\0').collect::<String>();
                     encoded(status, error, Some(reason.into()))

@@ -86,15 +86,16 @@ impl HostBuilder {
     /// it uses are captured, or handed over by [`with`].
     ///
     /// It is called anew at each execution of a process; what it does between durable operations happens each time.
-    pub fn register<I, O, E, F, Fut>(mut self, definition: Definition<I, O, E>, function: F) -> Self
+    pub fn register<I, O, E, F, Fut, R>(mut self, definition: Definition<I, O, E>, function: F) -> Self
     where
         I: DeserializeOwned + Send + 'static,
         O: Serialize + DeserializeOwned + Send + 'static,
         E: ProcessError,
         F: Fn(Process, I) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Result<O, E>> + Send + 'static,
+        Fut: Future<Output = Result<O, R>> + Send + 'static,
+        R: Into<E> + 'static,
     {
-        let entry = Arc::new(Typed { function, types: PhantomData::<fn(I) -> Result<O, E>> });
+        let entry = Arc::new(Typed { function, types: PhantomData::<fn(I, R) -> Result<O, E>> });
         if self.kinds.insert(definition.kind().into(), entry).is_some() {
             self.twice = Some(definition.kind());
         }

@@ -41,7 +41,7 @@ use crate::storage::{Op, Outcome, StorageError, Transactional};
 /// const GREET: Definition<String, String> = Definition::new("greet");
 ///
 /// async fn greet(proc: Process, name: String) -> Result<String, Failure> {
-///     proc.step("greet", || async { Ok(format!("Hello, {name}!")) }).await.map_err(|e: StepError<Failure>| e.into())
+///     Ok(proc.step("greet", || async { Failure::ok(format!("Hello, {name}!")) }).await?)
 /// }
 ///
 /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {

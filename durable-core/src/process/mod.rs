@@ -18,7 +18,7 @@ pub use delay::{Delay, Delayed};
 pub use message::RaiseFrom;
 pub use race::{Race, RaceMember};
 pub use receive::Receive;
-pub use step::{AsFailure, Attempt, Attempts, CancelToken, Step, Typed};
+pub use step::{AsFailure, Attempt, Attempts, CancelToken, Step, StepOutput, Typed};
 pub use transaction::{Statements, Transaction};
 pub use value::{Get, Set};
 
@@ -33,6 +33,7 @@ use uuid::Uuid;
 
 use crate::definition::{Definition, Event};
 use crate::engine::run::{Part, Run};
+use crate::error::IntoFailure;
 use crate::name::Name;
 use crate::storage::{RecordKey, RunId, Scope};
 
@@ -66,14 +67,14 @@ use crate::storage::{RecordKey, RunId, Scope};
 /// # const EMAIL_VERIFIED: Event<()> = Event::new("EmailVerified");
 /// async fn register_user(app: std::sync::Arc<App>, proc: Process, email: String) -> Result<u64, Failure> {
 ///     let App { users, mail } = &*app;
-///     let user_id = proc.step("RegisterUser", || users.register(&email)).failure().await?;
+///     let user_id = proc.step("RegisterUser", || users.register(&email)).await?;
 ///     let secret = proc.get("secret", || 4711).await?;
 ///     proc.step("VerifyEmail", || mail.verify(&email, secret))
-///         .failure()
+///         
 ///         .retry(Retry::exponential(Duration::from_secs(1)).max_attempts(5))
 ///         .await?;
 ///     proc.event(EMAIL_VERIFIED).await?; // takes days; costs a row, not memory
-///     proc.step("ActivateUser", || users.activate(user_id)).failure().await?;
+///     proc.step("ActivateUser", || users.activate(user_id)).await?;
 ///     Ok(user_id)
 /// }
 /// ```
@@ -132,7 +133,7 @@ impl Process {
     /// # Errors
     /// The closure's error must be recordable (`Serialize` and `DeserializeOwned`) and comes back as
     /// [`StepError::Failed`](crate::StepError::Failed), after a resume as well. For any other `std::error::Error`
-    /// chain [`.failure()`](Step::failure).
+    /// chain [``](Step::failure).
     ///
     /// # Cancel safety
     /// Dropped unfinished, the step gives its name back: the next use is a further attempt, with the same key. If its
@@ -152,9 +153,9 @@ impl Process {
     /// # result.unwrap();
     /// ```
     #[track_caller]
-    pub fn step<'p, F, M>(&'p self, name: impl Into<Name>, f: F) -> Step<'p, F, M, Typed>
+    pub fn step<'p, F, M>(&'p self, name: impl Into<Name>, f: F) -> Step<'p, F, M, AsFailure>
     where
-        F: Attempts<M> + 'p,
+        F: Attempts<M, Err: IntoFailure> + 'p,
     {
         Step::new(self, name.into(), f)
     }
@@ -171,7 +172,7 @@ impl Process {
     /// # let total = run_process(|proc| async move {
     /// let mut done = proc.get("done", || 0).await?; // after a crash: as far as it got
     /// while done < 3 {
-    ///     proc.step(("work", done), || async { Ok::<_, Failure>(()) }).await?;
+    ///     proc.step(("work", done), || async { /* … */ }).await?;
     ///     done += 1;
     ///     proc.set("done", done).await?;
     /// }

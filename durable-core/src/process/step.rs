@@ -19,7 +19,7 @@ use super::race::Contender;
 use crate::engine::operation::{Begun, Operation, Write};
 use crate::engine::run::WaitFor;
 use crate::engine::wake::{Context, Inside};
-use crate::error::{Cancelled, Failure, StepError};
+use crate::error::{Cancelled, Failure, IntoFailure, StepError};
 use crate::name::Name;
 use crate::payload;
 use crate::retry::Retry;
@@ -80,10 +80,39 @@ impl CancelToken {
     }
 }
 
-/// What makes the attempts of a step: `FnMut() -> Future` or `FnMut(Attempt) -> Future`, of a `Result`.
+/// What an attempt of a step returns: a `Result`, or nothing if it cannot fail.
+#[diagnostic::on_unimplemented(
+    message = "a step cannot return `{Self}`",
+    note = "a step returns a `Result`, or nothing; `Failure::ok(value)` is the result of one that cannot fail"
+)]
+pub trait StepOutput: Send {
+    /// What the step returns.
+    type Ok: Send;
+    /// Its own error.
+    type Err: Send;
+    /// As a result.
+    fn into_result(self) -> Result<Self::Ok, Self::Err>;
+}
+impl<T: Send, E: Send> StepOutput for Result<T, E> {
+    type Ok = T;
+    type Err = E;
+    fn into_result(self) -> Self {
+        self
+    }
+}
+impl StepOutput for () {
+    type Ok = ();
+    type Err = Failure;
+    fn into_result(self) -> Result<(), Failure> {
+        Ok(())
+    }
+}
+
+/// What makes the attempts of a step: `FnMut() -> Future` or `FnMut(Attempt) -> Future`, of a `Result` or of nothing.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not make attempts of a step",
-    note = "a step takes `|| async {{ … }}` or `|attempt: Attempt| async move {{ … }}`, whose future is `Send` and returns a `Result`"
+    note = "a step takes `|| async {{ … }}` or `|attempt: Attempt| async move {{ … }}`, whose future is `Send` and returns a \
+            `Result` or nothing"
 )]
 pub trait Attempts<Marker>: Send {
     /// What the step returns.
@@ -91,31 +120,31 @@ pub trait Attempts<Marker>: Send {
     /// The closure's own error.
     type Err: Send;
     /// One attempt.
-    type Future: Future<Output = Result<Self::Ok, Self::Err>> + Send;
+    type Future: Future<Output: StepOutput<Ok = Self::Ok, Err = Self::Err>> + Send;
     /// Begins an attempt.
     fn begin(&mut self, attempt: Attempt) -> Self::Future;
 }
 
-impl<F, Fut, T: Send, E: Send> Attempts<()> for F
+impl<F, Fut> Attempts<()> for F
 where
     F: FnMut() -> Fut + Send,
-    Fut: Future<Output = Result<T, E>> + Send,
+    Fut: Future<Output: StepOutput> + Send,
 {
-    type Ok = T;
-    type Err = E;
+    type Ok = <Fut::Output as StepOutput>::Ok;
+    type Err = <Fut::Output as StepOutput>::Err;
     type Future = Fut;
     fn begin(&mut self, _: Attempt) -> Fut {
         self()
     }
 }
 
-impl<F, Fut, T: Send, E: Send> Attempts<(Attempt,)> for F
+impl<F, Fut> Attempts<(Attempt,)> for F
 where
     F: FnMut(Attempt) -> Fut + Send,
-    Fut: Future<Output = Result<T, E>> + Send,
+    Fut: Future<Output: StepOutput> + Send,
 {
-    type Ok = T;
-    type Err = E;
+    type Ok = <Fut::Output as StepOutput>::Ok;
+    type Err = <Fut::Output as StepOutput>::Err;
     type Future = Fut;
     fn begin(&mut self, attempt: Attempt) -> Fut {
         self(attempt)
@@ -133,36 +162,32 @@ pub enum AsFailure {}
 pub trait Recording<E>: Send {
     /// What comes back.
     type Error: Serialize + DeserializeOwned + Send;
-    /// From what the closure returned.
-    fn convert(error: E) -> Self::Error;
-    /// What the closure returned, if that can be asked for its sources.
-    fn cause(_: &E) -> Option<&(dyn std::error::Error + 'static)> {
-        None
-    }
+    /// From what the closure returned, which is shown before if it can be asked for its sources.
+    fn convert(error: E, show: &mut dyn FnMut(&(dyn std::error::Error + 'static))) -> Self::Error;
 }
 
 impl<E: RecordableError> Recording<E> for Typed {
     type Error = E;
-    fn convert(error: E) -> E {
+    fn convert(error: E, _: &mut dyn FnMut(&(dyn std::error::Error + 'static))) -> E {
         error
     }
 }
-impl<E: std::error::Error + Send + 'static> Recording<E> for AsFailure {
+impl<E: IntoFailure> Recording<E> for AsFailure {
     type Error = Failure;
-    fn convert(error: E) -> Failure {
-        Failure::from(error)
-    }
-    fn cause(error: &E) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(error)
+    fn convert(error: E, show: &mut dyn FnMut(&(dyn std::error::Error + 'static))) -> Failure {
+        let caught = error.caught();
+        if let Some(error) = caught.error() {
+            show(error);
+        }
+        caught.into_failure()
     }
 }
 
 /// An error that can be recorded as it is: `Serialize` and `DeserializeOwned`.
 #[diagnostic::on_unimplemented(
     message = "the step's error `{Self}` cannot be recorded as it is",
-    label = "chain `.failure()` before `.await`",
-    note = "derive `Serialize` and `Deserialize` for `{Self}` to get it back typed, \
-            or chain `.failure()` to get it back as its type name, message and sources"
+    note = "derive `Serialize` and `Deserialize` for `{Self}`, or leave `.typed()` out: it is recorded as a `Failure` then, its \
+            message and its sources' messages"
 )]
 pub trait RecordableError: Serialize + DeserializeOwned + Send {}
 impl<E: Serialize + DeserializeOwned + Send> RecordableError for E {}
@@ -187,18 +212,18 @@ pub(super) struct Options<'p, E> {
     _process: PhantomData<&'p ()>,
 }
 
-impl<'p, F: Attempts<M>, M> Step<'p, F, M, Typed> {
+impl<'p, F: Attempts<M>, M> Step<'p, F, M, AsFailure> {
     #[track_caller]
     pub(super) fn new(process: &'p Process, name: Name, attempts: F) -> Self {
         let operation = Operation::new(&process.run, process.part(), &name, OpKind::Step, Location::caller());
         Self { operation, attempts, options: Options::new(), types: PhantomData }
     }
 
-    /// Records the closure's error as a [`Failure`] (type name, message, sources): for errors that cannot be
-    /// serialised.
-    pub fn failure(self) -> Step<'p, F, M, AsFailure>
+    /// Records the closure's error as it is, not as a [`Failure`], so that its variants and fields come back, after a crash
+    /// too. It needs `Serialize` and `Deserialize`, and what is recorded must be readable for later versions of the code.
+    pub fn typed(self) -> Step<'p, F, M, Typed>
     where
-        F::Err: std::error::Error + 'static,
+        F::Err: RecordableError,
     {
         let Self { operation, attempts, options, .. } = self;
         Step { operation, attempts, options, types: PhantomData }
@@ -250,7 +275,7 @@ where
             }
             let (error, worth) = match attempt(race, key, key, failed + 1, options.timeout, &mut attempts).await? {
                 Attempted::Ok(value) => return Ok(Ok(value)),
-                Attempted::Err(error) => options.judge::<R>(error),
+                Attempted::Err(error) => options.judge::<R>(error, |_| {}),
                 Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
             };
             failed += 1;
@@ -268,10 +293,14 @@ impl<E> Options<'_, E> {
         Self { retry, retry_if: None, timeout: None, was: None, _process: PhantomData }
     }
 
-    /// The error as it is recorded, and whether it is worth another attempt.
-    pub(super) fn judge<R: Recording<E>>(&self, error: E) -> (StepError<R::Error>, bool) {
+    /// The error as it is recorded, and whether it is worth another attempt. It is shown before, if that is possible.
+    pub(super) fn judge<R: Recording<E>>(
+        &self,
+        error: E,
+        mut show: impl FnMut(&(dyn std::error::Error + 'static)),
+    ) -> (StepError<R::Error>, bool) {
         let worth = self.retry_if.as_ref().is_none_or(|worth| worth(&error));
-        (StepError::Failed(R::convert(error)), worth)
+        (StepError::Failed(R::convert(error, &mut show)), worth)
     }
 }
 
@@ -331,7 +360,7 @@ where
                 operation.done();
                 return Ok(value);
             }
-            Attempted::Err(error) => options.judge::<R>(error),
+            Attempted::Err(error) => options.judge::<R>(error, |_| {}),
             Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
         };
         failed += 1;
@@ -539,7 +568,7 @@ where
             }
         };
         if let Poll::Ready(result) = polled {
-            return Poll::Ready(Ok(match result {
+            return Poll::Ready(Ok(match result.into_result() {
                 Ok(value) => Attempted::Ok(value),
                 Err(error) => Attempted::Err(error),
             }));

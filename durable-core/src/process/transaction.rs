@@ -12,13 +12,14 @@ use tokio::task::JoinHandle;
 use super::Process;
 use super::delay::due_after;
 use super::step::{
-    self, AsFailure, Attempt, Attempted, Attempts, FailedAttempt, Options, Recording, Start, Typed, Underway,
+    self, AsFailure, Attempt, Attempted, Attempts, FailedAttempt, Options, RecordableError, Recording, Start, Typed,
+    Underway,
 };
 use crate::engine::Backoff;
 use crate::engine::operation::{Operation, Write};
 use crate::engine::run::{Counted, End, Run, WaitFor};
 use crate::engine::wake::Inside;
-use crate::error::{Cancelled, StepError};
+use crate::error::{Cancelled, IntoFailure, StepError};
 use crate::limits::LimitError;
 use crate::name::Name;
 use crate::payload;
@@ -96,7 +97,7 @@ pub struct Transaction<'p, S: Transactional, F: Statements<S::Tx>, R> {
     types: PhantomData<fn() -> (S, R)>,
 }
 
-impl<'p, S: Transactional, F: Statements<S::Tx>> Transaction<'p, S, F, Typed> {
+impl<'p, S: Transactional, F: Statements<S::Tx, Err: IntoFailure>> Transaction<'p, S, F, AsFailure> {
     /// For the extension traits of backends.
     #[track_caller]
     pub fn new(process: &'p Process, name: impl Into<Name>, statements: F) -> Self {
@@ -106,11 +107,10 @@ impl<'p, S: Transactional, F: Statements<S::Tx>> Transaction<'p, S, F, Typed> {
         Self { operation, statements, options: Options::new(), types: PhantomData }
     }
 
-    /// Records the closure's error as a [`Failure`](crate::Failure): for errors that cannot be serialised, the driver's
-    /// among them.
-    pub fn failure(self) -> Transaction<'p, S, F, AsFailure>
+    /// Records the closure's error as it is, not as a [`Failure`](crate::Failure): it needs `Serialize` and `Deserialize`.
+    pub fn typed(self) -> Transaction<'p, S, F, Typed>
     where
-        F::Err: std::error::Error + 'static,
+        F::Err: RecordableError,
     {
         let Self { operation, statements, options, .. } = self;
         Transaction { operation, statements, options, types: PhantomData }
@@ -309,8 +309,8 @@ where
         }
         Ok(Attempted::TimedOut(after)) => Ok(Tried::Failed(StepError::TimedOut(after), true)),
         Ok(Attempted::Err(error)) => {
-            let transient = R::cause(&error).and_then(|error| ending.is_transient(error));
-            let (error, worth) = options.judge::<R>(error);
+            let mut transient = None;
+            let (error, worth) = options.judge::<R>(error, |error| transient = ending.is_transient(error));
             match engine(tokio::spawn(ending.rollback())).await {
                 Err(gone) => Ok(Tried::again(gone)),
                 Ok(_) if transient == Some(true) => Ok(Tried::again("the database asks for another try")),

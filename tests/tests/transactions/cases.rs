@@ -8,7 +8,8 @@ use std::time::Duration;
 const GO: Event<()> = Event::new("Go");
 const MS: Duration = Duration::from_millis(1);
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[error("{self:?}")]
 enum DebitError {
     NotEnough(i64),
     Sql(String),
@@ -120,7 +121,7 @@ mod cases {
                         calls.add("call");
                         debit(&mut tx, 5000).await
                     });
-                    let error = debit.await.unwrap_err();
+                    let error = debit.typed().await.unwrap_err();
                     proc.event(GO).await?;
                     Ok(error)
                 }
@@ -536,7 +537,7 @@ mod cases {
                 }
                 if fails { Err(DebitError::NotEnough(left)) } else { Ok(left) }
             });
-            match debit.await {
+            match debit.typed().await {
                 Ok(left) => Ok::<_, Failure>(left),
                 Err(StepError::Failed(DebitError::NotEnough(_))) => Ok(-1),
                 Err(other) => panic!("{other:?}"),

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 const DEBIT: Definition<(), i64> = Definition::new("debit");
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[error("{self:?}")]
 enum DebitError {
     Sql(String),
 }
@@ -74,7 +75,7 @@ async fn meets(
                 let statements = async |tx: Tx| Ok::<_, DebitError>(statements(tx).await?);
                 proc.transaction("debit", statements).await.map_err(|error| format!("{error:?}"))
             } else {
-                proc.transaction("debit", statements).failure().await.map_err(|error| format!("{error:?}"))
+                proc.transaction("debit", statements).await.map_err(|error| format!("{error:?}"))
             };
             let _ = sender.send(ended);
             Ok(0)
@@ -152,7 +153,7 @@ mod cases {
                 }
                 Ok::<_, sqlx::Error>(HOSTILE.to_owned())
             });
-            Ok::<_, Failure>(text.failure().await.unwrap())
+            Ok::<_, Failure>(text.await.unwrap())
         };
         let host = quick(&backend).await.register(TEXT, function).start().await.unwrap();
         assert_eq!(host.spawn(TEXT, "t", &()).await.unwrap().output().await.unwrap(), HOSTILE);
@@ -211,7 +212,7 @@ mod cases {
                     let _ = tx.execute(sqlx::raw_sql("INSERT INTO accounts VALUES (1, 1)")).await;
                     Ok::<_, sqlx::Error>(left)
                 });
-                let _ = sender.send(debit.failure().await);
+                let _ = sender.send(debit.await);
                 Ok(0)
             }
         })
@@ -265,7 +266,7 @@ mod cases {
                     let _ = gone.clone().wait_for(|gone| *gone).await;
                     Ok::<_, sqlx::Error>(left)
                 });
-                Ok(debit.failure().await.unwrap())
+                Ok(debit.await.unwrap())
             }
         })
         .await;
@@ -360,7 +361,7 @@ mod cases {
                             tokio::spawn(until_debited(url.clone(), schema.clone())).await.unwrap();
                             Err(DebitError::Sql("insufficient funds".into()))
                         });
-                        Ok(debit.retry(retry).await.unwrap())
+                        Failure::ok(debit.retry(retry).await.unwrap())
                     }
                 }
             };

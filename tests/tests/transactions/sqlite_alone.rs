@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::Executor;
 use std::future::IntoFuture;
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[error("{0}")]
 struct Hidden(String);
 
 impl From<sqlx::Error> for Hidden {
@@ -172,7 +173,7 @@ fn a_database_that_is_replaced_beneath_one() {
                     std::fs::rename(&from, &to).map_err(sqlx::Error::Io)?;
                     Ok::<_, sqlx::Error>(())
                 });
-                moves.failure().await?;
+                moves.await?;
                 let after = || async {
                     Ok::<_, Failure>(effects.add(format!("after: {}", std::path::Path::new(&from).exists())))
                 };
