@@ -1,3 +1,5 @@
+//! A user registers, and is active once the e-mail is verified.
+
 use durable_sqlite::{Definition, Event, Failure, Host, Process, Retry, Sqlite};
 use std::{error::Error, io, time::Duration};
 
@@ -17,8 +19,8 @@ async fn register(proc: Process, email: String) -> Result<u64, Failure> {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let host = Host::builder(Sqlite::open("service.db").await?).register(REGISTER, register).start().await?;
-    let email = "ann@example.org".to_owned();
-    let registration = host.spawn(REGISTER, format!("register {email}"), &email).await?;
+    let email = "ann@example.org";
+    let registration = host.spawn(REGISTER, format!("register {email}"), email).await?;
     // From any instance of the service. One that has ended takes no more messages.
     if let Err(error) = registration.raise(VERIFIED, &()).await {
         println!("{error}");

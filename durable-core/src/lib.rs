@@ -50,3 +50,6 @@ pub use process::{
 };
 pub use retry::Retry;
 pub use storage::{Counted, InstanceId, RunId, Status};
+
+// What stands in public signatures.
+pub use {chrono, uuid};

@@ -3,6 +3,7 @@ use durable_core::storage::{OutboxWriter, Raise, Raised, RunId, Spawn, Spawned};
 use durable_core::{Definition, Event, Host, RaiseIn, SpawnIn};
 use futures_io::{AsyncRead, AsyncWrite};
 use serde::Serialize;
+use std::borrow::Borrow;
 use tiberius::Client;
 use tiberius::error::Error;
 use uuid::Uuid;
@@ -34,55 +35,59 @@ pub trait Outbox {
     ///     Ok(client.commit_transaction().await?)
     /// }
     /// ```
-    fn spawn_in<'c, S, I, O, E>(
+    fn spawn_in<'c, S, I, O, E, Q>(
         &self,
         client: &'c mut Client<S>,
         definition: Definition<I, O, E>,
         id: impl Into<String>,
-        input: &I,
+        input: &Q,
     ) -> SpawnIn<'c, InTransaction<'c, S>, O, E>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
-        I: Serialize;
+        I: Borrow<Q>,
+        Q: Serialize + ?Sized;
 
     /// Sends a message if the transaction commits, as [`Handle::raise`](crate::Handle::raise).
-    fn raise_in<'c, S, T>(
+    fn raise_in<'c, S, T, Q>(
         &self,
         client: &'c mut Client<S>,
         id: impl Into<String>,
         event: Event<T>,
-        payload: &T,
+        payload: &Q,
     ) -> RaiseIn<'c, InTransaction<'c, S>>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
-        T: Serialize;
+        T: Borrow<Q>,
+        Q: Serialize + ?Sized;
 }
 
 impl Outbox for Host {
-    fn spawn_in<'c, S, I, O, E>(
+    fn spawn_in<'c, S, I, O, E, Q>(
         &self,
         client: &'c mut Client<S>,
         definition: Definition<I, O, E>,
         id: impl Into<String>,
-        input: &I,
+        input: &Q,
     ) -> SpawnIn<'c, InTransaction<'c, S>, O, E>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
-        I: Serialize,
+        I: Borrow<Q>,
+        Q: Serialize + ?Sized,
     {
         SpawnIn::new(self, InTransaction::new(self, client), definition, id, input)
     }
 
-    fn raise_in<'c, S, T>(
+    fn raise_in<'c, S, T, Q>(
         &self,
         client: &'c mut Client<S>,
         id: impl Into<String>,
         event: Event<T>,
-        payload: &T,
+        payload: &Q,
     ) -> RaiseIn<'c, InTransaction<'c, S>>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
-        T: Serialize,
+        T: Borrow<Q>,
+        Q: Serialize + ?Sized,
     {
         RaiseIn::new(self, InTransaction::new(self, client), id, event, payload)
     }

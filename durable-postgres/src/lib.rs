@@ -90,6 +90,7 @@ pub use connect::Connect;
 pub use durable_core::*;
 pub use migrate::{MIGRATIONS, schema_sql};
 pub use outbox::{InTransaction, Outbox};
+pub use sqlx;
 pub use transaction::{Transactions, Tx};
 
 use std::sync::Arc;

@@ -60,6 +60,7 @@ pub use connect::Open;
 pub use durable_core::*;
 pub use migrate::{MIGRATIONS, schema_sql};
 pub use outbox::{InTransaction, Outbox};
+pub use sqlx;
 pub use transaction::{Transactions, Tx};
 
 use chrono::{DateTime, SecondsFormat, Utc};

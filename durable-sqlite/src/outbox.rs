@@ -5,6 +5,7 @@ use futures_util::TryStreamExt;
 use serde::Serialize;
 use sqlx::sqlite::SqliteExecutor;
 use sqlx::{AssertSqlSafe, Either};
+use std::borrow::Borrow;
 use std::marker::PhantomData;
 
 use crate::rows::{boxed, get, run};
@@ -30,55 +31,59 @@ pub trait Outbox {
     ///     Ok(tx.commit().await?)
     /// }
     /// ```
-    fn spawn_in<'c, X, I, O, E>(
+    fn spawn_in<'c, X, I, O, E, Q>(
         &self,
         executor: X,
         definition: Definition<I, O, E>,
         id: impl Into<String>,
-        input: &I,
+        input: &Q,
     ) -> SpawnIn<'c, InTransaction<'c, X>, O, E>
     where
         X: SqliteExecutor<'c> + 'c,
-        I: Serialize;
+        I: Borrow<Q>,
+        Q: Serialize + ?Sized;
 
     /// Sends a message if the transaction commits, as [`Handle::raise`](crate::Handle::raise).
-    fn raise_in<'c, X, T>(
+    fn raise_in<'c, X, T, Q>(
         &self,
         executor: X,
         id: impl Into<String>,
         event: Event<T>,
-        payload: &T,
+        payload: &Q,
     ) -> RaiseIn<'c, InTransaction<'c, X>>
     where
         X: SqliteExecutor<'c> + 'c,
-        T: Serialize;
+        T: Borrow<Q>,
+        Q: Serialize + ?Sized;
 }
 
 impl Outbox for Host {
-    fn spawn_in<'c, X, I, O, E>(
+    fn spawn_in<'c, X, I, O, E, Q>(
         &self,
         executor: X,
         definition: Definition<I, O, E>,
         id: impl Into<String>,
-        input: &I,
+        input: &Q,
     ) -> SpawnIn<'c, InTransaction<'c, X>, O, E>
     where
         X: SqliteExecutor<'c> + 'c,
-        I: Serialize,
+        I: Borrow<Q>,
+        Q: Serialize + ?Sized,
     {
         SpawnIn::new(self, InTransaction { executor, transaction: PhantomData }, definition, id, input)
     }
 
-    fn raise_in<'c, X, T>(
+    fn raise_in<'c, X, T, Q>(
         &self,
         executor: X,
         id: impl Into<String>,
         event: Event<T>,
-        payload: &T,
+        payload: &Q,
     ) -> RaiseIn<'c, InTransaction<'c, X>>
     where
         X: SqliteExecutor<'c> + 'c,
-        T: Serialize,
+        T: Borrow<Q>,
+        Q: Serialize + ?Sized,
     {
         RaiseIn::new(self, InTransaction { executor, transaction: PhantomData }, id, event, payload)
     }

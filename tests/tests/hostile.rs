@@ -136,7 +136,8 @@ async fn texts_that_are_refused<B: Backend>() {
     there.output().await.unwrap();
     for (text, why) in refused() {
         let input = (9, String::new());
-        let (kind, event) = (Definition::<(u8, String), String>::new(constant(&text)), Event::new(constant(&text)));
+        let (kind, event) =
+            (Definition::<(u8, String), String>::new(constant(&text)), Event::<i32>::new(constant(&text)));
         let told = [
             host.spawn(USE, &*text, &input).await.map(drop).unwrap_err().to_string(),
             host.spawn(kind, "other", &input).await.map(drop).unwrap_err().to_string(),
@@ -226,7 +227,7 @@ async fn texts_that_are_allowed<B: Backend>() {
         assert_eq!(handle.value::<String>(("key", text)).await.unwrap().as_deref(), Some(text));
         handle.raise(TEXT, &text.to_owned()).id(text).await.unwrap();
         handle.raise(TEXT, &"twice".to_owned()).id(text).await.unwrap();
-        handle.raise(Event::new(constant(text)), &text.to_owned()).await.unwrap();
+        handle.raise(Event::<String>::new(constant(text)), text).await.unwrap();
         let mut expected: Vec<String> = ALLOWED.iter().flat_map(|name| [*name, name].map(str::to_owned)).collect();
         expected.extend([text; 3].map(str::to_owned));
         assert_eq!(handle.output().await.unwrap(), expected, "{text}");

@@ -171,7 +171,7 @@ async fn a_receive_that_timed_out_counts_and_one_that_was_dropped_does_not<B: Ba
     for cents in [7, 8] {
         handle.raise(PAID, &cents).await.unwrap();
     }
-    handle.raise(SHIPPED, &"x".into()).await.unwrap();
+    handle.raise(SHIPPED, "x").await.unwrap();
     assert_eq!(handle.output().await.unwrap(), [None, Some(7), Some(8)]);
 }
 
@@ -866,7 +866,7 @@ async fn dropped_while_they_are_recorded<B: Backend>(together: bool) {
     for n in 0..2 * ROUNDS {
         handle.raise(PAID, &n).await.unwrap();
     }
-    handle.raise(SHIPPED, &"go".into()).await.unwrap();
+    handle.raise(SHIPPED, "go").await.unwrap();
     until("it is through", async || {
         handle.value::<bool>(("returned", ROUNDS - 1)).await.unwrap().is_some()
             && handle.status().await.unwrap().waiting_for.is_some_and(|what| what.contains("Shipped"))
@@ -875,7 +875,7 @@ async fn dropped_while_they_are_recorded<B: Backend>(together: bool) {
     drop(host);
     let host = host_with(&backend, DROPPED, function).await;
     let handle = host.get("d").of(DROPPED);
-    handle.raise(SHIPPED, &"end".into()).await.unwrap();
+    handle.raise(SHIPPED, "end").await.unwrap();
     let (dropped, log) = handle.output().await.unwrap();
     assert!(dropped > 0);
     assert_eq!(log, (0..2 * ROUNDS).collect::<Vec<_>>(), "each once, in order, in both executions");

@@ -1,6 +1,7 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::borrow::Borrow;
 use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::marker::PhantomData;
@@ -47,8 +48,8 @@ impl<O, E> fmt::Debug for Handle<O, E> {
     }
 }
 
-/// What a process is doing.
-#[derive(Debug, Clone, PartialEq)]
+/// What a process is doing. As JSON its times are in RFC 3339, its status as in the database.
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Info {
     /// Its id.
@@ -223,7 +224,7 @@ impl<O, E> Handle<O, E> {
     /// # Errors
     /// The process does not exist or has ended; a limit; or no answer: then call again with the same
     /// [id](Send::id), and it is put in once.
-    pub fn raise<T: Serialize>(&self, event: Event<T>, payload: &T) -> Send {
+    pub fn raise<T: Borrow<Q>, Q: Serialize + ?Sized>(&self, event: Event<T>, payload: &Q) -> Send {
         Send {
             core: self.core.clone(),
             process: self.id.clone(),

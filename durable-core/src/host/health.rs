@@ -7,7 +7,7 @@ use super::Host;
 /// A probe compares them with what it tolerates. All are small while all is well: the heartbeat's age stays below
 /// [`heartbeat`](crate::HostBuilder::heartbeat)'s interval and a round trip, the poller's below [`poll`](crate::HostBuilder::poll)
 /// and one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Health {
     /// How old the last heartbeat is that the database has acknowledged. From half the expiry on no attempt of a step starts;

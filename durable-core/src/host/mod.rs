@@ -15,6 +15,7 @@ pub use processes::Processes;
 pub use spawn::SpawnProcess;
 pub(crate) use spawn::{check_message, check_spawn};
 
+use std::borrow::Borrow;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,6 +85,8 @@ impl Host {
     /// Starts a process, idempotent by its id: the same id, kind and input again hands back the one that exists.
     /// Returns once its row is committed; from then on it survives any crash.
     ///
+    /// An input that is a `String` may be given as a `&str`, a `Vec` as a slice.
+    ///
     /// It runs at once in this host if it has room and the kind is registered here; else it waits for an instance that
     /// has. Spawning needs the definition only.
     ///
@@ -93,14 +96,15 @@ impl Host {
     ///
     /// # Cancel safety
     /// Dropped before it returns, the process may or may not have been started.
-    pub fn spawn<I, O, E>(
+    pub fn spawn<I, O, E, Q>(
         &self,
         definition: Definition<I, O, E>,
         id: impl Into<String>,
-        input: &I,
+        input: &Q,
     ) -> SpawnProcess<O, E>
     where
-        I: serde::Serialize,
+        I: Borrow<Q>,
+        Q: serde::Serialize + ?Sized,
     {
         SpawnProcess::new(self.core.clone(), definition.kind(), id.into(), crate::payload::encode(input))
     }

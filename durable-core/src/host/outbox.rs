@@ -1,4 +1,5 @@
 use serde::Serialize;
+use std::borrow::Borrow;
 use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::marker::PhantomData;
@@ -23,12 +24,12 @@ pub struct SpawnIn<'w, W, O, E> {
 
 impl<'w, W: 'w, O, E> SpawnIn<'w, W, O, E> {
     /// For the extension traits of backends.
-    pub fn new<I: Serialize>(
+    pub fn new<I: Borrow<Q>, Q: Serialize + ?Sized>(
         host: &Host,
         outbox: W,
         definition: Definition<I, O, E>,
         id: impl Into<String>,
-        input: &I,
+        input: &Q,
     ) -> Self {
         Self { spawn: host.spawn(definition, id, input), outbox, transaction: PhantomData }
     }
@@ -78,7 +79,11 @@ pub struct RaiseIn<'w, W> {
 
 impl<'w, W: 'w> RaiseIn<'w, W> {
     /// For the extension traits of backends.
-    pub fn new<T: Serialize>(host: &Host, outbox: W, id: impl Into<String>, event: Event<T>, payload: &T) -> Self {
+    pub fn new<T, Q>(host: &Host, outbox: W, id: impl Into<String>, event: Event<T>, payload: &Q) -> Self
+    where
+        T: Borrow<Q>,
+        Q: Serialize + ?Sized,
+    {
         Self { send: host.get(id).raise(event, payload), outbox, transaction: PhantomData }
     }
 

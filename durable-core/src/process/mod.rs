@@ -25,6 +25,7 @@ pub use value::{Get, Set};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::borrow::Borrow;
 use std::fmt;
 use std::future::IntoFuture;
 use std::sync::Arc;
@@ -285,14 +286,15 @@ impl Process {
     /// # }).unwrap();
     /// ```
     #[track_caller]
-    pub fn spawn<I, O, E>(
+    pub fn spawn<I, O, E, Q>(
         &self,
         definition: Definition<I, O, E>,
         id: impl Into<String>,
-        input: &I,
+        input: &Q,
     ) -> SpawnChild<'_, O, E>
     where
-        I: Serialize,
+        I: Borrow<Q>,
+        Q: Serialize + ?Sized,
     {
         SpawnChild::new(self, definition.kind(), id.into(), crate::payload::encode(input))
     }
@@ -301,7 +303,11 @@ impl Process {
     /// committed. Its record has the event's name and the id as its key; a second one of the same event to the same
     /// process needs a [key](RaiseFrom::key).
     #[track_caller]
-    pub fn raise<T: Serialize>(&self, id: impl Into<String>, event: Event<T>, payload: &T) -> RaiseFrom<'_> {
+    pub fn raise<T, Q>(&self, id: impl Into<String>, event: Event<T>, payload: &Q) -> RaiseFrom<'_>
+    where
+        T: Borrow<Q>,
+        Q: Serialize + ?Sized,
+    {
         RaiseFrom::new(self, id.into(), event.name(), crate::payload::encode(payload))
     }
 
