@@ -238,11 +238,11 @@ pub fn long() -> bool {
     std::env::var_os("DURABLE_LONG").is_some()
 }
 
-/// The log that `RUST_LOG` asks for. Warnings and errors are kept as well.
+/// The log that `RUST_LOG` asks for. What a service sees by default is kept as well.
 pub fn log() {
     let asked = tracing_subscriber::EnvFilter::from_default_env();
     let shown = tracing_subscriber::fmt::layer().with_test_writer().with_filter(asked);
-    let kept = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(|| Kept).with_filter(LevelFilter::WARN);
+    let kept = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(|| Kept).with_filter(LevelFilter::INFO);
     let _ = tracing_subscriber::registry().with(shown).with(kept).try_init();
 }
 
@@ -260,7 +260,7 @@ impl std::io::Write for Kept {
     }
 }
 
-/// Whether a warning or an error with all of these in it was logged in this program.
+/// Whether a line with all of these in it was logged in this program, at INFO or above.
 pub fn logged(parts: &[&str]) -> bool {
     KEPT.lock().unwrap().lines().any(|line| parts.iter().all(|part| line.contains(part)))
 }

@@ -10,6 +10,7 @@ use durable_tests::*;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::future::Future;
+use std::time::Duration;
 
 type Boxed = Box<dyn Error + Send + Sync>;
 
@@ -194,5 +195,39 @@ fn a_transaction_of_anyhows() {
         let host = quick(&backend).await.register(IT, function).start().await.unwrap();
         assert_eq!(host.spawn(IT, "it", &()).await.unwrap().output().await.unwrap(), 5);
         assert_eq!(calls.all().len(), 2);
+    });
+}
+
+/// The log tells of a host's start and end, and of each attempt that fails.
+#[test]
+fn what_a_service_sees_in_its_log() {
+    run(async {
+        const IT: Definition<(), ()> = Definition::new("it");
+        let it = async |proc: Process, ()| -> Result<(), Failure> {
+            let fails = |attempt: Attempt| async move {
+                if attempt.number() < 3 {
+                    anyhow::bail!("the gateway is away")
+                }
+                anyhow::Ok(())
+            };
+            Ok(proc.step("charge", fails).retry(Retry::fixed(Duration::from_millis(1)).max_attempts(3)).await?)
+        };
+        let host = Host::builder(Memory::new()).label("payments 7").register(IT, it).start().await.unwrap();
+        host.spawn(IT, "p-1", &()).await.unwrap().output().await.unwrap();
+        host.shutdown(Duration::from_secs(1)).await;
+        assert!(logged(&["INFO", "the host has started", "payments 7", "memory", r#"kinds=["it"]"#]));
+        for attempt in [1, 2] {
+            let attempt = format!("attempt={attempt}");
+            assert!(logged(&[
+                "WARN",
+                "an attempt of \"charge\" failed",
+                "the gateway is away",
+                "id=p-1",
+                &attempt,
+                "due at"
+            ]));
+        }
+        assert!(!logged(&["attempt=3"]));
+        assert!(logged(&["INFO", "the host is stopping"]) && logged(&["INFO", "the host has stopped"]));
     });
 }

@@ -160,11 +160,11 @@ async fn all<B: Secretive>(proc: Process, input: String) -> Result<String, Failu
     proc.step("m4rked tried twice", || {
         tries += 1;
         let first = tries == 1;
-        async move { if first { Err(Failure::new("hidden failure")) } else { Ok("hidden result".to_owned()) } }
+        async move { if first { Err(Failure::new("m4rked failure")) } else { Ok("hidden result".to_owned()) } }
     })
     .retry(Retry::fixed(Duration::from_millis(1)).max_attempts(2))
     .await?;
-    let given_up = proc.step("m4rked given up", || async { Err::<(), _>(Failure::new("hidden failure")) }).await;
+    let given_up = proc.step("m4rked given up", || async { Err::<(), _>(Failure::new("m4rked failure")) }).await;
     assert!(given_up.is_err());
     proc.get("m4rked got", || "hidden value".to_owned()).await?;
     proc.set("m4rked set", "hidden value".to_owned()).await?;

@@ -221,28 +221,34 @@ fn a_damaged_database_is_not_read_in_parts() {
 #[test]
 fn a_damaged_database_is_not_written_in_parts() {
     run(async {
+        let memory = Memory::new();
+        let client = Host::builder(memory.clone()).start().await.unwrap();
+        let mut handles = Vec::new();
+        for n in 0..MANY {
+            handles.push(client.spawn(IT, format!("p-{n}"), &()).await.unwrap());
+        }
         let damage = Arc::new(Damage::default());
-        let (met, mut bad, mut first) = (damage.clone(), None, true);
-        let storage = Faulty::new(Memory::new(), move |batch| {
-            // Behind one that is made again, all others come together.
-            if std::mem::take(&mut first) {
-                return Some(Fault::Before);
-            }
+        let (met, mut bad) = (damage.clone(), None);
+        let ran = Arc::new(AtomicUsize::new(0));
+        let all = ran.clone();
+        let storage = Faulty::new(memory, move |batch| {
             let finishes = |op: &Op| if let Op::Finish(finish) = op { Some(finish.run) } else { None };
             let runs: Vec<RunId> = batch.ops.iter().filter_map(finishes).collect();
+            // Behind the first that ends, all others come together.
+            if !runs.is_empty() && all.load(Ordering::SeqCst) < MANY {
+                return Some(Fault::Before);
+            }
             bad = bad.or_else(|| (runs.len() > 1).then(|| runs[0]));
             met.meets(&runs, bad?).then_some(Fault::Damaged)
         });
-        let host =
-            Host::builder(storage).register(IT, async |_: Process, ()| Ok::<_, Failure>(1)).start().await.unwrap();
-        let start = |n| {
-            let host = host.clone();
-            tokio::spawn(async move { host.spawn(IT, format!("p-{n}"), &()).await.unwrap().output().await.unwrap() })
+        let it = move |_: Process, ()| {
+            ran.fetch_add(1, Ordering::SeqCst);
+            async { Failure::ok(1) }
         };
-        let started: Vec<_> = (0..MANY).map(start).collect();
+        let _host = Host::builder(storage).register(IT, it).start().await.unwrap();
         damage.is_met_often().await;
-        for output in started {
-            assert_eq!(output.await.unwrap(), 1);
+        for handle in handles {
+            assert_eq!(handle.output().await.unwrap(), 1);
         }
     });
 }

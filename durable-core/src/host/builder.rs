@@ -255,6 +255,9 @@ impl HostBuilder {
         let (ready, started) = oneshot::channel();
         tokio::spawn(supervise(core, ready));
         started.await.unwrap_or_else(|_| Err(StorageError::unavailable("the engine's task ended")))?;
+        let Core { namespace, settings, .. } = &*host.core;
+        let (storage, kinds) = (host.core.storage.name(), host.core.kind_names());
+        tracing::info!(storage, namespace = %namespace, label = %settings.label, ?kinds, "the host has started");
         Ok(host)
     }
 }

@@ -135,6 +135,7 @@ impl Host {
     /// blocks its thread is left behind a second later, and handed to others like what was given back.
     pub async fn shutdown(&self, grace: Duration) {
         let core = &self.core;
+        tracing::info!(in_memory = self.in_memory(), ?grace, "the host is stopping");
         core.phase.reach(Phase::Stopping);
         for run in core.held.runs() {
             run.state().stopping = true;
@@ -155,6 +156,7 @@ impl Host {
             core.phase.reach(Phase::Dead);
             core.held.drop_all();
         }
+        tracing::info!("the host has stopped");
     }
 }
 

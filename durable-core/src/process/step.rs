@@ -1,6 +1,7 @@
 use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::future::{Future, IntoFuture, poll_fn};
 use std::marker::PhantomData;
 use std::panic::Location;
@@ -161,7 +162,7 @@ pub enum AsFailure {}
 /// How a step's error is recorded.
 pub trait Recording<E>: Send {
     /// What comes back.
-    type Error: Serialize + DeserializeOwned + Send;
+    type Error: RecordableError;
     /// From what the closure returned, which is shown before if it can be asked for its sources.
     fn convert(error: E, show: &mut dyn FnMut(&(dyn std::error::Error + 'static))) -> Self::Error;
 }
@@ -183,14 +184,14 @@ impl<E: IntoFailure> Recording<E> for AsFailure {
     }
 }
 
-/// An error that can be recorded as it is: `Serialize` and `DeserializeOwned`.
+/// An error that can be recorded as it is: `Serialize`, `DeserializeOwned`, and `Display` for the log.
 #[diagnostic::on_unimplemented(
     message = "the step's error `{Self}` cannot be recorded as it is",
     note = "derive `Serialize` and `Deserialize` for `{Self}`, or leave `.typed()` out: it is recorded as a `Failure` then, its \
             message and its sources' messages"
 )]
-pub trait RecordableError: Serialize + DeserializeOwned + Send {}
-impl<E: Serialize + DeserializeOwned + Send> RecordableError for E {}
+pub trait RecordableError: Serialize + DeserializeOwned + fmt::Display + Send {}
+impl<E: Serialize + DeserializeOwned + fmt::Display + Send> RecordableError for E {}
 
 pub(super) type RetryIf<'p, E> = Box<dyn Fn(&E) -> bool + Send + 'p>;
 
@@ -279,10 +280,11 @@ where
                 Attempted::TimedOut(after) => (StepError::TimedOut(after), true),
             };
             failed += 1;
-            let Some(delay) = options.retry.delay_after(failed, key.idempotency(run.run)).filter(|_| worth) else {
-                return Ok(Err(error));
-            };
-            as_one.failed(failed, due_after(run.core.clock.now(), delay)).await?;
+            let delay = options.retry.delay_after(failed, key.idempotency(run.run)).filter(|_| worth);
+            let next_at = delay.map(|delay| due_after(run.core.clock.now(), delay));
+            tell(&operation, failed, &error, next_at);
+            let Some(next_at) = next_at else { return Ok(Err(error)) };
+            as_one.failed(failed, next_at).await?;
         }
     }
 }
@@ -419,7 +421,16 @@ pub(super) struct FailedAttempt<E> {
     pub(super) write: Write,
 }
 
-impl<E: Serialize + DeserializeOwned> FailedAttempt<E> {
+/// Tells the log of an attempt that has failed.
+fn tell(operation: &Operation, failed: u32, error: &impl fmt::Display, next_at: Option<DateTime<Utc>>) {
+    const MOST: usize = 1000;
+    let run = &operation.run;
+    let error: String = error.to_string().chars().take(MOST).collect();
+    let next = next_at.map_or_else(|| "no more are made".to_owned(), |at| format!("the next one is due at {at}"));
+    tracing::warn!(id = %run.id, kind = %run.kind, run = %run.run, attempt = failed, error, "an attempt of {} failed; {next}", operation.key);
+}
+
+impl<E: RecordableError> FailedAttempt<E> {
     pub(super) fn new(
         operation: &Operation,
         identity: &RecordKey,
@@ -428,9 +439,9 @@ impl<E: Serialize + DeserializeOwned> FailedAttempt<E> {
         (error, worth): (StepError<E>, bool),
         at: DateTime<Utc>,
     ) -> Result<Self, payload::EncodeError> {
+        let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
         let seed = identity.idempotency(operation.run.run);
         let delay = if worth { retry.delay_after(failed, seed) } else { None };
-        let attempts = i32::try_from(failed).unwrap_or(i32::MAX);
         let (payload, error) = payload::encode_back(error)?;
         let Some(delay) = delay else {
             return Ok(Self { error, next_at: None, write: Write { attempts, ..Write::failed(payload) } });
@@ -444,7 +455,7 @@ impl<E: Serialize + DeserializeOwned> FailedAttempt<E> {
 
 /// Records that an attempt has failed. The error if that is the step's; none once the pause before the next attempt is
 /// over.
-pub(super) async fn note_failure<E: Serialize + DeserializeOwned>(
+pub(super) async fn note_failure<E: RecordableError>(
     operation: &Operation,
     identity: &RecordKey,
     retry: &Retry,
@@ -457,11 +468,11 @@ pub(super) async fn note_failure<E: Serialize + DeserializeOwned>(
             Ok(attempt) => attempt,
             Err(error) => return operation.unencodable(&error).await,
         };
+    tell(operation, failed, &error, next_at);
     let Some(next_at) = next_at else {
         operation.record(write).await?;
         return Ok(Some(error));
     };
-    tracing::debug!(id = %operation.run.id, run = %operation.run.run, step = %operation.key, attempt = failed, "failed; tried again at {next_at}");
     operation.record(write).await?;
     wait_for_retry(operation, next_at).await?;
     Ok(None)

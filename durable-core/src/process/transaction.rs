@@ -495,7 +495,7 @@ async fn engine<T>(task: JoinHandle<Result<T, StorageError>>) -> Result<T, Stora
 struct Watchdog(JoinHandle<()>);
 
 impl Watchdog {
-    fn set<E: Serialize + DeserializeOwned>(
+    fn set<E: RecordableError>(
         operation: &Operation,
         identity: &RecordKey,
         retry: &Retry,
