@@ -132,9 +132,9 @@ impl Process {
     /// between the effect and the record runs again: at least once, each attempt with the same idempotency key.
     ///
     /// # Errors
-    /// The closure's error must be recordable (`Serialize` and `DeserializeOwned`) and comes back as
-    /// [`StepError::Failed`](crate::StepError::Failed), after a resume as well. For any other `std::error::Error`
-    /// chain [``](Step::failure).
+    /// The closure's error comes back as [`StepError::Failed`](crate::StepError::Failed), after a resume as well: recorded as a
+    /// [`Failure`](crate::Failure), whatever its type; or as it is, after [`typed`](Step::typed). A step that cannot fail returns
+    /// nothing, or [`Failure::ok`](crate::Failure::ok).
     ///
     /// # Cancel safety
     /// Dropped unfinished, the step gives its name back: the next use is a further attempt, with the same key. If its
