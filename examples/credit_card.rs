@@ -76,7 +76,7 @@ async fn credit_card(inactive: Duration, proc: Process, assigned: Assigned) -> R
         }
     };
     proc.step("assigned", tell(format!("{card} was assigned to you"))).await?;
-    let check_at = proc.get("check at", || chrono::Utc::now() + inactive).await?;
+    let check_at = proc.get("check at", || proc.now() + inactive).await?;
     let mut transactions = 0;
     let mut checked = false;
     loop {

@@ -110,6 +110,25 @@ impl Process {
         self.run.claim
     }
 
+    /// The time now, by the database's clock as this instance knows it: by which delays and time-outs are counted on every
+    /// instance, and which is virtual in tests. It is another one at each execution, so record what is decided by it.
+    ///
+    /// ```
+    /// # use durable_core::*;
+    /// # use durable_core::testing::run_process;
+    /// # use std::time::Duration;
+    /// # let result = run_process(|proc| async move {
+    /// let check_at = proc.get("check at", || proc.now() + Duration::from_secs(3600)).await?;
+    /// proc.delay_until("check", check_at).await?;
+    /// assert!(proc.now() >= check_at);
+    /// # Ok::<_, Failure>(())
+    /// # });
+    /// # result.unwrap();
+    /// ```
+    pub fn now(&self) -> DateTime<Utc> {
+        self.run.core.clock.now()
+    }
+
     /// Whether what the function does now it has done before: it is called from its start, and operations that are
     /// recorded return what they did. For what should happen once though it is not recorded, a line in a log say.
     pub fn is_replaying(&self) -> bool {
