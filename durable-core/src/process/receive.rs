@@ -222,7 +222,9 @@ async fn receive(operation: &mut Operation, name: &str, timeout: Option<Duration
     };
     let event = operation
         .wait(WaitFor::Event(name.into()), deadline, |state, now| {
-            let in_time = |event: &&EventRow| deadline.is_none_or(|deadline| event.raised_at <= deadline);
+            // One that is there before the deadline is in time, even if it was put in before the clock was set back.
+            let in_time =
+                |event: &&EventRow| deadline.is_none_or(|deadline| event.raised_at <= deadline || now < deadline);
             match lowest(state, name).filter(in_time).map(|event| event.number) {
                 Some(number) => Some(Ok(take(state, number)?)),
                 None => deadline.is_some_and(|deadline| now >= deadline).then_some(Err(now)),
