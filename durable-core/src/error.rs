@@ -111,7 +111,8 @@ impl Failure {
         self.code = Some(code.into());
         self
     }
-    /// The name that the program has given it. One that was wrapped in other errors has kept it.
+    /// The name that the program has given it. It is found again in an error that has the step's error as its
+    /// [source](Error::source), by `anyhow`'s `context` for example; a transparent wrapper hides it.
     pub fn code(&self) -> Option<&str> {
         self.code.as_deref()
     }

@@ -97,3 +97,21 @@ async fn the_end_of_another_process() {
     let (races, _) = after_an_outage(ends, HOUR * 3 / 2).await;
     assert_eq!(races, ["late", "late"]);
 }
+
+/// It is there before the deadline, though it was put in when that was over: the clock was set back since.
+#[tokio::test(start_paused = true)]
+async fn a_message_from_before_the_clock_was_set_back() {
+    let memory = Memory::new();
+    let elsewhere = Host::builder(memory.clone()).start().await.unwrap();
+    let first = host(&memory).await;
+    let receive = first.spawn(RECEIVE, "receive", &()).await.unwrap();
+    durable_tests::until_status(&receive, Status::Waiting).await;
+    first.shutdown(Duration::from_secs(1)).await;
+    tokio::time::advance(HOUR * 3 / 2).await;
+    elsewhere.get("receive").raise(PAID, &7).await.unwrap();
+    memory.jump(-chrono::TimeDelta::hours(1));
+    // It is woken by the clock as it is now.
+    elsewhere.get("receive").raise(Event::<u32>::new("Other"), &0).await.unwrap();
+    let second = host(&memory).await;
+    assert_eq!(second.get("receive").of(RECEIVE).output().await.unwrap(), Some(7));
+}

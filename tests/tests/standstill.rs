@@ -193,16 +193,22 @@ impl Damage {
     }
 }
 
+/// Processes that no instance runs yet, for one that claims them together.
+async fn started(memory: &Memory) -> (Host, Vec<Handle<u32, Failure>>) {
+    let client = Host::builder(memory.clone()).start().await.unwrap();
+    let mut handles = Vec::new();
+    for n in 0..MANY {
+        handles.push(client.spawn(IT, format!("p-{n}"), &()).await.unwrap());
+    }
+    (client, handles)
+}
+
 /// What is read beside the damage may be what is left of more: a record that is missing is a step that runs again.
 #[test]
 fn a_damaged_database_is_not_read_in_parts() {
     run(async {
         let memory = Memory::new();
-        let client = Host::builder(memory.clone()).start().await.unwrap();
-        let mut handles = Vec::new();
-        for n in 0..MANY {
-            handles.push(client.spawn(IT, format!("p-{n}"), &()).await.unwrap());
-        }
+        let (_client, handles) = started(&memory).await;
         let (damage, bad) = (Arc::new(Damage::default()), handles[MANY / 3].run().unwrap());
         let met = damage.clone();
         let storage = Faulty::reading(memory, move |runs| {
@@ -222,11 +228,7 @@ fn a_damaged_database_is_not_read_in_parts() {
 fn a_damaged_database_is_not_written_in_parts() {
     run(async {
         let memory = Memory::new();
-        let client = Host::builder(memory.clone()).start().await.unwrap();
-        let mut handles = Vec::new();
-        for n in 0..MANY {
-            handles.push(client.spawn(IT, format!("p-{n}"), &()).await.unwrap());
-        }
+        let (_client, handles) = started(&memory).await;
         let damage = Arc::new(Damage::default());
         let (met, mut bad) = (damage.clone(), None);
         let ran = Arc::new(AtomicUsize::new(0));

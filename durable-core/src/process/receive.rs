@@ -59,7 +59,8 @@ impl<'p, T> Receive<'p, T, T> {
 
     /// Gives up after this time, by the database's clock, counted from the first poll: `None` then, which is a
     /// completed receive that took no message. The deadline is recorded, so a crash does not prolong it. A message that was put
-    /// in by then is received, however late the process looks; a later one is not, and waits for the next receive.
+    /// in by then is received, however late the process looks; a later one is not, and waits for the next receive. A message
+    /// that the process finds before the deadline is in time in any case, even if the clock was set back since it was put in.
     pub fn timeout(self, after: Duration) -> Receive<'p, T, Option<T>> {
         let Self { run, part, name, at, .. } = self;
         Receive { run, part, name, at, timeout: Some(after), finish: Some, types: PhantomData }

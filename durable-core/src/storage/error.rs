@@ -28,8 +28,8 @@ pub enum StorageError {
     Schema(String),
     /// The database is damaged, and what is read of it may not be what was written: a SQLite file that was cut short or
     /// written over. Nothing was written. A database that knows which of its pages are damaged answers the others, and says
-    /// [`Schema`](Self::Schema) of those. Here the engine leaves out nothing, writes nothing beside the damage, runs nothing
-    /// that it has not read, and tells of it until a backup is restored.
+    /// [`Schema`](Self::Schema) of those. Here the engine splits neither a read nor a batch that meets the damage: it tries them
+    /// again as they are, and tells of it, until a backup is restored.
     #[error("{0}")]
     Damaged(String),
 }
